@@ -1,0 +1,36 @@
+# Both main targets make .venv themselves on a machine that has Python 3.11 and nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: reproduce reproduce-full test lint benchmark clean
+
+reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
+	$(BIN)/kfoc reproduce --quick --out results-quick
+
+reproduce-full: $(VENV)/ready  ## the same on all data with ten seeds, into results/
+	$(BIN)/kfoc reproduce --out results
+
+test: $(VENV)/ready lint  ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/ready: pyproject.toml requirements-torch.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements-torch.txt
+	$(BIN)/pip install --quiet -e '.[test]' -c requirements-torch.txt
+	touch $@
+
+benchmark: $(VENV)/ready $(VENV)/peers
+	$(BIN)/python benchmarks/run.py
+
+$(VENV)/peers: $(VENV)/ready benchmarks/requirements-peers.txt
+	$(BIN)/pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) results results-quick
