@@ -1,0 +1,39 @@
+"""Kronecker-factored optimal curvature of PyTorch models."""
+
+from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Report
+from kfoc.curvature import Curvature
+from kfoc.estimators import (
+    KFAC,
+    KFOC,
+    BlockDiagonal,
+    Diagonal,
+    Estimator,
+    nearest_kronecker_of_samples,
+)
+from kfoc.fit import fit
+from kfoc.kronecker import KroneckerFit, nearest_kronecker
+from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+
+__all__ = [
+    "KFAC",
+    "KFOC",
+    "Bernoulli",
+    "Block",
+    "BlockDiagonal",
+    "Categorical",
+    "Curvature",
+    "DenseBlock",
+    "Diagonal",
+    "DiagonalBlock",
+    "Estimator",
+    "Gaussian",
+    "KroneckerBlock",
+    "KroneckerFit",
+    "Likelihood",
+    "Report",
+    "fit",
+    "nearest_kronecker",
+    "nearest_kronecker_of_samples",
+]
+
+__version__ = "0.1.0"

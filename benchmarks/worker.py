@@ -1,0 +1,93 @@
+"""One method on one workload in a process of its own; measures when it is told to.
+
+Reads a command a line from standard input and answers each with a line of JSON on standard
+output: `time N` (seconds of N calls), `memory N` (peak resident bytes of N calls), `tensors`
+(peak bytes of tensors), `count` (multiply-adds), `quality` (relative errors), `quit`. The first
+line it writes says that it is ready, and how long a call took after warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import memory
+from methods import METHODS, Call, multiply_adds, set_threads
+from quality import quality
+from workloads import load
+
+
+def timed(call: Call) -> float:
+    """Seconds of one call; the result is freed outside."""
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def warm_up(call: Call, seconds: float = 0.3) -> float:
+    """Call at least twice and for at least this long; the shortest call."""
+    end = time.perf_counter() + seconds
+    taken = [timed(call), timed(call)]
+    while time.perf_counter() < end:
+        taken.append(timed(call))
+    return min(taken)
+
+
+def times(call: Call, calls: int) -> list[float]:
+    gc.collect()
+    return [timed(call) for _ in range(calls)]
+
+
+def channel() -> TextIO:
+    """Standard output for answers alone: whatever a library prints goes to standard error."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", required=True)
+    parser.add_argument("--method", required=True, choices=list(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    warnings.simplefilter("ignore")
+    answers = channel()
+    set_threads(options.threads)
+    workload = load(options.workload)
+    call = METHODS[options.method](workload)
+    commands: dict[str, Callable[[int], Any]] = {
+        "time": lambda n: times(call, n),
+        "memory": lambda n: [memory.peak_above(call) for _ in range(n)],
+        "tensors": lambda n: memory.peak_of_tensors(call),
+        "count": lambda n: multiply_adds(call),
+        "quality": lambda n: quality(workload, options.method),
+    }
+
+    def say(answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    say({"seconds": warm_up(call)})
+    for line in sys.stdin:
+        command, _, number = line.strip().partition(" ")
+        if command == "quit":
+            return
+        say(commands[command](int(number or 1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Records what layers see in a forward pass, and the derivatives by what they put out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfoc.layers import Treatment, joined
+from kfoc.samples import Samples
+
+
+@dataclass
+class Call:
+    """One call of a module: its input, and where in the graph its output came from.
+
+    The edge is taken before anything acts on the output in place (an in-place ReLU would turn the
+    output tensor into its own result), and derivatives are asked for at the edge: that needs no
+    weight gradients.
+    """
+
+    value: Tensor
+    version: int
+    edge: GradientEdge
+    output_shape: torch.Size
+    output_dtype: torch.dtype
+
+
+@dataclass
+class Record:
+    """The calls of every watched layer since the last `clear`, in order."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.calls.clear()
+
+
+def _problem(layer: str, what: str) -> ValueError:
+    return ValueError(f"layer {layer!r}: {what}")
+
+
+@contextmanager
+def captured(modules: dict[str, nn.Module]) -> Iterator[Record]:
+    """Watch `modules` while the context lasts; every hook is gone when it ends, however it ends."""
+    record = Record()
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
+            hook = _recorder(record, name)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        record.clear()
+
+
+def _checker(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        value = args[0] if args else kwargs.get("input")
+        if not isinstance(value, Tensor):
+            raise _problem(name, f"its input must be a tensor, found {type(value).__name__}")
+        if not value.is_floating_point():
+            raise _problem(
+                name,
+                f"its input is {value.dtype}, not floating point: convert it, e.g. by .float()",
+            )
+
+    return hook
+
+
+def _recorder(record: Record, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        value = args[0] if args else kwargs["input"]
+        if output.grad_fn is None:
+            raise _problem(
+                name,
+                "its output carries no gradient: the model must not run under torch.no_grad() or "
+                "torch.inference_mode()",
+            )
+        call = Call(
+            value.detach(), value._version, get_gradient_edge(output), output.shape, output.dtype
+        )
+        record.calls.setdefault(name, []).append(call)
+
+    return hook
+
+
+def output_gradients(
+    outputs: Tensor, cotangents: Iterable[Tensor], record: Record
+) -> dict[str, list[list[Tensor | None]]]:
+    """Derivatives by every recorded output, for each cotangent.
+
+    Returns:
+        layer name -> per call, per direction, the derivative, or None where there is no path.
+    """
+    edges = [call.edge for calls in record.calls.values() for call in calls]
+    found: dict[str, list[list[Tensor | None]]] = {
+        name: [[] for _ in calls] for name, calls in record.calls.items()
+    }
+    if not edges:
+        return found
+    pending = iter(cotangents)
+    cotangent = next(pending, None)
+    while cotangent is not None:
+        following = next(pending, None)
+        # The last backward pass is known as such, and frees the graph as it goes.
+        grads = torch.autograd.grad(
+            outputs, edges, cotangent, retain_graph=following is not None, allow_unused=True
+        )
+        remaining = iter(grads)
+        for per_call in found.values():
+            for directions in per_call:
+                directions.append(next(remaining))
+        cotangent = following
+    return found
+
+
+def take_samples(
+    name: str,
+    treatment: Treatment,
+    calls: list[Call],
+    grads: list[list[Tensor | None]],
+    num_samples: int,
+) -> Samples:
+    """One layer's samples of the batch; consumes `grads`, so that each tensor lives no longer.
+
+    Raises:
+        ValueError: the layer's first dimension is not the batch, its input was changed in place
+            after the call, or there are values that are not finite.
+    """
+    parts = []
+    for call, directions in zip(calls, grads, strict=True):
+        if call.value._version != call.version:
+            raise _problem(
+                name, "its input was changed in place after the layer had used it: clone it first"
+            )
+        if len(call.value) != num_samples or call.output_shape[0] != num_samples:
+            raise _problem(
+                name,
+                f"its first dimension is {call.output_shape[0]} in a batch of {num_samples} "
+                "samples: it must run over the samples",
+            )
+        try:
+            inputs = treatment.inputs(_accumulable(call.value))
+        except ValueError as error:
+            raise _problem(name, str(error)) from None
+        shaped = [treatment.grads(_present(grad, call)) for grad in directions]
+        directions.clear()
+        parts.append((inputs, shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)))
+        shaped.clear()
+    samples = joined(parts)
+    for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
+        if not math.isfinite(largest):
+            raise _problem(name, f"its {what} has values that are not finite ({largest})")
+    return samples
+
+
+def _accumulable(tensor: Tensor) -> Tensor:
+    """Half precision squares to nothing: factors are accumulated in float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _present(grad: Tensor | None, call: Call) -> Tensor:
+    if grad is None:  # the outputs do not depend on this call
+        return call.value.new_zeros(call.output_shape, dtype=call.output_dtype).to(
+            _accumulable(call.value).dtype
+        )
+    return _accumulable(grad)

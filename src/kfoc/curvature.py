@@ -1,0 +1,57 @@
+"""A model's curvature: one block per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from kfoc.blocks import Block
+
+
+@dataclass(frozen=True, repr=False)
+class Curvature(Mapping[str, Block]):
+    """Layer name -> block of the mean Fisher, in the order of the model's modules.
+
+    Attributes:
+        blocks: the blocks by layer name, as in `model.named_modules()`.
+        num_samples: how many samples the mean is over: `num_samples * block` is the sum.
+        parameters: layer name -> the parameters that its block is about. The first, flattened to
+            (o, -1), is W of `[W | b]`; the second, where there is one, is b.
+        skipped: name of a layer with parameters that has no block -> the reason.
+    """
+
+    blocks: dict[str, Block]
+    num_samples: int
+    parameters: dict[str, tuple[str, ...]]
+    skipped: dict[str, str]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that have a block."""
+        return tuple(self.blocks)
+
+    def __getitem__(self, layer: str) -> Block:
+        try:
+            return self.blocks[layer]
+        except KeyError:
+            reason = self.skipped.get(layer)
+            known = f"it was skipped: {reason}" if reason else f"there are {list(self.blocks)}"
+            raise KeyError(f"no block for layer {layer!r}; {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        lines = [f"Curvature of {len(self)} layers over {self.num_samples} samples"]
+        for name, block in self.blocks.items():
+            o, i = block.shape
+            error = block.relative_error
+            known = "" if error is None else f"  relative error {error:.4f}"
+            lines.append(f"  {name or '(the model)'}: {type(block).__name__} {o} x {i}{known}")
+        lines += [
+            f"  {name or '(the model)'}: skipped, {why}" for name, why in self.skipped.items()
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""What the loop over data asks of an estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from kfoc.blocks import Block
+from kfoc.samples import Samples
+
+
+class Estimator(ABC):
+    """One way to estimate a layer's block from a stream of batches.
+
+    An estimator is configuration: it holds no data and can serve any number of layers and fits.
+    A state is whatever `init` returns; the loop keeps one per layer and never looks inside.
+    """
+
+    def check(self) -> None:  # noqa: B027  (most have no options)
+        """Raise ValueError for options that make no sense; called before any data is read."""
+
+    @abstractmethod
+    def init(self, layer: str, samples: Samples) -> Any:
+        """The state before any batch; `samples` is the first, for its shape, dtype and device."""
+
+    @abstractmethod
+    def update(self, state: Any, samples: Samples, *, alone: bool) -> Any:
+        """The state after one more batch; `alone` where it is known to be the only one."""
+
+    def next_pass(self, state: Any) -> tuple[Any, bool]:
+        """The state for another pass over the data, and whether none is needed any more."""
+        return state, True
+
+    @abstractmethod
+    def finish(self, state: Any, num_samples: int) -> Block:
+        """The block, from the state after `num_samples` samples in each pass."""
+
+    @property
+    def passes(self) -> int:
+        """At most so many passes over the data."""
+        return 1

@@ -1,0 +1,51 @@
+"""The exact block of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kfoc.blocks import DenseBlock
+from kfoc.estimators.base import Estimator
+from kfoc.plans import CHUNK
+from kfoc.samples import Samples
+
+
+class _State(NamedTuple):
+    matrix: Tensor
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BlockDiagonal(Estimator):
+    """Every layer's block as a dense (o * i, o * i) matrix: exact, and for small layers only.
+
+    Attributes:
+        max_size: the largest o * i allowed; memory is its square (4,096: 64 MiB in float32).
+    """
+
+    max_size: int = 4096
+
+    def init(self, layer: str, samples: Samples) -> _State:
+        o, i = samples.shape
+        if o * i > self.max_size:
+            raise ValueError(
+                f"layer {layer!r} has {o} x {i} = {o * i} parameters, and its exact block would "
+                f"have {o * i}^2 entries: pass BlockDiagonal(max_size={o * i}) if that is meant, "
+                "or leave the layer out by layers=..."
+            )
+        return _State(samples.grads.new_zeros(o * i, o * i), (o, i))
+
+    def update(self, state: _State, samples: Samples, *, alone: bool) -> _State:
+        o, i = state.shape
+        per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
+        for start, stop in samples.chunks(per_sample, CHUNK):
+            rows = samples.gradients(start, stop).reshape(-1, o * i)
+            state.matrix.addmm_(rows.mT, rows)
+        return state
+
+    def finish(self, state: _State, num_samples: int) -> DenseBlock:
+        matrix = (state.matrix + state.matrix.mT) / (2 * num_samples)
+        return DenseBlock(matrix, state.shape)

@@ -1,0 +1,35 @@
+"""The exact diagonal of F."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kfoc.blocks import DiagonalBlock
+from kfoc.estimators.base import Estimator
+from kfoc.plans import CHUNK
+from kfoc.samples import Samples
+
+
+@dataclass(frozen=True)
+class Diagonal(Estimator):
+    """The diagonal of every block, exactly: the mean of squared per-sample gradients."""
+
+    def init(self, layer: str, samples: Samples) -> Tensor:
+        return samples.grads.new_zeros(samples.shape)
+
+    def update(self, state: Tensor, samples: Samples, *, alone: bool) -> Tensor:
+        if samples.num_positions == 1:
+            # X = g a^T squares to g^2 (a^2)^T: one product, and no per-sample gradient.
+            inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
+            grads = samples.grads[:, :, 0].square().sum(0)
+            return state.addmm_(grads.mT, inputs)
+        o, i = samples.shape
+        per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
+        for start, stop in samples.chunks(per_sample, CHUNK):
+            state += samples.gradients(start, stop).square_().sum((0, 1))
+        return state
+
+    def finish(self, state: Tensor, num_samples: int) -> DiagonalBlock:
+        return DiagonalBlock(state / num_samples)

@@ -1,0 +1,50 @@
+"""Kronecker-factored approximate curvature, the estimator everyone uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kfoc.blocks import KroneckerBlock
+from kfoc.estimators.base import Estimator
+from kfoc.kronecker import symmetric
+from kfoc.plans import CHUNK
+from kfoc.samples import Samples
+
+
+class _State(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class KFAC(Estimator):
+    """K-FAC: inputs and output gradients taken as independent, and positions as uncorrelated.
+
+    `right` is the second moment of the inputs summed over positions, `left` that of the output
+    gradients averaged over positions (Martens & Grosse 2015; Grosse & Martens 2016, KFC, for
+    convolutions and shared linear layers). One multiplication of the two gives the block.
+    """
+
+    def init(self, layer: str, samples: Samples) -> _State:
+        o, i = samples.shape
+        new_zeros = samples.grads.new_zeros
+        return _State(new_zeros(o, o), new_zeros(i, i))
+
+    def update(self, state: _State, samples: Samples, *, alone: bool) -> _State:
+        if samples.num_positions:
+            grads = samples.grads.reshape(-1, samples.shape[0])
+            # Averaged per batch, as the number of positions may differ between batches.
+            state.left.addmm_(grads.mT, grads, alpha=1 / samples.num_positions)
+            per_sample = samples.num_positions * samples.shape[1]
+            for start, stop in samples.chunks(per_sample, CHUNK):
+                columns = samples.inputs.columns(start, stop).flatten(1)
+                state.right.addmm_(columns, columns.mT)
+        return state
+
+    def finish(self, state: _State, num_samples: int) -> KroneckerBlock:
+        return KroneckerBlock(
+            symmetric(state.left) / num_samples, symmetric(state.right) / num_samples
+        )

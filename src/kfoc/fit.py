@@ -1,0 +1,364 @@
+"""The one loop over data: batches through the model, layers to the estimator."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kfoc.capture import Record, captured, output_gradients, take_samples
+from kfoc.certificate import Probes
+from kfoc.curvature import Curvature
+from kfoc.estimators import KFOC, Estimator
+from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
+from kfoc.samples import Rows, Samples
+from kfoc.selection import Selection, select
+
+Predict = Callable[[nn.Module, Any], Tensor]
+
+
+def fit(
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    likelihood: str | Likelihood = "categorical",
+    *,
+    estimator: Estimator | None = None,
+    fisher: str = "mc",
+    mc_samples: int = 1,
+    layers: str | Iterable[str] | None = None,
+    predict: Predict | None = None,
+    probes: int = 0,
+    seed: int = 0,
+    progress: bool = False,
+) -> Curvature:
+    """Estimate the Fisher information of a model, one block per layer, from a pass over data.
+
+    The model runs in the mode it is in (call `model.eval()` first, as a rule) and comes back as it
+    was; so does the global random state. Dropout in train mode draws masks that depend on `seed`
+    and the batch's number alone.
+
+    Args:
+        model: any module whose layers run over the samples in their first dimension.
+        data: batches `(inputs, targets)`. Inputs are a tensor, or a tuple, list or dict that the
+            model is called with, or whatever `predict` takes; tensors are moved to the model's
+            device. Targets may be None for `fisher="mc"` and `"exact"`.
+        likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
+            `Likelihood`.
+        estimator: KFOC() by default; KFAC(), Diagonal(), BlockDiagonal().
+        fisher: "mc" (labels drawn from the model), "exact" (expectation over the model's labels)
+            or "empirical" (the observed labels).
+        mc_samples: draws per sample, for "mc".
+        layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be.
+        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+        probes: how many Gaussian probes certify each block (`relative_error`, with its standard
+            error); they take `2 * probes` weights' memory per layer. 16 is plenty.
+        seed: of the draws and probes; the same seed gives the same draws for any batch size.
+        progress: report samples and rate on standard error.
+
+    Returns:
+        The blocks by layer name, of the mean Fisher over the samples.
+
+    Raises:
+        ValueError: bad arguments, data or values; the message names the layer and the batch.
+    """
+    estimator = KFOC() if estimator is None else estimator
+    _check_options(estimator, fisher, mc_samples, probes, seed)
+    chosen = _likelihood(likelihood)
+    selection = select(model, layers)
+    _check_independent(model)
+    if estimator.passes > 1 and isinstance(data, Iterator):
+        raise ValueError(
+            f"{estimator} needs several passes over the data, and an iterator can be read once: "
+            "pass a list or a DataLoader"
+        )
+    run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
+    with _undisturbed(model), captured(selection.modules) as record:
+        while True:
+            run.one_pass(data, record, progress)
+            if run.done():
+                return run.finished()
+
+
+def _check_options(
+    estimator: Estimator, fisher: str, mc_samples: int, probes: int, seed: int
+) -> None:
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator must be an instance such as kfoc.KFOC(), found {estimator!r}")
+    estimator.check()
+    if fisher not in FISHER_TYPES:
+        raise ValueError(f"fisher must be one of {', '.join(FISHER_TYPES)}, found {fisher!r}")
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples must be at least 1, found {mc_samples}")
+    if probes < 0:
+        raise ValueError(f"probes must not be negative, found {probes}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit 64 bits, found {seed}")
+
+
+def _likelihood(likelihood: str | Likelihood) -> Likelihood:
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
+            f"{likelihood!r}"
+        )
+    return LIKELIHOODS[likelihood]
+
+
+def _check_independent(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"layer {name!r} normalises by the statistics of the batch, so samples are not "
+                "independent and have no gradients of their own: call model.eval() (and keep "
+                "track_running_stats=True)"
+            )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Gradients on, and afterwards the random state and the model's buffers as they were."""
+    buffers = [b for m in model.modules() if m.training for b in m.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+
+
+@dataclass
+class _Run:
+    """One fit: its configuration, and the state of every layer between batches."""
+
+    model: nn.Module
+    likelihood: Likelihood
+    estimator: Estimator
+    fisher: str
+    mc_samples: int
+    predict: Predict | None
+    num_probes: int
+    seed: int
+    selection: Selection
+    states: dict[str, Any] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
+    probes: dict[str, Probes] = field(default_factory=dict)
+    shapes: dict[str, Samples] = field(default_factory=dict)
+    num_samples: int = 0
+    passes: int = 0
+    marks: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def one_pass(self, data: Iterable[Any], record: Record, progress: bool) -> None:
+        index = number = 0
+        meter = _Meter(self.passes + 1) if progress else None
+        batches = iter(data)
+        batch = next(batches, _END)
+        while batch is not _END:
+            # One ahead: a data set of a single batch gets that batch's optimum.
+            following = next(batches, _END)
+            alone = number == 0 and following is _END
+            index += self._batch(batch, record, index, number, alone)
+            batch, number = following, number + 1
+            if meter:
+                meter.show(index, last=following is _END)
+        if not number:
+            raise ValueError(f"data has no batches (pass {self.passes + 1})")
+        if self.passes and number != len(self.marks):
+            raise ValueError(
+                f"pass {self.passes + 1} over the data had {number} batches where the first had "
+                f"{len(self.marks)}: several passes need the same batches each time"
+            )
+        self.num_samples, self.passes = index, self.passes + 1
+
+    def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
+        """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
+        try:
+            inputs, targets = _unpacked(batch)
+            record.clear()
+            outputs = self._outputs(inputs, number)
+            count = len(outputs)
+            self._check_same(outputs, number)
+            grads = self._gradients(outputs, targets, record, index)
+            del outputs  # and with it the graph
+            reached = list(record.calls)
+            for name in reached:
+                calls, treatment = record.calls.pop(name), self.selection.treatments[name]
+                if name in self.settled:
+                    continue
+                samples = take_samples(name, treatment, calls, grads.pop(name), count)
+                del calls
+                self._update(name, samples, index, alone)
+                del samples
+            self._silent(self.settled.union(reached), count)
+        except ValueError as error:
+            if type(error) is not ValueError:  # the user's own
+                raise
+            raise ValueError(f"batch {number}: {error}") from error
+        return count
+
+    def _outputs(self, inputs: Any, number: int) -> Tensor:
+        state = torch.get_rng_state()
+        # Whatever the forward pass draws is a function of seed and batch, on every pass.
+        torch.manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        try:
+            outputs = (self.predict or _called)(self.model, _moved(inputs, self.model))
+        finally:
+            torch.set_rng_state(state)
+        _check_outputs(outputs, inputs)
+        return outputs
+
+    def _gradients(
+        self, outputs: Tensor, targets: Any, record: Record, index: int
+    ) -> dict[str, list[list[Tensor | None]]]:
+        values = outputs.detach()
+        values = values.float() if values.element_size() < 4 else values
+        cotangents = self.likelihood.cotangents(
+            values, _moved(targets, self.model), self.fisher, self.mc_samples, self.seed, index
+        )
+        return output_gradients(outputs, (c.to(outputs) for c in cotangents), record)
+
+    def _check_same(self, outputs: Tensor, number: int) -> None:
+        """Several passes must see the same batches; their outputs tell when they do not."""
+        if self.estimator.passes == 1:
+            return
+        values = outputs.detach().double()
+        mark = len(outputs), values.sum().item(), values.abs().sum().item()
+        if not self.passes:
+            self.marks.append(mark)
+            return
+        same = number < len(self.marks) and mark[0] == self.marks[number][0]
+        if not same or abs(mark[1] - self.marks[number][1]) > 1e-5 * mark[2]:
+            raise ValueError(
+                f"pass {self.passes + 1} does not see what the first pass saw: several passes "
+                "need the same batches each time (DataLoader: shuffle=False, no random "
+                "augmentation)"
+            )
+
+    def _update(self, name: str, samples: Samples, index: int, alone: bool) -> None:
+        if name not in self.states:
+            self.states[name] = self.estimator.init(name, samples)
+            self.shapes[name] = _silent_samples(samples, 0)
+            if self.num_probes:
+                self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
+            if index:  # the layer was not reached by the samples before: their gradients are zero
+                self._update(name, _silent_samples(samples, index), 0, False)
+        if self.num_probes and not self.passes:
+            self.probes[name].add(samples)
+        self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
+
+    def _silent(self, reached: set[str], count: int) -> None:
+        """Layers that this batch did not reach have zero gradients for its samples."""
+        for name in self.states.keys() - reached:
+            self._update(name, _silent_samples(self.shapes[name], count), 0, False)
+
+    def done(self) -> bool:
+        """Hand every layer to its next pass; True where none needs one."""
+        for name in self.states.keys() - self.settled:
+            self.states[name], settled = self.estimator.next_pass(self.states[name])
+            if settled:
+                self.settled.add(name)
+        return len(self.settled) == len(self.states) or self.passes >= self.estimator.passes
+
+    def finished(self) -> Curvature:
+        skipped, blocks = dict(self.selection.skipped), {}
+        for name in self.selection.modules:
+            if name not in self.states:
+                reason = "its forward was never called"
+                if name in self.selection.named:
+                    raise ValueError(f"layer {name!r} cannot be treated: {reason}")
+                skipped[name] = reason
+                continue
+            block = self.estimator.finish(self.states[name], self.num_samples)
+            if self.num_probes:
+                block = self.probes[name].certified(block, self.num_samples)
+            blocks[name] = block
+        parameters = {
+            name: tuple(
+                f"{name}.{p}" if name else p for p in self.selection.treatments[name].parameters
+            )
+            for name in blocks
+        }
+        return Curvature(blocks, self.num_samples, parameters, skipped)
+
+
+_END = object()
+
+
+def _silent_samples(like: Samples, count: int) -> Samples:
+    """`count` samples without any position, so without any gradient."""
+    o, i = like.shape
+    new = like.grads.new_zeros
+    return Samples(Rows(new(count, 0, i)), new(like.num_directions, count, 0, o))
+
+
+def _unpacked(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    found = f"{type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
+    raise ValueError(f"data must yield pairs (inputs, targets), found a {found}")
+
+
+def _moved(value: Any, model: nn.Module) -> Any:
+    """Tensors in (nested) tuples, lists and dicts, moved to the model's device."""
+    if isinstance(value, Tensor):
+        return value.to(next(model.parameters()).device)
+    if isinstance(value, dict):
+        return {key: _moved(item, model) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, model) for item in value)
+    return value
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _check_outputs(outputs: Any, inputs: Any) -> None:
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"the model returned a {type(outputs).__name__}, not a tensor: pass "
+            "predict=lambda model, inputs: ... that returns the outputs"
+        )
+    if not outputs.numel() or not outputs.ndim:
+        raise ValueError(f"the model's outputs have the shape {tuple(outputs.shape)}")
+    if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) != len(outputs):
+        raise ValueError(
+            f"{len(inputs)} inputs gave outputs of shape {tuple(outputs.shape)}: the first "
+            "dimension must be the samples"
+        )
+    if not outputs.requires_grad:
+        raise ValueError("the outputs carry no gradient: no parameter on their way is trained")
+    if not outputs.isfinite().all():
+        raise ValueError("the model's outputs have values that are not finite")
+
+
+class _Meter:
+    """Samples and rate of one pass, on one line of standard error."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.start = number, time.perf_counter()
+        self.shown = 0.0
+
+    def show(self, samples: int, last: bool) -> None:
+        now = time.perf_counter()
+        if last or now - self.shown > 0.2:
+            self.shown = now
+            rate = samples / max(now - self.start, 1e-9)
+            end = "\n" if last else ""
+            line = f"\rkfoc: pass {self.number}, {samples} samples, {rate:.0f}/s"
+            print(line, end=end, file=sys.stderr, flush=True)

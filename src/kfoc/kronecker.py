@@ -1,0 +1,361 @@
+"""Algorithm 1 of the paper: the Kronecker product closest to a sum of Kronecker products.
+
+Every sum of Kronecker products `sum_k L_k (x) R_k` is, after the rearrangement of Lemma 3.1, the
+matrix `A = sum_k vec(L_k) vec(R_k)^T`; the closest single product is its leading singular triple
+(Lemma 3.2), found by the power iteration. How `A` is applied is left to a `Contraction`, so that
+the same iteration serves explicit factors here and a layer's samples in `plans.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["left", "right"]
+
+
+def opposite(side: Side) -> Side:
+    return "right" if side == "left" else "left"
+
+
+@dataclass(frozen=True)
+class KroneckerFit:
+    """The closest Kronecker product and how good it is.
+
+    Attributes:
+        left: (o, o), right: (i, i): the factors, of equal Frobenius norm `sqrt(sigma)`; their
+            product `torch.kron(left, right)` is the approximation, scale included.
+        sigma: the largest singular value of the rearranged sum, the norm of the approximation.
+        relative_error: `||F - left (x) right||_F / ||F||_F`, or None where it was not computed.
+            It comes from `||F||^2 - sigma^2`, so errors below the square root of the working
+            precision (about 5e-4 in float32) are rounding.
+        steps: half steps of the power iteration that were taken.
+        converged: whether the estimated distance of sigma to its limit fell under `rtol`.
+        plan: which contraction was used (see `plans.py`).
+    """
+
+    left: Tensor
+    right: Tensor
+    sigma: float
+    relative_error: float | None
+    steps: int
+    converged: bool
+    plan: str
+
+
+class Contraction(ABC):
+    """The rearranged sum `A` of one set of terms, as an operator on representations of factors.
+
+    A representation is whatever the plan iterates on: the factor itself, or the coefficients of
+    the factor in the terms. Sides name where a representation lives: `advance(x, "left")` takes a
+    left factor to the right factor `A^T x`, and the other way round.
+    """
+
+    plan: str
+
+    @abstractmethod
+    def start(self) -> Tensor:
+        """A left representation: the half step from `right = I`."""
+
+    @abstractmethod
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        """Half step from an explicit factor on `side` to a representation on the other side."""
+
+    @abstractmethod
+    def advance(self, representation: Tensor, side: Side) -> Tensor:
+        """Half step from a representation on `side` to one on the other side."""
+
+    @abstractmethod
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        """The explicit factor, (o, o) or (i, i), that a representation stands for."""
+
+    @abstractmethod
+    def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
+        """Frobenius inner product of the factors behind two representations, a scalar."""
+
+    def overlap(self, representation: Tensor, matrix: Tensor, image: Tensor, side: Side) -> Tensor:
+        """Inner product of a represented factor with `matrix`, whose half step is `image`."""
+        return (self.factor(representation, side) * matrix).sum()
+
+    @abstractmethod
+    def squared_norm(self) -> float:
+        """`||A||_F^2`, the squared Frobenius norm of the whole sum."""
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    left: Tensor
+    right: Tensor
+    sigma: float
+    steps: int
+    converged: bool
+
+
+def power_iteration(
+    contraction: Contraction, start: Tensor, side: Side, rtol: float, max_steps: int
+) -> _Iterate:
+    """Alternate half steps from `start` (on `side`) until sigma has settled.
+
+    One of the returned representations has unit norm, the other is its exact image, of norm sigma:
+    so `||A - left right^T||^2 = ||A||^2 - sigma^2` holds for every iterate, converged or not.
+    """
+    precision = 4 * torch.finfo(start.dtype).eps
+    current, norm = start, _norm(contraction, start, side)
+    if norm == 0.0:
+        image = contraction.advance(current, side)
+        return _ordered(current, image, side, 0.0, 1, True)
+    sigmas: list[float] = []
+    while True:
+        image = contraction.advance(current, side) / norm
+        sigma = _norm(contraction, image, opposite(side))
+        sigmas.append(sigma)
+        converged = settled(sigmas, rtol, precision)
+        if converged or len(sigmas) >= max_steps or sigma == 0.0:
+            return _ordered(current / norm, image, side, sigma, len(sigmas), converged)
+        current, norm, side = image, sigma, opposite(side)
+
+
+def _norm(contraction: Contraction, representation: Tensor, side: Side) -> float:
+    return math.sqrt(max(contraction.inner(representation, representation, side).item(), 0.0))
+
+
+def _ordered(
+    current: Tensor, image: Tensor, side: Side, sigma: float, steps: int, converged: bool
+) -> _Iterate:
+    left, right = (current, image) if side == "left" else (image, current)
+    return _Iterate(left, right, sigma, steps, converged)
+
+
+def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
+    """Whether sigma is within `rtol` of its limit, judged from its last three values.
+
+    The sigmas rise geometrically, so what is left to rise is `c^2 / (b - c)` after rises b, c
+    (Aitken). That stops fast iterations a half step earlier than looking at the rise alone, and
+    does not stop a slow one while much is left.
+    """
+    if len(sigmas) < 2 or sigmas[-1] == 0.0:
+        return False
+    rise = (sigmas[-1] - sigmas[-2]) / sigmas[-1]
+    if rise <= precision:
+        return True
+    if len(sigmas) < 3:
+        return False
+    before = (sigmas[-2] - sigmas[-3]) / sigmas[-1]
+    return rise < before and rise * rise / (before - rise) <= rtol
+
+
+def fit_contraction(
+    contraction: Contraction, *, rtol: float, max_steps: int, certify: bool = True
+) -> KroneckerFit:
+    """Solve a contraction of positive semi-definite terms, from the deterministic start.
+
+    The start is the half step from `right = I`: it is PSD and has a positive inner product with
+    every PSD optimum, so it cannot be orthogonal to it, and every iterate is a sum of PSD terms
+    with non-negative coefficients.
+    """
+    iterate = power_iteration(contraction, contraction.start(), "left", rtol, max_steps)
+    left = symmetric(contraction.factor(iterate.left, "left"))
+    right = symmetric(contraction.factor(iterate.right, "right"))
+    total = contraction.squared_norm() if certify else None
+    return _finished(left, right, iterate, total, contraction.plan)
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """The exactly symmetric part, without the rounding that a product leaves."""
+    return (matrix + matrix.mT) / 2
+
+
+def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The factors of norm `sqrt(sigma)` each, in the directions given; zeros where one is zero.
+
+    The norms are taken as Python floats, one factor at a time, so that no product of the two
+    scales can overflow.
+    """
+    left_norm, right_norm = left.norm().item(), right.norm().item()
+    if not sigma or not left_norm or not right_norm:
+        return torch.zeros_like(left), torch.zeros_like(right)
+    root = math.sqrt(sigma)
+    return left * (root / left_norm), right * (root / right_norm)
+
+
+def _finished(
+    left: Tensor, right: Tensor, iterate: _Iterate, total: float | None, plan: str
+) -> KroneckerFit:
+    sigma = iterate.sigma
+    left, right = balanced(left, right, sigma)
+    return KroneckerFit(
+        left, right, sigma, _relative_error(sigma, total), iterate.steps, iterate.converged, plan
+    )
+
+
+def _relative_error(sigma: float, total: float | None) -> float | None:
+    if total is None:
+        return None
+    return math.sqrt(max(1.0 - sigma * sigma / total, 0.0)) if total > 0 else 0.0
+
+
+class _Terms(Contraction):
+    """Explicit terms: `lefts` (K, o * o) and `rights` (K, i * i), flattened."""
+
+    plan = "terms"
+
+    def __init__(self, lefts: Tensor, rights: Tensor) -> None:
+        self._sizes = lefts.shape[1:], rights.shape[1:]
+        self._flat = {"left": lefts.flatten(1), "right": rights.flatten(1)}
+
+    def start(self) -> Tensor:
+        return self.apply(torch.eye(self._sizes[1][0]).to(self._flat["right"]), "right")
+
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        return self.advance(matrix.flatten(), side)
+
+    def advance(self, representation: Tensor, side: Side) -> Tensor:
+        return self._flat[opposite(side)].mT @ (self._flat[side] @ representation)
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        return representation.reshape(self._sizes[0] if side == "left" else self._sizes[1])
+
+    def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
+        return first @ second
+
+    def squared_norm(self) -> float:
+        left, right = self._flat["left"], self._flat["right"]
+        return ((left @ left.mT) * (right @ right.mT)).sum().item()
+
+
+def nearest_kronecker(
+    lefts: Tensor, rights: Tensor, *, rtol: float = 1e-6, max_steps: int = 1000
+) -> KroneckerFit:
+    """The Kronecker product closest in Frobenius norm to `sum_k kron(lefts[k], rights[k])`.
+
+    Algorithm 1 of Schnaus, Lee & Triebel (2021). The terms may be any square matrices. Where all
+    are symmetric positive semi-definite, so are the returned factors; otherwise their common sign
+    is chosen so that `left` has a non-negative trace.
+
+    Args:
+        lefts: (K, o, o), floating point.
+        rights: (K, i, i), of the same dtype and device.
+        rtol: estimated relative distance of sigma to its limit at which to stop.
+        max_steps: at most so many half steps; `converged` tells whether they sufficed.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or values that are not finite.
+    """
+    _check_terms(lefts, rights)
+    scales = [_scale(lefts), _scale(rights)]
+    terms = _Terms(lefts / scales[0], rights / scales[1])
+    iterate = power_iteration(terms, terms.start(), "left", rtol, max_steps)
+    if not _all_psd(lefts, rights):
+        # From the identity, an indefinite sum can be stuck in a smaller singular triple; a second
+        # start, fixed but generic, is stuck there with probability zero.
+        generator = torch.Generator().manual_seed(0)
+        generic = torch.randn(lefts[0].numel(), generator=generator, dtype=torch.float64)
+        other = power_iteration(terms, generic.to(lefts), "left", rtol, max_steps)
+        iterate = other if other.sigma > iterate.sigma * (1 + rtol) else iterate
+    left, right = terms.factor(iterate.left, "left"), terms.factor(iterate.right, "right")
+    if _symmetric_terms(lefts) and _symmetric_terms(rights):
+        left, right = symmetric(left), symmetric(right)
+    sign = -1.0 if left.diagonal().sum() < 0 else 1.0
+    fit = _finished(sign * left, sign * right, iterate, terms.squared_norm(), terms.plan)
+    left, right = balanced(fit.left, fit.right, fit.sigma * scales[0] * scales[1])
+    sigma = fit.sigma * scales[0] * scales[1]
+    return replace(fit, left=left, right=right, sigma=sigma)
+
+
+def _check_terms(lefts: Tensor, rights: Tensor) -> None:
+    for name, terms in (("lefts", lefts), ("rights", rights)):
+        if terms.ndim != 3 or terms.shape[-1] != terms.shape[-2] or not len(terms):
+            raise ValueError(
+                f"{name} must have shape (K, n, n) with K >= 1, found {tuple(terms.shape)}"
+            )
+        if not terms.is_floating_point():
+            raise ValueError(f"{name} must be floating point, found {terms.dtype}: call .double()")
+        if not terms.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+    if len(lefts) != len(rights):
+        raise ValueError(
+            f"lefts and rights must have the same number of terms, found {len(lefts)} and "
+            f"{len(rights)}"
+        )
+    if lefts.dtype != rights.dtype or lefts.device != rights.device:
+        raise ValueError(
+            f"lefts and rights must share dtype and device, found {lefts.dtype} on {lefts.device} "
+            f"and {rights.dtype} on {rights.device}"
+        )
+
+
+def _scale(tensor: Tensor) -> float:
+    """A power of two near the largest absolute value: dividing by it loses nothing."""
+    largest = tensor.abs().max().item()
+    return 2.0 ** round(math.log2(largest)) if largest > 0 else 1.0
+
+
+def _symmetric_terms(terms: Tensor) -> bool:
+    tolerance = 16 * torch.finfo(terms.dtype).eps * terms.abs().max()
+    return bool(((terms - terms.mT).abs() <= tolerance).all())
+
+
+def _all_psd(lefts: Tensor, rights: Tensor) -> bool:
+    if not (_symmetric_terms(lefts) and _symmetric_terms(rights)):
+        return False
+    for terms in (lefts, rights):
+        values = torch.linalg.eigvalsh(terms)
+        if (values[:, 0] < -64 * torch.finfo(terms.dtype).eps * values.abs().amax(1)).any():
+            return False
+    return True
+
+
+def nearest_to_pair(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The Kronecker product closest to `kron(*first) + kron(*second)`, in closed form.
+
+    The rearranged sum has rank two: with orthonormal bases of the two lefts and the two rights
+    (two steps of Gram-Schmidt) it is a 2 x 2 matrix, whose singular value decomposition is the
+    answer. This is Algorithm 1 on two terms, the merge of the paper's K-FOC_running.
+
+    Args:
+        first, second: (left, right) of shapes (o, o) and (i, i), each factor PSD.
+
+    Returns:
+        The balanced (left, right).
+    """
+    if not _nonzero(first) or not _nonzero(second):
+        left, right = first if _nonzero(first) else second
+        return balanced(left, right, left.norm().item() * right.norm().item())
+    left_norms, left_triangle = _gram_schmidt(first[0], second[0])
+    right_norms, right_triangle = _gram_schmidt(first[1], second[1])
+    weights = torch.tensor([left_norms[k] * right_norms[k] for k in range(2)], dtype=torch.float64)
+    scale = weights.max().item()
+    core = left_triangle @ torch.diag(weights / scale) @ right_triangle.mT
+    left_vectors, sigmas, right_vectors = torch.linalg.svd(core)
+    # Coefficients of the normalised terms: one more half step from the singular vectors. They are
+    # inner products of PSD matrices, so they share a sign, and the sum stays PSD.
+    left_weights = (weights / scale * (right_triangle.mT @ right_vectors[0])).abs()
+    right_weights = (weights / scale * (left_triangle.mT @ left_vectors[:, 0])).abs()
+    left, right = (
+        first[k] * (weights_[0].item() / norms[0]) + second[k] * (weights_[1].item() / norms[1])
+        for k, (weights_, norms) in enumerate(
+            ((left_weights, left_norms), (right_weights, right_norms))
+        )
+    )
+    return balanced(left, right, sigmas[0].item() * scale)
+
+
+def _nonzero(term: tuple[Tensor, Tensor]) -> bool:
+    return term[0].norm().item() * term[1].norm().item() > 0
+
+
+def _gram_schmidt(first: Tensor, second: Tensor) -> tuple[list[float], Tensor]:
+    """Norms of two matrices, and the triangle R of QR = [first, second] once normalised."""
+    norms = [first.norm().item(), second.norm().item()]
+    a, b = first / norms[0], second / norms[1]
+    along = (a * b).sum()
+    # The rest is formed explicitly: sqrt(1 - along^2) loses half the digits for near-equal terms.
+    rest = (b - along * a).norm().item()
+    return norms, torch.tensor([[1.0, along.item()], [0.0, rest]], dtype=torch.float64)

@@ -1,0 +1,307 @@
+"""Likelihood and Fisher type to output cotangents, formed from the model's outputs alone.
+
+A cotangent is a derivative of `ln p(y | x)` by the outputs, per sample and not reduced, so the
+reduction of the user's loss never enters. Draws are a function of the seed and of the sample's
+index in the data set, so they do not depend on batch size, pass, rank or the global generator.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+FISHER_TYPES = ("mc", "exact", "empirical")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Uniform numbers in (0, 1) that depend on (seed, sample index, direction, place) alone."""
+
+    seed: int
+    first_index: int
+    direction: int = 0
+
+    def uniform(self, count: int, places: int, device: torch.device) -> Tensor:
+        """(count, places), float64, for the samples from `first_index` on."""
+        indices = torch.arange(self.first_index, self.first_index + count, device=device)
+        state = torch.full_like(indices, self.seed)
+        state = _mixed(state ^ _mixed(indices))
+        state = _mixed(state ^ _mixed(torch.full_like(indices, self.direction + 0x5BD1)))
+        places_ = torch.arange(places, device=device)
+        bits = _mixed(state[:, None] ^ _mixed(places_ + 0x27D4)[None])
+        # The upper 53 bits, moved to the middle of their interval: never 0, never 1.
+        return (((bits >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """A bijection of 64-bit integers that spreads every bit (the finaliser of SplitMix64)."""
+    values = values + _signed(0x9E3779B97F4A7C15)
+    values = (values ^ _shifted(values, 30)) * _signed(0xBF58476D1CE4E5B9)
+    values = (values ^ _shifted(values, 27)) * _signed(0x94D049BB133111EB)
+    return values ^ _shifted(values, 31)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch shifts signed integers arithmetically."""
+    return (values >> bits) & (2 ** (64 - bits) - 1)
+
+
+class Likelihood(ABC):
+    """What the outputs mean. Subclass it for a likelihood of your own.
+
+    All cotangents have the shape of the outputs, whose first dimension is the samples.
+    """
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
+        """Raise ValueError where outputs or targets do not fit."""
+
+    @abstractmethod
+    def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """The cotangent at labels drawn from the model."""
+
+    @abstractmethod
+    def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
+        """Cotangents whose outer products add up to the expectation over the model's labels."""
+
+    @abstractmethod
+    def observed(self, outputs: Tensor, targets: object) -> Tensor:
+        """The cotangent at the observed labels."""
+
+    def cotangents(
+        self, outputs: Tensor, targets: object, fisher: str, mc_samples: int, seed: int, index: int
+    ) -> Iterator[Tensor]:
+        """All directions of a Fisher type (design of kfoc, section 1), one at a time.
+
+        Args:
+            outputs: (N, ...), detached.
+            targets: the batch's labels; may be None for "mc" and "exact".
+            fisher: "mc", "exact" or "empirical".
+            mc_samples: directions of "mc", each scaled by `1 / sqrt(mc_samples)`.
+            seed, index: of the draws; `index` is the first sample's position in the data set.
+        """
+        self.check(outputs, targets, fisher)
+        if fisher == "mc":
+            for direction in range(mc_samples):
+                cotangent = self.drawn(outputs, targets, Draws(seed, index, direction))
+                yield cotangent / math.sqrt(mc_samples)
+        elif fisher == "exact":
+            yield from self.exact(outputs, targets)
+        else:
+            yield self.observed(outputs, targets)
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Class labels; the outputs are logits.
+
+    Attributes:
+        class_dim: the dimension of the classes. None: the last one for outputs of two or three
+            dimensions (sequences: (N, T, C)), dimension 1 for more (images: (N, C, H, W)), and
+            whichever fits where integer labels are given.
+        ignore_index: labels of this value have no influence, as in `nn.CrossEntropyLoss`.
+    """
+
+    class_dim: int | None = None
+    ignore_index: int = -100
+
+    def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
+        if outputs.ndim < 2:
+            raise ValueError(
+                "categorical outputs must be logits of shape (N, C), (N, T, C) or (N, C, ...), "
+                f"found {tuple(outputs.shape)}"
+            )
+        labels = _labels(targets)
+        if labels is None:
+            if fisher == "empirical":
+                raise ValueError(
+                    f'fisher="empirical" needs integer class labels, found {_described(targets)}'
+                )
+            return
+        classes = outputs.shape[self._dim(outputs, labels)]
+        wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= classes))
+        if wrong.any():
+            raise ValueError(
+                f"label {labels[wrong][0].item()} is out of range for {classes} classes "
+                f"(ignore_index is {self.ignore_index})"
+            )
+
+    def _dim(self, outputs: Tensor, labels: Tensor | None) -> int:
+        """The class dimension, settled by the labels' shape where they are given."""
+        if self.class_dim is not None:
+            dim = self.class_dim % outputs.ndim
+            if labels is not None and tuple(labels.shape) != _without(outputs.shape, dim):
+                raise self._misfit(outputs, labels)
+            return dim
+        if labels is None:
+            return outputs.ndim - 1 if outputs.ndim <= 3 else 1
+        fitting = [
+            dim
+            for dim in sorted({1, outputs.ndim - 1})
+            if tuple(labels.shape) == _without(outputs.shape, dim)
+        ]
+        if not fitting:
+            raise self._misfit(outputs, labels)
+        if len(fitting) > 1:
+            raise ValueError(
+                f"outputs of shape {tuple(outputs.shape)} have their classes in dimension 1 or in "
+                "the last one: say which by likelihood=kfoc.Categorical(class_dim=...)"
+            )
+        return fitting[0]
+
+    def _misfit(self, outputs: Tensor, labels: Tensor) -> ValueError:
+        return ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit categorical outputs of shape "
+            f"{tuple(outputs.shape)}: they must lack the class dimension and nothing else"
+        )
+
+    def _probabilities(self, outputs: Tensor, targets: object) -> tuple[Tensor, Tensor, int]:
+        """Probabilities (N, P, C), the mask (N, P) of labels that count, and the class dim."""
+        labels = _labels(targets)
+        dim = self._dim(outputs, labels)
+        moved = outputs.movedim(dim, -1)
+        probabilities = moved.softmax(-1).reshape(len(outputs), -1, moved.shape[-1])
+        if labels is None:
+            return probabilities, probabilities.new_ones(probabilities.shape[:2]), dim
+        counts = (labels != self.ignore_index).reshape(len(outputs), -1)
+        return probabilities, counts.to(probabilities), dim
+
+    def _shaped(self, values: Tensor, outputs: Tensor, dim: int) -> Tensor:
+        """From (N, P, C) back to the shape of the outputs."""
+        return values.view(outputs.movedim(dim, -1).shape).movedim(-1, dim)
+
+    def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        probabilities, counts, dim = self._probabilities(outputs, targets)
+        cumulative = probabilities.double().cumsum(-1)
+        count, places, _ = probabilities.shape
+        uniform = draws.uniform(count, places, outputs.device)[..., None]
+        labels = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
+        cotangent = functional.one_hot(labels[..., 0], probabilities.shape[-1]) - probabilities
+        return self._shaped(cotangent * counts[..., None], outputs, dim)
+
+    def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
+        probabilities, counts, dim = self._probabilities(outputs, targets)
+        _, places, classes = probabilities.shape
+        for place in range(places):
+            for c in range(classes):
+                p = probabilities[:, place]
+                direction = -p
+                direction[:, c] += 1
+                cotangent = torch.zeros_like(probabilities)
+                weight = p[:, c].sqrt() * counts[:, place]
+                cotangent[:, place] = direction * weight[:, None]
+                yield self._shaped(cotangent, outputs, dim)
+
+    def observed(self, outputs: Tensor, targets: object) -> Tensor:
+        probabilities, counts, dim = self._probabilities(outputs, targets)
+        labels = _labels(targets)
+        assert labels is not None
+        chosen = labels.reshape(len(outputs), -1).long().clamp_min(0)
+        chosen = torch.where(counts.bool(), chosen, 0)
+        cotangent = functional.one_hot(chosen, probabilities.shape[-1]) - probabilities
+        return self._shaped(cotangent * counts[..., None], outputs, dim)
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Real targets with unit variance around the outputs, of any shape (N, ...).
+
+    `-ln p` is half the summed squared error, up to a constant.
+    """
+
+    def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
+        if fisher == "empirical":
+            _check_targets("gaussian", outputs, targets)
+
+    def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        uniform = draws.uniform(len(outputs), outputs[0].numel(), outputs.device)
+        return torch.special.ndtri(uniform).to(outputs).view(outputs.shape)
+
+    def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
+        return _unit_directions(outputs, torch.ones_like(outputs))
+
+    def observed(self, outputs: Tensor, targets: object) -> Tensor:
+        assert isinstance(targets, Tensor)
+        return targets.to(outputs) - outputs
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Independent binary labels of any shape (N, ...); the outputs are logits."""
+
+    def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
+        if fisher != "empirical":
+            return
+        labels = _check_targets("bernoulli", outputs, targets)
+        wrong = (labels < 0) | (labels > 1)
+        if wrong.any():
+            raise ValueError(
+                f"label {labels[wrong][0].item()} is out of range for a bernoulli likelihood, "
+                "whose labels lie between 0 and 1"
+            )
+
+    def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        uniform = draws.uniform(len(outputs), outputs[0].numel(), outputs.device)
+        probabilities = outputs.sigmoid()
+        labels = uniform.view(outputs.shape) < probabilities
+        return labels.to(outputs) - probabilities
+
+    def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
+        probabilities = outputs.sigmoid()
+        return _unit_directions(outputs, (probabilities * (1 - probabilities)).sqrt())
+
+    def observed(self, outputs: Tensor, targets: object) -> Tensor:
+        assert isinstance(targets, Tensor)
+        return targets.to(outputs) - outputs.sigmoid()
+
+
+def _unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    """One cotangent per output, which has that output's weight there and zeros elsewhere."""
+    flat = weights.reshape(len(outputs), -1)
+    for c in range(flat.shape[1]):
+        cotangent = torch.zeros_like(flat)
+        cotangent[:, c] = flat[:, c]
+        yield cotangent.view(outputs.shape)
+
+
+def _labels(targets: object) -> Tensor | None:
+    """Integer labels, or None where the targets are something else, which "mc" can do without."""
+    if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex()):
+        return targets
+    return None
+
+
+def _check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
+    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        raise ValueError(
+            f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
+            f"{tuple(outputs.shape)} of the outputs, found {_described(targets)}"
+        )
+    return targets
+
+
+def _described(targets: object) -> str:
+    if isinstance(targets, Tensor):
+        return f"a tensor of {targets.dtype} of shape {tuple(targets.shape)}"
+    return type(targets).__name__
+
+
+def _without(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    return tuple(shape[:dim]) + tuple(shape[dim + 1 :])
+
+
+LIKELIHOODS: dict[str, Likelihood] = {
+    "categorical": Categorical(),
+    "gaussian": Gaussian(),
+    "bernoulli": Bernoulli(),
+}

@@ -1,0 +1,1 @@
+"""The paper's experiment and the command line that runs it; uses only kfoc's public names."""

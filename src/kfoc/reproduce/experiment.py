@@ -1,0 +1,242 @@
+"""The paper's experiment: every method, batch size and seed against the exact block."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+import kfoc
+from kfoc.reproduce.data import DataError, Dataset
+from kfoc.reproduce.measure import ExactBlock
+from kfoc.reproduce.networks import HIDDEN, LeNet5, Regression, half_mean_squared_error, train
+
+BatchSize = int | Literal["all"]
+
+ESTIMATORS: dict[str, Callable[[], Any]] = {
+    "diagonal": kfoc.Diagonal,
+    "kfac": kfoc.KFAC,
+    "kfoc_approx": lambda: kfoc.KFOC(aggregation="approx"),
+    "kfoc_running": lambda: kfoc.KFOC(aggregation="running"),
+    "kfoc_online": lambda: kfoc.KFOC(aggregation="online"),
+    "kfoc_exact": lambda: kfoc.KFOC(aggregation="exact"),
+}
+# A layer of more parameters has an exact block (float64) of more than 800 MB.
+LARGEST_BLOCK = 10_000
+
+
+class Record(TypedDict):
+    """One line of results.json: `seconds` are those of the fit, of all layers together."""
+
+    dataset: str
+    layer: str
+    method: str
+    batch_size: BatchSize
+    seed: int
+    relative_error: float
+    seconds: float
+
+
+class Unit(NamedTuple):
+    """What is run, timed and saved at once."""
+
+    dataset: str
+    seed: int
+    method: str
+    batch_size: BatchSize
+
+
+@dataclass(frozen=True)
+class Training:
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network on one data set.
+
+    layers: module name -> name in the results. comparable: the paper ran it on this data.
+    data: what the network is trained on. samples: what the curvature is of.
+    """
+
+    name: str
+    data: Dataset
+    samples: Dataset
+    layers: dict[str, str]
+    likelihood: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    training: Training
+    batch_sizes: tuple[BatchSize, ...]
+    comparable: bool
+
+    def settings(self) -> dict[str, Any]:
+        """All that the numbers depend on, besides the seed: results under others do not mix."""
+        return {
+            "data": self.data.source,
+            "curvature of": self.samples.source,
+            "fingerprint": self.samples.fingerprint(),
+            "samples": len(self.samples),
+            "batch sizes": list(self.batch_sizes),
+            "comparable with the paper": self.comparable,
+            "training": asdict(self.training),
+            "likelihood": self.likelihood,
+            "fisher": "mc, 1 sample, float64",
+            "torch": torch.__version__,
+            "kfoc": importlib.metadata.version("kfoc"),
+        }
+
+    def units(self, seeds: int) -> list[Unit]:
+        """Every unit, in the order in which they run."""
+        fits = [(method, size) for method in ESTIMATORS for size in self.batch_sizes]
+        return [
+            Unit(self.name, seed, method, size)
+            for seed in range(seeds)
+            for method, size in [("optimum", "all"), *fits]
+        ]
+
+
+def fully_connected(data: Dataset, comparable: bool) -> Experiment:
+    """d -> 50 -> 1 on a table, both layers."""
+    columns = data.inputs.shape[1]
+    most = LARGEST_BLOCK // HIDDEN - 1
+    if columns > most:
+        raise DataError(
+            f"{data.source}: {columns} input columns, but the exact block of layer 1,"
+            f" which everything is measured against, is only affordable up to {most}"
+        )
+    return Experiment(
+        name="fully_connected",
+        data=data,
+        samples=data,
+        layers={"hidden": "layer 1", "output": "layer 2"},
+        likelihood="gaussian",
+        build=lambda: Regression(columns),
+        loss=half_mean_squared_error,
+        training=Training(epochs=50, batch_size=32, learning_rate=1e-3),
+        batch_sizes=(*(size for size in (1, 10, 100) if size < len(data)), "all"),
+        comparable=comparable,
+    )
+
+
+def convolutional(data: Dataset, digits: int | None = None) -> Experiment:
+    """LeNet-5 trained on all of `data`, its two convolutions on `digits` of them (None: all)."""
+    samples = data if digits is None else data.subset(digits)
+    sizes: tuple[BatchSize, ...] = tuple(s for s in (1, 10, 100, 1000) if s <= len(samples))
+    return Experiment(
+        name="convolutional",
+        data=data,
+        samples=samples,
+        layers={"conv1": "layer 1", "conv2": "layer 2"},
+        likelihood="categorical",
+        build=LeNet5,
+        loss=nn.functional.cross_entropy,
+        training=Training(epochs=5, batch_size=64, learning_rate=1e-3),
+        batch_sizes=sizes,
+        comparable=True,
+    )
+
+
+# --- One seed -----------------------------------------------------------------------------------
+
+
+def run_seed(
+    experiment: Experiment,
+    seed: int,
+    pending: Iterable[Unit],
+    say: Callable[[str], object] = lambda text: None,
+) -> Iterator[tuple[Unit, list[Record]]]:
+    """Train this seed's network, form its exact blocks, then yield the records of each unit."""
+    say(f"seed {seed}: training the network")
+    network = train(
+        experiment.build, experiment.loss, experiment.data, seed, **asdict(experiment.training)
+    ).double()
+    say(f"seed {seed}: the exact blocks")
+    exact, seconds_exact = _exact_blocks(experiment, network, seed)
+    for unit in pending:
+        say(f"seed {seed}: {unit.method}, batch size {unit.batch_size}")
+        if unit.method == "optimum":
+            start = time.perf_counter()
+            errors = {layer: block.optimal_error() for layer, block in exact.items()}
+            seconds = seconds_exact + time.perf_counter() - start
+        else:
+            errors, seconds = _fit_and_measure(experiment, network, exact, unit)
+        yield unit, _records(unit, errors, seconds)
+
+
+def _records(unit: Unit, errors: dict[str, float], seconds: float) -> list[Record]:
+    return [
+        Record(
+            dataset=unit.dataset,
+            layer=layer,
+            method=unit.method,
+            batch_size=unit.batch_size,
+            seed=unit.seed,
+            relative_error=error,
+            seconds=seconds,
+        )
+        for layer, error in errors.items()
+    ]
+
+
+def _exact_blocks(
+    experiment: Experiment, network: nn.Module, seed: int
+) -> tuple[dict[str, ExactBlock], float]:
+    estimator = kfoc.BlockDiagonal(max_size=LARGEST_BLOCK)
+    curvature, seconds = timed_fit(experiment, network, estimator, seed, 1000)
+    blocks = {}
+    for module, layer in experiment.layers.items():
+        rows, columns = curvature[module].shape
+        blocks[layer] = ExactBlock.from_dense(curvature[module].to_dense(), rows, columns)
+    return blocks, seconds
+
+
+def _fit_and_measure(
+    experiment: Experiment, network: nn.Module, exact: dict[str, ExactBlock], unit: Unit
+) -> tuple[dict[str, float], float]:
+    estimator = ESTIMATORS[unit.method]()
+    curvature, seconds = timed_fit(experiment, network, estimator, unit.seed, unit.batch_size)
+    errors = {}
+    for module, layer in experiment.layers.items():
+        block = curvature[module]
+        if unit.method == "diagonal":
+            errors[layer] = exact[layer].diagonal_error(block.diagonal)
+        else:
+            errors[layer] = exact[layer].kronecker_error(block.left, block.right)
+    return errors, seconds
+
+
+def timed_fit(
+    experiment: Experiment, network: nn.Module, estimator: Any, seed: int, batch_size: BatchSize
+) -> tuple[Any, float]:
+    """The curvature of the samples, and the seconds of this one fit, no other method's hooks live.
+
+    The labels are drawn by (seed, sample), so every method and batch size sees the same ones.
+    """
+    samples = experiment.samples
+    size = len(samples) if batch_size == "all" else batch_size
+    inputs, targets = samples.inputs.double().split(size), _targets(samples).split(size)
+    batches = list(zip(inputs, targets, strict=True))
+    start = time.perf_counter()
+    curvature = kfoc.fit(
+        network,
+        batches,
+        likelihood=experiment.likelihood,
+        estimator=estimator,
+        fisher="mc",
+        mc_samples=1,
+        layers=tuple(experiment.layers),
+        seed=seed,
+    )
+    return curvature, time.perf_counter() - start
+
+
+def _targets(samples: Dataset) -> Tensor:
+    return samples.targets.double() if samples.targets.is_floating_point() else samples.targets

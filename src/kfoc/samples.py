@@ -1,0 +1,213 @@
+"""What one layer saw in one batch: inputs a and output derivatives g, by sample and position.
+
+The per-sample gradient of a layer's extended weight `[W | b]` is
+`X[s, n] = sum_t g[s,n,t] a[n,t]^T`, and its block of the Fisher is
+`F = (1/N) sum_{s,n} vec(X) vec(X)^T`, with `vec` row-major. Inputs come either as a tensor or as
+the patches of a convolution, which are unfolded by chunks of samples and never as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Inputs(Protocol):
+    """A layer's inputs, (N, T, i), of which any range of samples can be asked for."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_positions(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Samples `start` to `stop`, as (i, n, T): the layout in which unfolding is cheapest."""
+        ...
+
+    def magnitude(self) -> float:
+        """The largest absolute value; NaN where there is one."""
+        ...
+
+    def scaled(self, factor: float) -> Inputs:
+        """The inputs times `factor`, the column of ones of a bias included."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs held as a tensor `values` of shape (N, T, i), bias column included."""
+
+    values: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_positions(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.values.shape[2]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop].permute(2, 0, 1)
+
+    def magnitude(self) -> float:
+        return magnitude(self.values)
+
+    def scaled(self, factor: float) -> Rows:
+        return Rows(self.values * factor)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Inputs of a convolution: `padded` (N, C, *space), the input after its padding.
+
+    Row t holds the patch under output position t, ordered (channel, *kernel) as the weight is,
+    then `constant` where the layer has a bias (1, or the scale that the inputs were brought to).
+    """
+
+    padded: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    constant: float | None
+
+    @property
+    def num_samples(self) -> int:
+        return self.padded.shape[0]
+
+    @cached_property
+    def spans(self) -> tuple[int, ...]:
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @cached_property
+    def output_shape(self) -> tuple[int, ...]:
+        space = self.padded.shape[2:]
+        return tuple(
+            (n - span) // step + 1
+            for n, span, step in zip(space, self.spans, self.stride, strict=True)
+        )
+
+    @property
+    def num_positions(self) -> int:
+        return math.prod(self.output_shape)
+
+    @property
+    def size(self) -> int:
+        return self.padded.shape[1] * math.prod(self.kernel) + (self.constant is not None)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        windows = self.padded[start:stop]
+        for axis, (span, step) in enumerate(zip(self.spans, self.stride, strict=True), start=2):
+            windows = windows.unfold(axis, span, step)
+        dims = len(self.kernel)
+        every = tuple(slice(None, None, d) for d in self.dilation)
+        windows = windows[(slice(None),) * (2 + dims) + every]
+        # (n, C, *out, *kernel) -> (C, *kernel, n, *out): one copy, by runs of the last axis.
+        order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+        windows = windows.permute(order)
+        count = stop - start
+        columns = windows.new_empty(self.size, count, self.num_positions)
+        rows = self.size - (self.constant is not None)
+        columns[:rows].view(windows.shape).copy_(windows)
+        if self.constant is not None:
+            columns[rows] = self.constant
+        return columns
+
+    def magnitude(self) -> float:
+        return max(magnitude(self.padded), abs(self.constant or 0.0))
+
+    def scaled(self, factor: float) -> Patches:
+        constant = None if self.constant is None else self.constant * factor
+        return replace(self, padded=self.padded * factor, constant=constant)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One layer's samples of one batch.
+
+    Attributes:
+        inputs: a, (N, T, i).
+        grads: g, (S, N, T, o): derivatives of `ln p(y | x)` in S directions, whose squares add up.
+    """
+
+    inputs: Inputs
+    grads: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        return self.inputs.num_samples
+
+    @property
+    def num_positions(self) -> int:
+        return self.inputs.num_positions
+
+    @property
+    def num_directions(self) -> int:
+        return self.grads.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        return self.grads.shape[3], self.inputs.size
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, float]:
+        """The largest absolute values of inputs and gradients; NaN where there is one."""
+        return self.inputs.magnitude(), magnitude(self.grads)
+
+    def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
+        """Ranges of samples, each of at most `limit` floats, but of one sample at least."""
+        size = max(1, min(self.num_samples, limit // max(1, floats_per_sample)))
+        for start in range(0, self.num_samples, size):
+            yield start, min(start + size, self.num_samples)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """Per-sample gradients X, (S, n, o, i), of samples `start` to `stop`."""
+        columns = self.inputs.columns(start, stop).permute(1, 2, 0)  # (n, T, i)
+        grads = self.grads[:, start:stop]
+        if self.num_directions == 1:
+            return torch.bmm(grads[0].mT, columns)[None]
+        return torch.matmul(grads.mT, columns)
+
+    def rescaled(self) -> tuple[Samples, float]:
+        """The samples brought to a magnitude near one, and the factor that F then lacks.
+
+        The plans square inner products, so gradients of 1e-11, as a converged float32 network has
+        them, would vanish in them. Scales are powers of two: nothing is rounded.
+        """
+        inputs, grads = self.inputs, self.grads
+        input_scale, grad_scale = (_power_of_two(largest) for largest in self.magnitudes)
+        if input_scale != 1.0:
+            inputs = inputs.scaled(1 / input_scale)
+        if grad_scale != 1.0:
+            grads = grads / grad_scale
+        return Samples(inputs, grads), (input_scale * grad_scale) ** 2
+
+
+def magnitude(values: Tensor) -> float:
+    """The largest absolute value of a tensor, without a copy of it; NaN where there is one."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high).item()
+
+
+def _power_of_two(largest: float) -> float:
+    """A power of two near `largest`; 1 where that is harmless, to save the copy."""
+    if largest == 0.0 or 2.0**-8 <= largest <= 2.0**8:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(largest))
