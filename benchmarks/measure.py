@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import memory
+from methods import OURS
 
 HERE = Path(__file__).resolve().parent
 SECONDS_OF_A_REPEAT = 0.15
@@ -95,7 +96,9 @@ def measure(
     time_interleaved(records, repeats, threads)
     for record in records.values():
         if "error" not in record:
-            look_closer(record, threads, memory_repeats, quality)
+            look_closer(record, threads, memory_repeats)
+    if quality:
+        add_quality(records, workload, threads)
     return list(records.values())
 
 
@@ -137,8 +140,8 @@ def summary(seconds: list[float], calls: int) -> Record:
     }
 
 
-def look_closer(record: Record, threads: int, repeats: int, quality: bool) -> None:
-    """Peak memory, multiply-adds and relative errors, in a fresh process outside the timing."""
+def look_closer(record: Record, threads: int, repeats: int) -> None:
+    """Peak memory and multiply-adds, in a fresh process outside the timing."""
     arguments = (record["workload"], record["method"], threads)
     try:
         with Worker(*arguments, memory.ENVIRONMENT) as worker:
@@ -146,7 +149,21 @@ def look_closer(record: Record, threads: int, repeats: int, quality: bool) -> No
             record["peak_bytes"] = statistics.median(worker.ask("memory", repeats))
             record["peak_tensor_bytes"] = worker.ask("tensors")
             record["multiply_adds"] = worker.ask("count")
-            if quality:
-                record["quality"] = worker.ask("quality")
     except WorkerError as failure:
         record["error"] = str(failure)
+
+
+def add_quality(records: dict[str, Record], workload: str, threads: int) -> None:
+    """Relative errors of our methods, all from one process that computes the optimum once."""
+    ours = [m for m, record in records.items() if m in OURS and "error" not in record]
+    if not ours:
+        return
+    command = [sys.executable, str(HERE / "quality.py"), "--workload", workload]
+    command += ["--threads", str(threads), "--methods", *ours]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        for method in ours:
+            records[method]["quality_error"] = done.stderr.strip()[-2000:]
+        return
+    for method, quality in json.loads(done.stdout).items():
+        records[method]["quality"] = quality

@@ -124,6 +124,7 @@ METHODS: dict[str, Callable[[Workload], Call]] = {
     "curvlinops-kfac": curvlinops_kfac,
 }
 
+OURS = tuple(name for name in METHODS if name.startswith("kf"))
 ONE_BATCH = ("gradient", "kfac", "kfoc", "curvlinops-kfac")
 DATA_SET = (
     "gradient",

@@ -1,5 +1,7 @@
 """How good the factors are that were timed: relative errors against the exact Fisher blocks.
 
+    python benchmarks/quality.py --workload lenet-256 --methods kfac kfoc
+
 Measured apart from the library, from its own draws: the samples come from hooks of this file, and
 for a block `kron(left, right)` of `F = (1/N) sum vec(X) vec(X)^T`
 
@@ -10,6 +12,9 @@ so that F is never formed.
 
 from __future__ import annotations
 
+import argparse
+import json
+import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods import METHODS, kfoc_fit
-from workloads import Batch, Workload
+from methods import METHODS, OURS, kfoc_fit, set_threads
+from workloads import Batch, Workload, load
 
 
 @dataclass
@@ -124,26 +129,50 @@ def optimum(workload: Workload) -> Any:
     return kfoc_fit(whole, kfoc.KFOC(rtol=1e-9, max_steps=60))
 
 
-def quality(workload: Workload, method: str) -> dict[str, Any]:
-    """Relative errors by layer of a method of ours; for K-FOC beside those of the optimum."""
-    if not method.startswith("kf"):
-        return {}
-    curvature = METHODS[method](workload)()
-    best = optimum(workload) if method.startswith("kfoc") else None
-    layers: dict[str, dict[str, Any]] = {}
-    for name, samples in all_samples(workload).items():
-        norm = samples.squared_norm()
-        block = curvature[name]
-        error = relative_error(samples, block.left, block.right, norm)
-        layers[name] = {"relative_error": error, "plan": block.report.plan}
-        layers[name]["steps"] = block.report.steps
-        if best is not None:
-            ideal = relative_error(samples, best[name].left, best[name].right, norm)
-            layers[name] |= {"optimum": ideal, "gap": error - ideal}
-    errors = [layer["relative_error"] for layer in layers.values()]
-    gaps = [layer["gap"] for layer in layers.values() if "gap" in layer]
+def compared(samples: Samples, norm: float, block: Any, best: Any) -> dict[str, Any]:
+    """A block's relative error, and what it is above the optimum's."""
+    error = relative_error(samples, block.left, block.right, norm)
+    ideal = relative_error(samples, best.left, best.right, norm)
+    return {
+        "relative_error": error,
+        "optimum": ideal,
+        "gap": error - ideal,
+        "plan": block.report.plan,
+        "steps": block.report.steps,
+    }
+
+
+def summary(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "layers": layers,
-        "mean_relative_error": sum(errors) / len(errors),
-        "worst_gap": max(gaps, default=None),
+        "mean_relative_error": statistics.mean(v["relative_error"] for v in layers.values()),
+        "worst_gap": max(layer["gap"] for layer in layers.values()),
     }
+
+
+def qualities(workload: Workload, methods: list[str]) -> dict[str, Any]:
+    """Of each method of ours: relative errors by layer, beside those of the optimum."""
+    curvatures = {method: METHODS[method](workload)() for method in methods}
+    best = optimum(workload)
+    layers: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    samples = all_samples(workload)
+    for name in workload.layers:
+        of_layer = samples.pop(name)
+        norm = of_layer.squared_norm()
+        for method, curvature in curvatures.items():
+            layers[method][name] = compared(of_layer, norm, curvature[name], best[name])
+    return {method: summary(of_method) for method, of_method in layers.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", required=True)
+    parser.add_argument("--methods", nargs="+", required=True, choices=[*OURS])
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    set_threads(options.threads)
+    print(json.dumps(qualities(load(options.workload), options.methods)))
+
+
+if __name__ == "__main__":
+    main()

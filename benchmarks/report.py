@@ -27,6 +27,13 @@ def number(value: float | None, digits: str = ".2f") -> str:
     return "" if value is None else format(value, digits)
 
 
+def gap(value: float | None) -> str:
+    """Under what the float32 factors themselves resolve, a gap is none."""
+    if value is None:
+        return ""
+    return format(value, ".1e") if value > 1e-7 else "< 1e-7"
+
+
 def row(record: Record, table: Table) -> list[str]:
     workload, method = record["workload"], record["method"]
     if "error" in record:
@@ -44,7 +51,7 @@ def row(record: Record, table: Table) -> list[str]:
         number(memory_ratio(table, workload, method, PEER)),
         number(record["multiply_adds"] / 1e9, ".3g"),
         number(quality.get("mean_relative_error"), ".4f"),
-        number(quality.get("worst_gap"), ".1e"),
+        gap(quality.get("worst_gap")),
         "; ".join(str(check) for check in row_checks(table, workload, method)),
     ]
 

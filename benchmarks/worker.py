@@ -2,8 +2,8 @@
 
 Reads a command a line from standard input and answers each with a line of JSON on standard
 output: `time N` (seconds of N calls), `memory N` (peak resident bytes of N calls), `tensors`
-(peak bytes of tensors), `count` (multiply-adds), `quality` (relative errors), `quit`. The first
-line it writes says that it is ready, and how long a call took after warm-up.
+(peak bytes of tensors), `count` (multiply-adds), `quit`. The first line it writes says that it is
+ready, and how long a call took after warm-up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any, TextIO
 
 import memory
 from methods import METHODS, Call, multiply_adds, set_threads
-from quality import quality
 from workloads import load
 
 
@@ -74,7 +73,6 @@ def main() -> None:
         "memory": lambda n: [memory.peak_above(call) for _ in range(n)],
         "tensors": lambda n: memory.peak_of_tensors(call),
         "count": lambda n: multiply_adds(call),
-        "quality": lambda n: quality(workload, options.method),
     }
 
     def say(answer: Any) -> None:

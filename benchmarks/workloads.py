@@ -42,17 +42,27 @@ class Workload:
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
-def trained(model: nn.Module, batches: list[Batch], likelihood: str = "categorical") -> Workload:
-    """A workload whose model took a few steps, so that its gradients are not an initialiser's."""
-    workload = Workload(model, batches, likelihood)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+def trained(
+    model: nn.Module,
+    pool: Batch,
+    batch: int,
+    *,
+    steps: int = 100,
+    size: int = 128,
+    likelihood: str = "categorical",
+) -> Workload:
+    """A workload of the pool's first `batch` samples, its model trained on all for some steps.
+
+    At its start a network's gradients are nearly alike, and K-FOC is done sooner than it is later.
+    """
+    x, y = pool
+    workload = Workload(model, [(x[:batch], y[:batch])], likelihood)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.train()
-    for step in range(10):
-        x, y = batches[step % len(batches)]
-        x, y = x[:128], y[:128]
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (size,))
         optimizer.zero_grad()
-        workload.loss(model(x), y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        workload.loss(model(x[chosen]), y[chosen]).backward()
         optimizer.step()
     optimizer.zero_grad()
     model.eval()
@@ -70,42 +80,44 @@ def digits() -> Batch:
     return ((pixels - 0.1307) / 0.3081)[order], torch.from_numpy(labels).long()[order]
 
 
-def patterns(count: int, shape: tuple[int, ...], classes: int = 10) -> Batch:
-    """Made-up images: a smooth pattern for each class, under noise."""
+def patterns(count: int, shape: tuple[int, ...], *, contrast: float, classes: int = 10) -> Batch:
+    """Made-up images: a smooth pattern for each class, under noise; a fifth are mislabelled.
+
+    Classes told apart for certain would leave hardly any gradient.
+    """
     coarse = torch.randn(classes, *(max(1, size // 4) if size > 4 else size for size in shape))
     means = coarse
     for dim, size in enumerate(shape, start=1):
         means = means.repeat_interleave(size // means.shape[dim], dim)
     labels = torch.randint(classes, (count,))
-    return means[labels] + 0.5 * torch.randn(count, *shape), labels
+    images = contrast * means[labels] + torch.randn(count, *shape)
+    return images, torch.where(torch.rand(count) < 0.2, labels.roll(1), labels)
 
 
 def regression() -> Workload:
     x = torch.randn(500, 13)
     y = torch.tanh(x @ torch.randn(13, 1)) + 0.1 * torch.randn(500, 1)
-    return trained(mlp(13, 50, 1), [(x, y)], "gaussian")
+    return trained(mlp(13, 50, 1), (x, y), 500, likelihood="gaussian")
 
 
 def digits_mlp(batch: int) -> Workload:
-    images, labels = digits()
-    return trained(mlp(784, 1024, 1024, 10), [(images[:batch], labels[:batch])])
+    return trained(mlp(784, 1024, 1024, 10), digits(), batch)
 
 
 def digits_lenet(batch: int) -> Workload:
     images, labels = digits()
-    return trained(lenet(), [(images[:batch].view(-1, 1, 28, 28), labels[:batch])])
+    return trained(lenet(), (images.view(-1, 1, 28, 28), labels), batch)
 
 
-def colour_images(make: Callable[[], nn.Module], batch: int) -> Workload:
-    return trained(make(), [patterns(batch, (3, 32, 32))])
+def colour_images(make: Callable[[], nn.Module], batch: int, steps: int) -> Workload:
+    return trained(make(), patterns(1024, (3, 32, 32), contrast=1.0), batch, steps=steps, size=32)
 
 
 def language(batch: int, length: int = 128, vocabulary: int = 512) -> Workload:
     """Sequences in which the next token is the present one plus a small random step."""
-    steps = torch.randint(1, 9, (batch, length + 1))
-    tokens = steps.cumsum(1) % vocabulary
+    tokens = torch.randint(1, 9, (256, length + 1)).cumsum(1) % vocabulary
     model = GPT(vocabulary, length, width=256, heads=4, depth=4)
-    return trained(model, [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())])
+    return trained(model, (tokens[:, :-1], tokens[:, 1:]), batch, steps=30, size=8)
 
 
 def data_set(make: Callable[[int], Workload]) -> Workload:
@@ -123,8 +135,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mlp-512": partial(digits_mlp, 512),
     "mlp-4096": partial(digits_mlp, 4096),
     "lenet-256": partial(digits_lenet, 256),
-    "cnn-64": partial(colour_images, cnn, 64),
-    "resnet18-32": partial(colour_images, resnet18, 32),
+    "cnn-64": partial(colour_images, cnn, 64, steps=60),
+    "resnet18-32": partial(colour_images, resnet18, 32, steps=15),
     "gpt-8": partial(language, 8),
     "digits-mlp": partial(data_set, digits_mlp),
     "digits-lenet": partial(data_set, digits_lenet),
@@ -133,8 +145,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 def grown_samples(count: int) -> Workload:
     """One batch of `count` synthetic digits through a small MLP."""
-    images, labels = patterns(count, (28, 28))
-    return trained(mlp(784, 256, 256, 10), [(images.flatten(1), labels)])
+    images, labels = patterns(count, (28, 28), contrast=0.3)
+    return trained(mlp(784, 256, 256, 10), (images.flatten(1), labels), count, steps=20)
 
 
 def grown_stream(count: int) -> Workload:
@@ -148,14 +160,14 @@ def grown_stream(count: int) -> Workload:
 def grown_width(width: int, batch: int) -> Workload:
     """One linear layer whose factors are both `width` square (its bias is an input)."""
     x, labels = torch.randn(batch, width - 1), torch.randint(width, (batch,))
-    return trained(nn.Sequential(nn.Linear(width - 1, width)), [(x, labels)])
+    return trained(nn.Sequential(nn.Linear(width - 1, width)), (x, labels), batch, steps=10)
 
 
 def grown_positions(positions: int) -> Workload:
     """One linear layer, 256 inputs to 192 outputs, shared by `positions` positions of 8 samples."""
     x = torch.randn(8, 1, 255) + 0.5 * torch.randn(8, positions, 255)
     labels = torch.randint(192, (8, positions))
-    return trained(nn.Sequential(nn.Linear(255, 192)), [(x, labels)])
+    return trained(nn.Sequential(nn.Linear(255, 192)), (x, labels), 8, steps=10, size=8)
 
 
 GROWTH: dict[str, Callable[[int], Workload]] = {

@@ -73,7 +73,7 @@ def fit(
     chosen = _likelihood(likelihood)
     selection = select(model, layers)
     _check_independent(model)
-    if estimator.passes > 1 and isinstance(data, Iterator):
+    if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
             "pass a list or a DataLoader"
@@ -230,7 +230,7 @@ class _Run:
 
     def _check_same(self, outputs: Tensor, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""
-        if self.estimator.passes == 1:
+        if self.estimator.pass_limit == 1:
             return
         values = outputs.detach().double()
         mark = len(outputs), values.sum().item(), values.abs().sum().item()
@@ -268,7 +268,7 @@ class _Run:
             self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
-        return len(self.settled) == len(self.states) or self.passes >= self.estimator.passes
+        return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
 
     def finished(self) -> Curvature:
         skipped, blocks = dict(self.selection.skipped), {}
@@ -312,6 +312,8 @@ def _unpacked(batch: Any) -> tuple[Any, Any]:
 def _moved(value: Any, model: nn.Module) -> Any:
     """Tensors in (nested) tuples, lists and dicts, moved to the model's device."""
     if isinstance(value, Tensor):
+        # Tensors from inference mode cannot take part in a backward pass; copies can.
+        value = value.clone() if value.is_inference() else value
         return value.to(next(model.parameters()).device)
     if isinstance(value, dict):
         return {key: _moved(item, model) for key, item in value.items()}

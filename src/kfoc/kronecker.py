@@ -137,10 +137,23 @@ def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
     The sigmas rise geometrically, so what is left to rise is `c^2 / (b - c)` after rises b, c
     (Aitken). That stops fast iterations a half step earlier than looking at the rise alone, and
     does not stop a slow one while much is left.
+
+    The factors' error is the square root of sigma's. So a tolerance near the precision asks for
+    the factors to rounding: that takes as many steps again as sigma took to stop rising.
     """
     if len(sigmas) < 2 or sigmas[-1] == 0.0:
         return False
     rise = (sigmas[-1] - sigmas[-2]) / sigmas[-1]
+    if rtol < 2**8 * precision:
+        flat = next(
+            (
+                k
+                for k in range(1, len(sigmas))
+                if sigmas[k] - sigmas[k - 1] <= precision * sigmas[k]
+            ),
+            len(sigmas),
+        )
+        return len(sigmas) >= 2 * flat + 2
     if rise <= precision:
         return True
     if len(sigmas) < 3:
@@ -240,7 +253,8 @@ def nearest_kronecker(
     Args:
         lefts: (K, o, o), floating point.
         rights: (K, i, i), of the same dtype and device.
-        rtol: estimated relative distance of sigma to its limit at which to stop.
+        rtol: estimated relative distance of sigma to its limit at which to stop; 0: go on until
+            the factors themselves have settled to rounding.
         max_steps: at most so many half steps; `converged` tells whether they sufficed.
 
     Raises:

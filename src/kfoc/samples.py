@@ -42,6 +42,15 @@ class Inputs(Protocol):
         """The inputs times `factor`, the column of ones of a bias included."""
         ...
 
+    @property
+    def tensor(self) -> Tensor:
+        """What the inputs are kept as, samples first."""
+        ...
+
+    def with_tensor(self, tensor: Tensor) -> Inputs:
+        """Inputs of the same kind, kept as `tensor`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -69,6 +78,13 @@ class Rows:
 
     def scaled(self, factor: float) -> Rows:
         return Rows(self.values * factor)
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.values
+
+    def with_tensor(self, tensor: Tensor) -> Rows:
+        return Rows(tensor)
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,13 @@ class Patches:
         constant = None if self.constant is None else self.constant * factor
         return replace(self, padded=self.padded * factor, constant=constant)
 
+    @property
+    def tensor(self) -> Tensor:
+        return self.padded
+
+    def with_tensor(self, tensor: Tensor) -> Patches:
+        return replace(self, padded=tensor)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -168,6 +191,33 @@ class Samples:
     def magnitudes(self) -> tuple[float, float]:
         """The largest absolute values of inputs and gradients; NaN where there is one."""
         return self.inputs.magnitude(), magnitude(self.grads)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the samples are kept in."""
+        return self.inputs.tensor.numel() + self.grads.numel()
+
+    def detached_copy(self) -> Samples:
+        """The same samples in memory of their own: a loader may write over its batches."""
+        return Samples(self.inputs.with_tensor(self.inputs.tensor.clone()), self.grads.clone())
+
+    def joins(self, other: Samples) -> bool:
+        """Whether `merged` can take the two: the same kind of layer call and positions."""
+        return (
+            type(self.inputs) is type(other.inputs)
+            and self.inputs.tensor.shape[1:] == other.inputs.tensor.shape[1:]
+            and self.grads.shape[2:] == other.grads.shape[2:]
+            and self.num_directions == other.num_directions
+        )
+
+    @staticmethod
+    def merged(parts: list[Samples]) -> Samples:
+        """The samples of several batches as those of one."""
+        if len(parts) == 1:
+            return parts[0]
+        tensor = torch.cat([part.inputs.tensor for part in parts])
+        grads = torch.cat([part.grads for part in parts], 1)
+        return Samples(parts[0].inputs.with_tensor(tensor), grads)
 
     def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
         """Ranges of samples, each of at most `limit` floats, but of one sample at least."""

@@ -36,6 +36,6 @@ class Estimator(ABC):
         """The block, from the state after `num_samples` samples in each pass."""
 
     @property
-    def passes(self) -> int:
+    def pass_limit(self) -> int:
         """At most so many passes over the data."""
         return 1

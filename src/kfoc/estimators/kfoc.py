@@ -33,11 +33,11 @@ AGGREGATIONS = ("online", "running", "approx", "exact")
 class KFOC(Estimator):
     """K-FOC (Schnaus, Lee & Triebel 2021), over any number of batches.
 
-    A single batch gets its optimum under every aggregation. Several are combined by
+    A single batch gets its optimum under every aggregation. Several are combined by:
 
     - `"online"` (default): stochastic power iteration, one pass. Every batch adds one half step
       of both factors to two running sums, taken at the sums themselves with this batch's own
-      first half step mixed in; memory for two factors and no inner iteration.
+      first half step mixed in; memory for two factors (and `buffer`), no inner iteration.
     - `"running"` (paper): each batch is solved, and merged with the estimate so far by
       Algorithm 1 on the two terms, weighted by their sample counts. One pass.
     - `"approx"` (paper): each batch is solved, and the factors are averaged separately, `left`
@@ -47,11 +47,16 @@ class KFOC(Estimator):
 
     Attributes:
         aggregation: one of the above.
-        rtol: estimated relative distance of sigma to its limit at which an iteration stops.
+        rtol: estimated relative distance of sigma to its limit at which an iteration stops; 0:
+            go on until the factors themselves have settled to rounding.
         max_steps: at most so many half steps when a batch is solved.
         passes: at most so many passes over the data (`"exact"` alone).
         decay: `"online"` alone: each batch scales the sums before it by this number in (0, 1],
             an exponential moving average over batches; None keeps them all.
+        buffer: `"online"` and `"exact"`: a layer's samples are collected until they hold so many
+            numbers, and taken in as one batch. A data set that fits gets its optimum in one pass,
+            and beyond it small batches cost no more than large ones. 0 turns it off; with `decay`
+            it is off.
         memory_limit: bytes that a contraction may take for what it keeps between half steps.
         plan: the contraction to use (see `kfoc.plans`); None chooses the cheapest.
     """
@@ -61,6 +66,7 @@ class KFOC(Estimator):
     max_steps: int = 1000
     passes: int = 20
     decay: float | None = None
+    buffer: int = 2**20
     memory_limit: int = 2**30
     plan: str | None = None
 
@@ -71,17 +77,23 @@ class KFOC(Estimator):
             )
         if self.plan is not None and self.plan not in PLANS:
             raise ValueError(f"plan must be one of {', '.join(PLANS)}, found {self.plan!r}")
-        if not self.rtol > 0:
-            raise ValueError(f"rtol must be positive, found {self.rtol}")
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol must not be negative, found {self.rtol}")
         if self.max_steps < 1 or self.passes < 1:
             raise ValueError(
                 f"max_steps and passes must be at least 1, found {self.max_steps} and {self.passes}"
             )
+        if self.buffer < 0:
+            raise ValueError(f"buffer must not be negative, found {self.buffer}")
         if self.decay is not None and (self.aggregation != "online" or not 0 < self.decay <= 1):
             raise ValueError(
                 f'decay must lie in (0, 1] and goes with aggregation="online", found {self.decay} '
                 f"with {self.aggregation!r}"
             )
+
+    @property
+    def pass_limit(self) -> int:
+        return self.passes if self.aggregation == "exact" else 1
 
     def init(self, layer: str, samples: Samples) -> _Aggregation:
         return _STRATEGIES[self.aggregation](self, samples)
@@ -203,12 +215,38 @@ class _Online(_Aggregation):
         self.core = 0.0
         self.weight = 0.0  # samples in the sums, decayed as they are
         self.unit = 0.0  # the scale of all sums: they would overflow at extreme gradients
+        self.pending: list[Samples] = []
+        self.buffer = 0 if config.decay else config.buffer
         self.single: KroneckerFit | None = None
 
     def add(self, samples: Samples, alone: bool) -> None:
         if alone:
             self.single = self.solved_alone(samples)
             return
+        held = sum(part.numel for part in self.pending)
+        if self.pending and (
+            held + samples.numel > self.buffer or not self.pending[0].joins(samples)
+        ):
+            self.flush()
+        if samples.numel > self.buffer:
+            self.absorb(samples)
+        else:
+            self.pending.append(samples.detached_copy())
+
+    def flush(self) -> None:
+        """Take in what is pending."""
+        pending, self.pending = self.pending, []
+        if pending:
+            self.absorb(Samples.merged(pending))
+
+    def close(self) -> None:
+        """Take in what is pending at the end; if that is all there was, it is the optimum."""
+        if self.pending and not self.weight:
+            self.single = self.solved_alone(Samples.merged(self.pending))
+            self.pending = []
+        self.flush()
+
+    def absorb(self, samples: Samples) -> None:
         contraction, scale = self.config.contraction(samples)
         self.report = replace(self.report, plan=contraction.plan)
         decay = self.config.decay or 1.0
@@ -260,6 +298,7 @@ class _Online(_Aggregation):
         return math.sqrt(max(squared, 0.0)) or 1.0
 
     def result(self, num_samples: int) -> tuple[Tensor, Tensor, float]:
+        self.close()
         if self.single is not None:
             return self.single.left, self.single.right, self.single.sigma / num_samples
         if not self.core:
@@ -284,9 +323,9 @@ class _Exact(_Online):
         self.side: Side | None = None  # of the factor that is held fixed in this pass
         self.sigmas: list[float] = []
 
-    def add(self, samples: Samples, alone: bool) -> None:
+    def absorb(self, samples: Samples) -> None:
         if self.side is None:
-            super().add(samples, alone)
+            super().absorb(samples)
             return
         contraction, scale = self.config.contraction(samples)
         fixed, image = self._factors(self.side)
@@ -294,6 +333,7 @@ class _Exact(_Online):
         image.add_(step, alpha=scale / self.unit)
 
     def next_pass(self) -> bool:
+        self.close()
         if self.single is not None or (self.side is None and not self.core):
             return True
         if self.side is None:

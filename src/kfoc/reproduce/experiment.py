@@ -120,7 +120,7 @@ def fully_connected(data: Dataset, comparable: bool) -> Experiment:
         likelihood="gaussian",
         build=lambda: Regression(columns),
         loss=half_mean_squared_error,
-        training=Training(epochs=50, batch_size=32, learning_rate=1e-3),
+        training=Training(epochs=30, batch_size=32, learning_rate=1e-3),
         batch_sizes=(*(size for size in (1, 10, 100) if size < len(data)), "all"),
         comparable=comparable,
     )
@@ -130,6 +130,7 @@ def convolutional(data: Dataset, digits: int | None = None) -> Experiment:
     """LeNet-5 trained on all of `data`, its two convolutions on `digits` of them (None: all)."""
     samples = data if digits is None else data.subset(digits)
     sizes: tuple[BatchSize, ...] = tuple(s for s in (1, 10, 100, 1000) if s <= len(samples))
+    sizes = sizes if 1000 in sizes else (*sizes, "all")
     return Experiment(
         name="convolutional",
         data=data,
@@ -138,7 +139,7 @@ def convolutional(data: Dataset, digits: int | None = None) -> Experiment:
         likelihood="categorical",
         build=LeNet5,
         loss=nn.functional.cross_entropy,
-        training=Training(epochs=5, batch_size=64, learning_rate=1e-3),
+        training=Training(epochs=15, batch_size=64, learning_rate=1e-3),
         batch_sizes=sizes,
         comparable=True,
     )

@@ -34,8 +34,8 @@ class ExactBlock:
 
     def kronecker_error(self, left: Tensor, right: Tensor) -> float:
         """||F - left (x) right|| / ||F||, with left (o, o) and right (i, i)."""
-        product = torch.outer(left.reshape(-1), right.reshape(-1))
-        return self._relative(self.rearranged - product)
+        flat = left.reshape(-1), right.reshape(-1)
+        return self._relative(torch.addr(self.rearranged, *flat, alpha=-1))
 
     def diagonal_error(self, diagonal: Tensor) -> float:
         """||F - diag(diagonal)|| / ||F||, with diagonal (o, i)."""

@@ -61,7 +61,7 @@ def train(
     """Train `build()` by Adam; the result depends on the arguments alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build()
+        network = build().float()
     shuffles = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     for _ in range(epochs):

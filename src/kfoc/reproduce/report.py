@@ -139,7 +139,7 @@ def _table(summary: Summary, layer: str) -> Table:
 
 
 def _cell(stat: Stat, paper: Stat | None) -> str:
-    lines = [f"{stat.mean:.3f}", f"[dim]{stat.low:.3f} - {stat.high:.3f}[/dim]"]
+    lines = [f"{stat.mean:.3f}", f"[dim]{stat.low:.3f}-{stat.high:.3f}[/dim]"]
     if paper is not None:
         lines.append(f"[dim]{_paper(paper).split(' ')[0]}[/dim]")
     return "\n".join(lines)

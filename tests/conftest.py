@@ -1,0 +1,18 @@
+"""Tests run in float64 unless they say otherwise, and from a fixed state of the generator."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Threads cost more than they bring on tensors of this size, and far more on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)

@@ -1,0 +1,44 @@
+"""Small models and data that several tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Data = list[tuple[Tensor, Tensor]]
+
+
+def convolutional(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """3 classes from (N, 2, 8, 8): a convolution and two linear layers."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(64, 6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    ).to(dtype)
+
+
+def images(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 2, 8, 8, dtype=dtype), torch.randint(3, (count,))
+
+
+def batches(inputs: Tensor, targets: Tensor, size: int) -> Data:
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+def trained(count: int = 600, noise: float = 0.8) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A classifier fitted to blobs, so that its gradients are heavy-tailed as in practice."""
+    labels = torch.randint(4, (count,))
+    inputs = torch.randn(4, 12)[labels] + noise * torch.randn(count, 12)
+    model = nn.Sequential(
+        nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return model, inputs, labels

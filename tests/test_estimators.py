@@ -1,0 +1,322 @@
+"""Every estimator against the dense block of the whole data set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import kfoc
+import oracle
+from kfoc.likelihoods import Draws
+from models import batches, convolutional, images, trained
+
+ESTIMATORS = {
+    "kfac": kfoc.KFAC(),
+    "diagonal": kfoc.Diagonal(),
+    "block-diagonal": kfoc.BlockDiagonal(),
+    **{f"kfoc-{a}": kfoc.KFOC(a) for a in ("online", "running", "approx", "exact")},
+    "kfoc-streamed": kfoc.KFOC("online", buffer=0),
+    "kfoc-exact-streamed": kfoc.KFOC("exact", buffer=0),
+}
+LAYERS = ("0", "3", "5")
+
+
+def cotangents(model: nn.Module, x: Tensor, y: Tensor, fisher: str) -> Tensor:
+    outputs = model(x).detach()
+    if fisher == "exact":
+        return oracle.categorical_exact(outputs)
+    return oracle.categorical_observed(outputs, y)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("size", [1, 5, 8, 20])
+@pytest.mark.parametrize("buffer", [0, 2000])
+def test_exact_aggregation_is_the_optimum_of_the_whole_data_set(
+    fisher: str, size: int, buffer: int
+) -> None:
+    model, (x, y) = convolutional(), images(20)
+    estimator = kfoc.KFOC("exact", rtol=0, passes=400, buffer=buffer)
+    curvature = kfoc.fit(model, batches(x, y, size), fisher=fisher, estimator=estimator)
+    for layer in LAYERS:
+        expected = oracle.fisher_block(model, layer, x, cotangents(model, x, y, fisher))
+        block = curvature[layer]
+        best, _, error = oracle.optimum(expected, *block.shape)
+        assert block.report.converged
+        torch.testing.assert_close(
+            block.to_dense(), best, rtol=1e-6, atol=1e-8 * best.abs().max().item()
+        )
+        assert oracle.relative_error(expected, block.to_dense()) == pytest.approx(error, rel=1e-8)
+
+
+@pytest.mark.parametrize("aggregation", ["online", "running", "approx", "exact"])
+def test_a_single_batch_gets_its_optimum(aggregation: str) -> None:
+    model, (x, y) = convolutional(), images(20)
+    curvature = kfoc.fit(model, [(x, y)], fisher="exact", estimator=kfoc.KFOC(aggregation, rtol=0))
+    for layer in LAYERS:
+        expected = oracle.fisher_block(model, layer, x, cotangents(model, x, y, "exact"))
+        best, _, error = oracle.optimum(expected, *curvature[layer].shape)
+        torch.testing.assert_close(
+            curvature[layer].to_dense(), best, rtol=1e-6, atol=1e-8 * best.abs().max().item()
+        )
+        found = curvature[layer].relative_error
+        if found is not None:
+            assert found == pytest.approx(error, abs=1e-7)
+            assert curvature[layer].relative_error_standard_error == 0.0
+    assert curvature["3"].relative_error is not None  # free for plain linear layers
+
+
+def test_drawn_labels_are_an_inverse_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With known uniforms, the label of "mc" is where the cumulative sum passes them."""
+    model, (x, y) = convolutional(), images(12)
+    uniforms = torch.rand(12, 1)
+
+    def uniform(self: Draws, count: int, places: int, device: torch.device) -> Tensor:
+        return uniforms[self.first_index : self.first_index + count]
+
+    monkeypatch.setattr(Draws, "uniform", uniform)
+    curvature = kfoc.fit(model, batches(x, y, 5), estimator=kfoc.BlockDiagonal())
+    outputs = model(x).detach()
+    p = outputs.softmax(-1)
+    labels = torch.tensor(
+        [next(c for c in range(3) if p[n, : c + 1].sum() >= uniforms[n]) for n in range(12)]
+    )
+    for layer in LAYERS:
+        drawn = oracle.categorical_observed(outputs, labels)
+        expected = oracle.fisher_block(model, layer, x, drawn)
+        torch.testing.assert_close(curvature[layer].to_dense(), expected)
+
+
+def test_mc_samples_are_scaled_to_a_mean() -> None:
+    model, (x, y) = convolutional(), images(6)
+    exact = kfoc.fit(model, [(x, y)], fisher="exact", estimator=kfoc.BlockDiagonal())
+    drawn = kfoc.fit(model, [(x, y)], fisher="mc", mc_samples=400, estimator=kfoc.BlockDiagonal())
+    for layer in LAYERS:
+        assert oracle.relative_error(exact[layer].to_dense(), drawn[layer].to_dense()) < 0.1
+
+
+@pytest.mark.parametrize("size", [3, 20])
+def test_diagonal_and_block_diagonal_are_exact(size: int) -> None:
+    model, (x, y) = convolutional(), images(20)
+    data = batches(x, y, size)
+    dense = kfoc.fit(model, data, fisher="exact", estimator=kfoc.BlockDiagonal())
+    diagonal = kfoc.fit(model, data, fisher="exact", estimator=kfoc.Diagonal())
+    for layer in LAYERS:
+        expected = oracle.fisher_block(model, layer, x, cotangents(model, x, y, "exact"))
+        torch.testing.assert_close(dense[layer].to_dense(), expected)
+        torch.testing.assert_close(diagonal[layer].to_dense(), torch.diag(expected.diagonal()))
+        assert dense[layer].shape == diagonal[layer].shape
+
+
+def test_block_diagonal_refuses_large_layers() -> None:
+    model, (x, y) = convolutional(), images(4)
+    with pytest.raises(ValueError, match=r"layer '3' has 6 x 65 = 390 parameters.*max_size=390"):
+        kfoc.fit(model, [(x, y)], estimator=kfoc.BlockDiagonal(max_size=389))
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_kfac_is_what_its_papers_say(size: int) -> None:
+    model, (x, y) = convolutional(), images(20)
+    curvature = kfoc.fit(model, batches(x, y, size), fisher="exact", estimator=kfoc.KFAC())
+    # The layers' inputs and output gradients, by autograd through a copy of the forward pass.
+    hidden = model[0](x).detach().requires_grad_()
+    features = torch.relu(hidden).flatten(1)
+    outputs = model[5](torch.tanh(model[3](features)))
+    directions = oracle.categorical_exact(outputs.detach())
+    grads = torch.stack(
+        [torch.autograd.grad(outputs, hidden, d, retain_graph=True)[0] for d in directions]
+    )
+    patches = functional.unfold(x, 3, padding=1, stride=2)
+    patches = torch.cat([patches, torch.ones_like(patches[:, :1])], 1)
+    right = torch.einsum("nit,njt->ij", patches, patches) / 20
+    left = torch.einsum("snoxy,snpxy->op", grads, grads) / (20 * 16)
+    torch.testing.assert_close(curvature["0"].right, right)
+    torch.testing.assert_close(curvature["0"].left, left)
+    inputs = torch.cat([features, torch.ones(20, 1)], 1)
+    torch.testing.assert_close(curvature["3"].right, inputs.mT @ inputs / 20)
+
+
+def test_approx_averages_the_factors_of_the_batches() -> None:
+    model, (x, y) = convolutional(), images(20)
+    size = 8  # 8, 8, 4
+    found = kfoc.fit(
+        model, batches(x, y, size), fisher="empirical", estimator=kfoc.KFOC("approx", rtol=0)
+    )
+    for layer in LAYERS:
+        left, right = 0.0, 0.0
+        for part, labels in batches(x, y, size):
+            fisher = oracle.fisher_block(
+                model, layer, part, cotangents(model, part, labels, "empirical")
+            )
+            o, i = found[layer].shape
+            u, s, v = torch.linalg.svd(oracle.rearranged(fisher, o, i), full_matrices=False)
+            sign = u[:, 0].view(o, o).diagonal().sum().sign()
+            left = left + len(part) / 20 * sign * u[:, 0].view(o, o)
+            right = right + len(part) / 20 * sign * s[0] * v[0].view(i, i)
+        torch.testing.assert_close(
+            found[layer].to_dense(), torch.kron(left, right), rtol=1e-6, atol=1e-9
+        )
+
+
+def test_running_is_algorithm_1_on_estimate_and_batch() -> None:
+    model, (x, y) = convolutional(), images(20)
+    found = kfoc.fit(
+        model, batches(x, y, 8), fisher="empirical", estimator=kfoc.KFOC("running", rtol=0)
+    )
+    for layer in LAYERS:
+        o, i = found[layer].shape
+        estimate, count = torch.zeros(o * i, o * i), 0
+        for part, labels in batches(x, y, 8):
+            fisher = oracle.fisher_block(
+                model, layer, part, cotangents(model, part, labels, "empirical")
+            )
+            batch, _, _ = oracle.optimum(fisher, o, i)
+            mixed = (count * estimate + len(part) * batch) / (count + len(part))
+            estimate, count = oracle.optimum(mixed, o, i)[0], count + len(part)
+        torch.testing.assert_close(found[layer].to_dense(), estimate, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 10, 100, 300])
+def test_a_data_set_within_the_buffer_gets_its_optimum_in_one_pass(size: int) -> None:
+    model, x, y = trained()
+    exact = kfoc.fit(model, batches(x, y, size), estimator=kfoc.BlockDiagonal())
+    online = kfoc.fit(model, batches(x, y, size), estimator=kfoc.KFOC("online", rtol=0))
+    for layer, block in online.items():
+        fisher = exact[layer].to_dense()
+        _, _, best = oracle.optimum(fisher, *block.shape)
+        assert oracle.relative_error(fisher, block.to_dense()) == pytest.approx(best, rel=1e-8)
+        if block.relative_error is not None:
+            assert block.relative_error == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 10, 100, 300])
+def test_online_is_within_a_hundredth_of_the_optimum(size: int) -> None:
+    model, x, y = trained(1500, noise=2.0)
+    kfac = kfoc.fit(model, batches(x, y, size), estimator=kfoc.KFAC())
+    exact = kfoc.fit(model, batches(x, y, size), estimator=kfoc.BlockDiagonal())
+    online = kfoc.fit(model, batches(x, y, size), estimator=kfoc.KFOC("online", buffer=0))
+    for layer in online:
+        fisher = exact[layer].to_dense()
+        _, _, best = oracle.optimum(fisher, *online[layer].shape)
+        error = oracle.relative_error(fisher, online[layer].to_dense())
+        assert best - 1e-9 <= error <= best + 0.01
+        assert error <= oracle.relative_error(fisher, kfac[layer].to_dense())
+
+
+def test_online_follows_its_own_recursion() -> None:
+    """The update written out with dense matrices: predict, correct, and the scale of the sketch."""
+    model, (x, y) = convolutional(), images(20)
+    found = kfoc.fit(model, batches(x, y, 8), fisher="empirical", estimator=kfoc.KFOC(buffer=0))
+    for layer in LAYERS:
+        o, i = found[layer].shape
+        left, right, core = torch.zeros(o * o), torch.zeros(i * i), 0.0
+        for part, labels in batches(x, y, 8):
+            fisher = oracle.fisher_block(
+                model, layer, part, cotangents(model, part, labels, "empirical")
+            )
+            a = oracle.rearranged(fisher, o, i) * len(part)
+            if not core:
+                start = a @ torch.eye(i).flatten()
+                v = unit(a.mT @ start)
+                u = unit(a @ v)
+            else:
+                u, v = unit(left + a @ unit(right)), unit(right + a.mT @ unit(left))
+            left, right, core = left + a @ v, right + a.mT @ u, core + (u @ a @ v).item()
+        expected = torch.kron(left.view(o, o), right.view(i, i)) / core / 20
+        torch.testing.assert_close(found[layer].to_dense(), expected)
+
+
+def unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm()
+
+
+def test_decay_forgets_old_batches() -> None:
+    model, (x, y) = convolutional(), images(40)
+    small = [(x * 1e-3, y)] * 3
+    data = small + [(x, y)] * 12
+    plain = kfoc.fit(model, data, fisher="empirical")
+    decayed = kfoc.fit(model, data, fisher="empirical", estimator=kfoc.KFOC(decay=0.3))
+    recent = kfoc.fit(model, [(x, y)], fisher="empirical")
+    for layer in LAYERS[:2]:
+        target = recent[layer].to_dense()
+        near = oracle.relative_error(target, decayed[layer].to_dense())
+        assert near < 0.03
+        assert near < oracle.relative_error(target, plain[layer].to_dense())
+    constant = kfoc.fit(model, [(x, y)] * 3, fisher="empirical", estimator=kfoc.KFOC(decay=1.0))
+    for layer in LAYERS:
+        assert oracle.relative_error(recent[layer].to_dense(), constant[layer].to_dense()) < 0.03
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_are_symmetric_psd_and_of_the_models_dtype(name: str, dtype: torch.dtype) -> None:
+    model, (x, y) = convolutional(dtype), images(20, dtype)
+    curvature = kfoc.fit(model, batches(x, y, 6), estimator=ESTIMATORS[name])
+    for block in curvature.values():
+        dense = block.to_dense()
+        assert dense.dtype == dtype
+        oracle.assert_psd_and_symmetric(dense)
+        if isinstance(block, kfoc.KroneckerBlock):
+            oracle.assert_psd_and_symmetric(block.left)
+            oracle.assert_psd_and_symmetric(block.right)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_zero_gradients_give_zero_blocks(name: str) -> None:
+    model, (x, _) = convolutional(), images(6)
+    ignored = torch.full((6,), -100)
+    curvature = kfoc.fit(model, batches(x, ignored, 3), estimator=ESTIMATORS[name], probes=4)
+    for block in curvature.values():
+        assert not block.to_dense().any()
+        assert block.relative_error == 0.0
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_float32_at_extreme_scales_agrees_with_float64(name: str) -> None:
+    if name in ("kfac", "diagonal", "block-diagonal"):
+        pytest.skip("products of float32 values at their own scale, not rescaled")
+    estimator = replace(ESTIMATORS[name], rtol=0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    x = torch.randn(12, 5)
+    x[6:] *= 1e9  # later batches of another scale altogether
+    targets = torch.randn(12, 3) * 1e-9
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1e-9
+
+    def run(dtype: torch.dtype) -> kfoc.Curvature:
+        data = batches(x.to(dtype), targets.to(dtype), 3)
+        return kfoc.fit(model.to(dtype), data, "gaussian", fisher="empirical", estimator=estimator)
+
+    wide, narrow = run(torch.float64), run(torch.float32)
+    for layer in wide:
+        dense = wide[layer].to_dense()
+        found = torch.kron(narrow[layer].left.double(), narrow[layer].right.double())
+        assert oracle.relative_error(dense, found) < 1e-3
+
+
+def test_options_are_checked_when_used() -> None:
+    model, (x, y) = convolutional(), images(4)
+    for estimator, match in (
+        (kfoc.KFOC("sometimes"), "aggregation must be one of online, running, approx, exact"),
+        (kfoc.KFOC(rtol=-1.0), "rtol must not be negative"),
+        (kfoc.KFOC(rtol=math.nan), "rtol must not be negative"),
+        (kfoc.KFOC(max_steps=0), "max_steps and passes must be at least 1"),
+        (kfoc.KFOC("exact", decay=0.5), "goes with aggregation"),
+        (kfoc.KFOC(decay=1.5), r"decay must lie in \(0, 1\]"),
+        (kfoc.KFOC(plan="magic"), "plan must be one of"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kfoc.fit(model, [(x, y)], estimator=estimator)
+
+
+def test_exact_reports_when_its_passes_do_not_suffice() -> None:
+    model, (x, y) = convolutional(), images(20)
+    estimator = kfoc.KFOC("exact", rtol=0, passes=2, buffer=0)
+    short = kfoc.fit(model, batches(x, y, 5), estimator=estimator)
+    assert not short["3"].report.converged
+    assert short["3"].report.steps == 1

@@ -1,0 +1,81 @@
+"""Imports point one way (design): read from the source, not from what happens to work."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import kfoc
+
+SOURCE = Path(kfoc.__file__).parent
+# What each module may import from the package; names are relative to it.
+ALLOWED = {
+    "kronecker": set(),
+    "samples": set(),
+    "likelihoods": set(),
+    "blocks": set(),
+    "plans": {"kronecker", "samples"},
+    "certificate": {"blocks", "plans", "samples"},
+    "layers": {"samples"},
+    "capture": {"layers", "samples"},
+    "selection": {"layers"},
+    "curvature": {"blocks"},
+    "estimators": {"kronecker", "samples", "plans", "blocks", "estimators"},
+    "fit": {
+        "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
+        "selection",
+    },
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, by their first name below it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kfoc":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {(name[1] if len(name) > 1 else "kfoc") for name in names if name[0] == "kfoc"}
+    return found
+
+
+def test_every_module_keeps_to_the_direction() -> None:
+    for path in SOURCE.rglob("*.py"):
+        part = path.relative_to(SOURCE).with_suffix("").parts
+        if part[0] in ("__init__", "__main__", "reproduce"):
+            continue
+        assert imported(path) <= ALLOWED[part[0]], f"{path.name} imports {imported(path)}"
+
+
+def test_the_reproduction_uses_public_names_only() -> None:
+    for path in (SOURCE / "reproduce").rglob("*.py"):
+        others = imported(path) - {"kfoc", "reproduce"}
+        assert others <= set(kfoc.__all__), f"{path.name} imports {others}"
+
+
+def test_public_names_are_documented() -> None:
+    for name in kfoc.__all__:
+        assert (getattr(kfoc, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_core_imports_torch_and_little_else() -> None:
+    heavy = [
+        "scipy",
+        "pandas",
+        "torchvision",
+        "tqdm",
+        "matplotlib",
+        "rich",
+        "typer",
+        "mlxtend",
+        "sklearn",
+    ]
+    code = f"import sys, kfoc; print([m for m in {heavy} if m in sys.modules])"
+    # torch may import some of them by itself where they are installed: compare with torch alone.
+    loaded = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout
+        for c in (code, code.replace("kfoc;", "torch;"))
+    ]
+    assert loaded[0] == loaded[1]

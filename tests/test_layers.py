@@ -1,0 +1,206 @@
+"""Every layer family and option against per-sample gradients by torch.func."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfoc
+import oracle
+
+
+class Wrapped(nn.Module):
+    """One layer, between a nonlinearity and a flattening, so that it is not the output itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(torch.sin(x))).flatten(1)[:, :5]
+
+
+CONVOLUTIONS = [
+    {"stride": 2},
+    {"stride": (2, 1), "padding": (1, 2)},
+    {"padding": "same"},
+    {"padding": "same", "dilation": 2, "kernel_size": (4, 3)},
+    {"padding": "valid"},
+    {"dilation": (1, 2), "padding": 1},
+    {"kernel_size": (1, 3), "stride": (1, 2)},
+    *(
+        {"padding": padding, "padding_mode": mode}
+        for mode in ("reflect", "replicate", "circular")
+        for padding in ((1, 2), "same")
+    ),
+    {"stride": 3, "dilation": 2, "padding": 2, "padding_mode": "circular"},
+]
+WITH_BIAS = list(itertools.product(CONVOLUTIONS, [True, False]))
+
+
+def check_block(model: nn.Module, layer: str, x: Tensor, **oracle_options: bool) -> None:
+    """The exact block and the optimum of one layer, against the oracle, with the exact Fisher."""
+    cotangents = oracle.gaussian_exact(model(x).detach())
+    expected = oracle.fisher_block(model, layer, x, cotangents, **oracle_options)
+    data = [(x, None)]
+    options = {"likelihood": "gaussian", "fisher": "exact", "layers": layer}
+    exact = kfoc.fit(model, data, estimator=kfoc.BlockDiagonal(), **options)[layer]
+    torch.testing.assert_close(exact.to_dense(), expected, rtol=1e-9, atol=1e-10)
+    block = kfoc.fit(model, data, estimator=kfoc.KFOC(rtol=0), **options)[layer]
+    best, _, error = oracle.optimum(expected, *block.shape)
+    assert oracle.relative_error(expected, block.to_dense()) == pytest.approx(error, rel=1e-8)
+    torch.testing.assert_close(
+        block.to_dense(), best, rtol=1e-6, atol=1e-8 * best.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize(("options", "bias"), WITH_BIAS)
+def test_conv2d(options: dict, bias: bool) -> None:
+    layer = nn.Conv2d(2, 3, **{"kernel_size": 3, **options}, bias=bias)
+    check_block(Wrapped(layer), "layer", torch.randn(4, 2, 7, 6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 2, 3, 4)])
+def test_linear_with_any_leading_dimensions(shape: tuple[int, ...], bias: bool) -> None:
+    check_block(Wrapped(nn.Linear(4, 3, bias=bias)), "layer", torch.randn(shape))
+
+
+def test_model_that_is_itself_a_layer() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    curvature = kfoc.fit(model, [(x, None)], "gaussian", fisher="exact")
+    assert curvature.layers == ("",)
+    assert curvature.parameters[""] == ("weight", "bias")
+    assert oracle.relative_error(
+        oracle.fisher_block(model, "", x, oracle.gaussian_exact(model(x))),
+        curvature[""].to_dense(),
+    ) == pytest.approx(0.0, abs=1e-7)
+
+
+class Inplace(nn.Module):
+    """A convolution whose output is overwritten by what follows, as torchvision's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu_(self.conv(x)).mean((2, 3)))
+
+
+def test_output_changed_in_place() -> None:
+    check_block(Inplace(), "conv", torch.randn(4, 2, 6, 6))
+
+
+class Twice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x))).flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(4, 4), (5, 4)), (nn.Conv2d(2, 2, 3, stride=1), (4, 2, 7, 7))],
+    ids=["linear", "conv"],
+)
+def test_layer_called_twice(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    check_block(Twice(layer.double()), "layer", torch.randn(shape))
+
+
+def test_frozen_bias_leaves_the_weight_alone() -> None:
+    layer = nn.Linear(4, 3)
+    layer.bias.requires_grad_(False)
+    model = Wrapped(layer)
+    check_block(model, "layer", torch.randn(6, 4), bias=False)
+    curvature = kfoc.fit(model, [(torch.randn(6, 4), None)], "gaussian")
+    assert curvature.parameters["layer"] == ("layer.weight",)
+
+
+class Custom(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** 2
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    return model
+
+
+def reparametrised() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.utils.parametrizations.weight_norm(model[0])
+    return model
+
+
+class Unreached(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](x)
+
+
+CANNOT = {
+    "groups": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 2)),
+        "0",
+        "groups=2",
+    ),
+    "subclass": (
+        lambda: nn.Sequential(Custom(4, 4), nn.Linear(4, 2)),
+        "0",
+        "Custom overrides the forward of Linear",
+    ),
+    "tied": (tied, "0", "shares a parameter with '2'"),
+    "frozen": (frozen, "0", "weight is frozen"),
+    "reparametrised": (reparametrised, "0", "not a parameter of its own"),
+    "unknown": (
+        lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
+        "0",
+        "no treatment for LayerNorm",
+    ),
+    "never called": (Unreached, "0", "its forward was never called"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_untreatable_layers_are_skipped_or_refused_by_name(case: str) -> None:
+    build, layer, reason = CANNOT[case]
+    model = build()
+    x = torch.randn(3, 4, 6, 6) if case == "groups" else torch.randn(3, 4)
+    curvature = kfoc.fit(model, [(x, None)], "gaussian")
+    assert reason in curvature.skipped[layer]
+    assert layer not in curvature.layers
+    with pytest.raises(KeyError, match="it was skipped"):
+        curvature[layer]
+    with pytest.raises(ValueError, match=f"layer '{layer}' cannot be treated: .*{reason}"):
+        kfoc.fit(model, [(x, None)], "gaussian", layers=[layer, "*"])
+
+
+def test_layer_out_of_the_outputs_reach_has_a_zero_block() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.dead = nn.Linear(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.dead(x)
+            return self.used(x)
+
+    curvature = kfoc.fit(Dead(), [(torch.randn(5, 4), None)] * 2, "gaussian")
+    assert not curvature["dead"].to_dense().any()
+    assert curvature["used"].to_dense().any()
