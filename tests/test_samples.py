@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kfoc
-from kfoc.plans import PLANS, contract
+from kfoc.planner import PLANS, contract
 from kfoc.samples import Patches, Rows, Samples
 from oracle import assert_psd_and_symmetric, optimum, rearranged
 

@@ -4,12 +4,14 @@ With `A` the rearrangement of `sum_{s,n} vec(X) vec(X)^T`, a half step is
 `left = sum X right X^T` or `right = sum X^T left X`. Every plan computes the same numbers; they
 differ in multiply-adds and memory, by factors of a hundred.
 
-| plan | iterates on | a half step costs |
+| plan | iterates on | a half step goes |
 |---|---|---|
-| gram | weights of the samples (T = 1) | N^2, by the two Gram matrices |
-| primal | weights of the samples (T = 1) | N i^2 or S N o^2, through the factors |
-| gradients | factors | 2 S N (o i^2 + o^2 i) / 2, by the per-sample gradients |
-| dense | factors | (o i)^2, by F itself |
+| gram (T = 1) | a weight per sample | through squared inner products between samples |
+| primal (T = 1) | a weight per sample | through the factors |
+| position_gram | a (T, T) matrix per sample | through inner products between positions |
+| positions | a (T, T) matrix per sample | through the factors |
+| gradients | the factors | through the per-sample gradients X |
+| dense | the factors | through F itself |
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side
+from kfoc.products import add_symmetric, gram, half, mirrored, times_half
 from kfoc.samples import Samples
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
@@ -27,35 +30,15 @@ from kfoc.samples import Samples
 CHUNK = 2**22
 
 
-class _Weighted(Contraction):
-    """T = 1: `left = sum_n w_n sum_s g g^T` and `right = sum_n v_n a a^T`, iterated on w and v.
+class _Coefficients(Contraction):
+    """Plans that iterate on coefficients of the factors in the samples.
 
-    The weights are `w_n = a^T right a` and `v_n = sum_s g^T left g`: never negative, so the
-    factors are PSD by construction, and they need forming only once, at the end.
+    The image of a representation, once asked for, is kept: the norm of a factor is the inner
+    product of its coefficients with their image, and the next half step starts from that image.
     """
 
-    def __init__(self, samples: Samples) -> None:
-        self._count = samples.num_samples
-        self._vectors = {
-            "left": samples.grads[:, :, 0].flatten(0, 1),
-            "right": samples.inputs.columns(0, self._count)[:, :, 0].mT,
-        }
+    def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
-
-    def start(self) -> Tensor:
-        return self._vectors["right"].square().sum(1)
-
-    def apply(self, matrix: Tensor, side: Side) -> Tensor:
-        vectors = self._vectors[side]
-        # Clamped, as rounding must not hand a negative weight to the root in `factor`.
-        return self._over_directions(torch.linalg.vecdot(vectors @ matrix, vectors)).clamp_min_(0)
-
-    def factor(self, representation: Tensor, side: Side) -> Tensor:
-        vectors = self._vectors[side]
-        repeats = vectors.shape[0] // self._count
-        # The weights go on both sides as roots: the product is then a Gram matrix, exactly PSD.
-        scaled = vectors * representation.sqrt().repeat(repeats)[:, None]
-        return scaled.mT @ scaled
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         if self._last is None or self._last[0] is not representation:
@@ -63,24 +46,54 @@ class _Weighted(Contraction):
         return self._last[1]
 
     def _image(self, representation: Tensor, side: Side) -> Tensor:
-        raise NotImplementedError
+        return self.apply(self.factor(representation, side), side)
 
     def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
-        return torch.dot(first, self.advance(second, side))
+        return (first * self.advance(second, side)).sum()
 
     def overlap(self, representation: Tensor, matrix: Tensor, image: Tensor, side: Side) -> Tensor:
-        return torch.dot(representation, image)
+        return (representation * image).sum()
 
-    def _over_directions(self, values: Tensor) -> Tensor:
-        return values.view(-1, self._count).sum(0)
+
+class Primal(_Coefficients):
+    """T = 1: `left = sum_n w_n sum_s g g^T` and `right = sum_n v_n a a^T`, iterated on w and v.
+
+    The weights are `w_n = a^T right a` and `v_n = sum_s g^T left g`: never negative, so the
+    factors are PSD by construction.
+    """
+
+    plan = "primal"
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__()
+        self._count = samples.num_samples
+        self._vectors = {
+            "left": samples.grads[:, :, 0].flatten(0, 1),
+            "right": samples.inputs.columns(0, self._count)[:, :, 0].mT,
+        }
+
+    def start(self) -> Tensor:
+        return self._vectors["right"].square().sum(1)
+
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        vectors = self._vectors[side]
+        products = torch.linalg.vecdot(times_half(vectors, half(matrix)), vectors)
+        # Clamped, as rounding must not hand a negative weight to the root in `factor`.
+        return products.view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        vectors = self._vectors[side]
+        repeats = vectors.shape[0] // self._count
+        # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
+        return gram(vectors * representation.sqrt().repeat(repeats)[:, None])
 
     def _kernel(self, side: Side, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the squared inner products between samples, over directions."""
         vectors, count = self._vectors[side], self._count
-        by_direction = vectors.view(-1, count, vectors.shape[1])
+        directions = vectors.view(-1, count, vectors.shape[1])
         kernel = vectors.new_zeros(stop - start, count)
-        for rows in by_direction[:, start:stop]:
-            for others in by_direction:
+        for rows in directions[:, start:stop]:
+            for others in directions:
                 kernel += (rows @ others.mT).square_()
         return kernel
 
@@ -94,19 +107,24 @@ class _Weighted(Contraction):
         return total
 
 
-class Gram(_Weighted):
-    """The half steps are products with the two (N, N) matrices of squared inner products."""
+class Gram(Primal):
+    """The half steps are products with the two (N, N) matrices of squared inner products.
+
+    The matrices are formed when first asked for: a half step from an explicit factor does without.
+    """
 
     plan = "gram"
 
     def __init__(self, samples: Samples) -> None:
         super().__init__(samples)
-        # Formed when first asked for: a half step from an explicit factor does without.
         self._kernels: dict[Side, Tensor] = {}
 
     def _whole(self, side: Side) -> Tensor:
         if side not in self._kernels:
-            self._kernels[side] = self._kernel(side, 0, self._count)
+            vectors = self._vectors[side]
+            single = len(vectors) == self._count
+            kernel = gram(vectors.mT).square_() if single else self._kernel(side, 0, self._count)
+            self._kernels[side] = kernel
         return self._kernels[side]
 
     def _image(self, representation: Tensor, side: Side) -> Tensor:
@@ -117,13 +135,105 @@ class Gram(_Weighted):
         return product.sum(dtype=torch.float64).item()
 
 
-class Primal(_Weighted):
-    """The half steps go through the factors: cheaper where N is large against o and i."""
+class Positions(_Coefficients):
+    """`left = sum G^T W_n G` and `right = sum A^T V_n A`, iterated on W and V, (N, T, T) each.
 
-    plan = "primal"
+    `W_n = A_n right A_n^T` and `V_n = sum_s G_sn left G_sn^T` are PSD with the factors.
+    """
+
+    plan = "positions"
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__()
+        count = samples.num_samples
+        self._rows = {
+            "left": samples.grads,  # (S, N, T, o)
+            "right": samples.inputs.columns(0, count).permute(1, 2, 0).contiguous()[None],
+        }
+
+    def start(self) -> Tensor:
+        rows = self._rows["right"][0]
+        return torch.bmm(rows, rows.mT)
+
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        rows = self._rows[side]
+        upper = half(matrix)
+        image: Tensor | None = None
+        for direction in rows:
+            flat = direction.reshape(-1, direction.shape[-1])
+            product = torch.bmm(times_half(flat, upper).view_as(direction), direction.mT)
+            image = product if image is None else image.add_(product)
+        assert image is not None
+        return image + image.mT
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        rows = self._rows[side]
+        size = rows.shape[-1]
+        total = rows.new_zeros(size, size)
+        for direction in rows:
+            weighted = torch.bmm(representation, direction)
+            add_symmetric(total, direction.reshape(-1, size), weighted.view(-1, size))
+        return mirrored(total)
+
+    def _products(self) -> Tensor:
+        """Inner products of the per-sample gradients, (S N, S N)."""
+        left, right = self._rows["left"].flatten(0, 1), self._rows["right"][0]
+        count, total = len(left), len(left) // len(right)
+        products = left.new_empty(count, count)
+        for k in range(count):
+            first = torch.matmul(left[k], left.mT)  # (S N, T, T)
+            second = torch.matmul(right[k % len(right)], right.mT).repeat(total, 1, 1)
+            products[k] = (first * second).sum((1, 2))
+        return products
+
+    def squared_norm(self) -> float:
+        return self._products().square_().sum(dtype=torch.float64).item()
+
+
+class PositionGram(Positions):
+    """The half steps go through all inner products between positions, (N T, N T) matrices.
+
+    `V_n = sum_m K_nm W_m K_nm^T` with the (T, T) blocks of the gradients' products, and likewise
+    for W with those of the inputs: the sizes of the layer enter once, when those are formed.
+    """
+
+    plan = "position_gram"
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__(samples)
+        self._kernels: dict[Side, Tensor] = {}
+
+    def _whole(self, side: Side) -> Tensor:
+        """(M, M, T, T): block (m, n) holds the products of n's positions (rows) with m's."""
+        if side not in self._kernels:
+            rows = self._rows[side].flatten(0, 1)
+            count, positions, size = rows.shape
+            products = gram(rows.reshape(-1, size).mT).view(count, positions, count, positions)
+            self._kernels[side] = products.permute(2, 0, 1, 3).contiguous()
+        return self._kernels[side]
 
     def _image(self, representation: Tensor, side: Side) -> Tensor:
-        return self.apply(self.factor(representation, side), side)
+        kernel = self._whole(side)
+        count, samples = len(kernel), len(representation)
+        image: Tensor | None = None
+        for m in range(count):
+            block = kernel[m]  # (M, T_n, T_m)
+            step = torch.matmul(block, representation[m % samples])
+            if image is None:
+                image = torch.bmm(step, block.mT)
+            else:
+                image.baddbmm_(step, block.mT)
+        assert image is not None
+        return image.view(-1, samples, *image.shape[1:]).sum(0)
+
+    def _products(self) -> Tensor:
+        left, right = self._whole("left"), self._whole("right")
+        repeats = len(left) // len(right)
+        products = [
+            (left[m] * right[m % len(right)].repeat(repeats, 1, 1)).sum((1, 2))
+            for m in range(len(left))
+        ]
+        return torch.stack(products)
 
 
 class _Explicit(Contraction):
@@ -180,16 +290,17 @@ class Gradients(_Explicit):
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         o, i = self._samples.shape
-        size = i if side == "left" else o
-        image = representation.new_zeros(size, size)
+        if side == "left":
+            image = representation.new_zeros(i, i)
+            for gradients in self._chunks():
+                product = (representation @ gradients.view(o, -1)).view(-1, i)
+                add_symmetric(image, gradients.view(-1, i), product)
+            return mirrored(image)
+        image, upper = representation.new_zeros(o, o), half(representation)
         for gradients in self._chunks():
-            rows = gradients.view(-1, i)  # (o S n, i)
-            wide = gradients.view(o, -1)  # (o, S n i)
-            if side == "left":
-                image.addmm_(rows.mT, (representation @ wide).view(-1, i))
-            else:
-                image.addmm_((rows @ representation).view(o, -1), wide.mT)
-        return image
+            product = times_half(gradients.view(-1, i), upper).view(o, -1)
+            image.addmm_(product, gradients.view(o, -1).mT)
+        return image + image.mT
 
     def squared_norm(self) -> float:
         """`sum_{k,l} <X_k, X_l>^2`, the squared Gram matrix of the per-sample gradients."""
@@ -212,8 +323,9 @@ class Dense(_Explicit):
         per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
         for start, stop in samples.chunks(per_sample, CHUNK):
             rows = samples.gradients(start, stop).reshape(-1, o * i)
-            fisher.addmm_(rows.mT, rows)
-        self._matrix = fisher.view(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)
+            add_symmetric(fisher, rows, rows)
+        fisher = mirrored(fisher).view(o, i, o, i)
+        self._matrix = fisher.transpose(1, 2).reshape(o * o, i * i)
 
     def start(self) -> Tensor:
         o, i = self._shape
@@ -228,24 +340,3 @@ class Dense(_Explicit):
 
     def squared_norm(self) -> float:
         return self._matrix.square().sum(dtype=torch.float64).item()
-
-
-def contract(samples: Samples, memory_limit: int = 2**30, plan: str | None = None) -> Contraction:
-    """The contraction of `samples` by the named plan, or by the cheapest that fits the memory."""
-    o, i = samples.shape
-    count = samples.num_samples
-    if plan is None:
-        if samples.num_positions == 1:
-            fits = 2 * count**2 * samples.grads.element_size() <= memory_limit
-            plan = "gram" if count <= 2 * (o + i) and fits else "primal"
-        else:
-            plan = "gradients"
-    return PLANS[plan](samples, memory_limit)
-
-
-PLANS = {
-    "gram": lambda samples, limit: Gram(samples),
-    "primal": lambda samples, limit: Primal(samples),
-    "gradients": Gradients,
-    "dense": lambda samples, limit: Dense(samples),
-}

@@ -10,6 +10,7 @@ from torch import Tensor
 from kfoc.blocks import DenseBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import CHUNK
+from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples
 
 
@@ -43,9 +44,8 @@ class BlockDiagonal(Estimator):
         per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
         for start, stop in samples.chunks(per_sample, CHUNK):
             rows = samples.gradients(start, stop).reshape(-1, o * i)
-            state.matrix.addmm_(rows.mT, rows)
+            add_symmetric(state.matrix, rows, rows)
         return state
 
     def finish(self, state: _State, num_samples: int) -> DenseBlock:
-        matrix = (state.matrix + state.matrix.mT) / (2 * num_samples)
-        return DenseBlock(matrix, state.shape)
+        return DenseBlock(mirrored(state.matrix) / num_samples, state.shape)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock
 from kfoc.estimators.base import Estimator
-from kfoc.kronecker import symmetric
 from kfoc.plans import CHUNK
+from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples
 
 
@@ -37,14 +37,14 @@ class KFAC(Estimator):
         if samples.num_positions:
             grads = samples.grads.reshape(-1, samples.shape[0])
             # Averaged per batch, as the number of positions may differ between batches.
-            state.left.addmm_(grads.mT, grads, alpha=1 / samples.num_positions)
+            add_symmetric(state.left, grads, grads, alpha=1 / samples.num_positions)
             per_sample = samples.num_positions * samples.shape[1]
             for start, stop in samples.chunks(per_sample, CHUNK):
-                columns = samples.inputs.columns(start, stop).flatten(1)
-                state.right.addmm_(columns, columns.mT)
+                rows = samples.inputs.columns(start, stop).flatten(1).mT
+                add_symmetric(state.right, rows, rows)
         return state
 
     def finish(self, state: _State, num_samples: int) -> KroneckerBlock:
         return KroneckerBlock(
-            symmetric(state.left) / num_samples, symmetric(state.right) / num_samples
+            mirrored(state.left) / num_samples, mirrored(state.right) / num_samples
         )

@@ -23,7 +23,7 @@ from kfoc.kronecker import (
     settled,
     symmetric,
 )
-from kfoc.plans import PLANS, contract
+from kfoc.planner import PLANS, SINGLE_POSITION, contract
 from kfoc.samples import Rows, Samples
 
 AGGREGATIONS = ("online", "running", "approx", "exact")
@@ -58,7 +58,7 @@ class KFOC(Estimator):
             and beyond it small batches cost no more than large ones. 0 turns it off; with `decay`
             it is off.
         memory_limit: bytes that a contraction may take for what it keeps between half steps.
-        plan: the contraction to use (see `kfoc.plans`); None chooses the cheapest.
+        plan: the contraction to use (see `kfoc.planner`); None chooses the cheapest.
     """
 
     aggregation: str = "online"
@@ -114,7 +114,7 @@ class KFOC(Estimator):
         """The optimum of one batch, of the sum over its samples (not their mean)."""
         contraction, scale = self.contraction(samples)
         # Where the Gram matrices are there, the certificate costs one product of them.
-        certify = certify or contraction.plan in ("gram", "dense")
+        certify = certify or contraction.plan in ("gram", "dense", "position_gram")
         fit = fit_contraction(
             contraction, rtol=self.rtol, max_steps=self.max_steps, certify=certify
         )
@@ -392,7 +392,8 @@ def nearest_kronecker_of_samples(
         grads: g, (S, N, T, o), or (N, T, o) for one direction.
         rtol: estimated relative distance of sigma to its limit at which to stop.
         max_steps: at most so many half steps; `converged` tells whether they sufficed.
-        plan: "gram", "primal" (both for T = 1), "gradients" or "dense"; None: the cheapest.
+        plan: "gram" or "primal" (both for T = 1), "position_gram", "positions", "gradients" or
+            "dense"; None: the one with the fewest multiply-adds that fits the memory.
         memory_limit: bytes that the contraction may keep between half steps.
 
     Returns:
@@ -404,7 +405,7 @@ def nearest_kronecker_of_samples(
     config = KFOC(rtol=rtol, max_steps=max_steps, plan=plan, memory_limit=memory_limit)
     config.check()
     samples = _checked_samples(inputs, grads)
-    if plan in ("gram", "primal") and samples.num_positions != 1:
+    if plan in SINGLE_POSITION and samples.num_positions != 1:
         raise ValueError(
             f"plan {plan!r} is for inputs with one position, found T = {samples.num_positions}"
         )

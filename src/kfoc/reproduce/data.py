@@ -24,7 +24,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """All samples of one experiment.
+    """All samples of one experiment, in a fixed random order.
 
     inputs: (N, d) standardised columns, or (N, 1, 28, 28) pixels in [0, 1]; float32.
     targets: (N, 1) standardised float32, or (N,) class numbers.
@@ -47,12 +47,11 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def subset(self, size: int) -> Dataset:
-        """A fixed random subset, in a fixed random order."""
+        """The first `size` samples."""
         if size >= len(self):
             return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:size]
-        source = f"{size:,} of {self.source}"
-        return Dataset(self.inputs[chosen], self.targets[chosen], source)
+        # Already in random order.
+        return Dataset(self.inputs[:size], self.targets[:size], f"{size:,} of {self.source}")
 
 
 # --- Shipped with mlxtend -----------------------------------------------------------------------
@@ -65,7 +64,7 @@ def boston() -> Dataset:
     return _regression(
         torch.as_tensor(inputs, dtype=torch.float64),
         torch.as_tensor(targets, dtype=torch.float64),
-        "Boston Housing (506 samples, 13 columns)",
+        "Boston Housing, 506 samples, 13 columns",
     )
 
 
@@ -114,7 +113,7 @@ def read_csv(path: Path, target: str) -> Dataset:
     if bool((targets == targets[0]).all()):
         raise DataError(f"{path}: the target column {target!r} is constant")
     inputs = torch.cat([table[:, :column], table[:, column + 1 :]], dim=1)
-    source = f"{path.name}, target {target} ({len(table)} samples, {inputs.shape[1]} columns)"
+    source = f"{path.name}, target {target}, {len(table)} samples, {inputs.shape[1]} columns"
     return _regression(inputs, targets, source)
 
 
@@ -163,8 +162,10 @@ def _number(field: str, path: Path, column: str, line: int) -> float:
 
 
 def _regression(inputs: Tensor, targets: Tensor, source: str) -> Dataset:
-    """Columns of zero mean and unit variance, float32."""
-    return Dataset(_standardised(inputs).float(), _standardised(targets[:, None]).float(), source)
+    """Columns of zero mean and unit variance, and rows shuffled, as tables may be sorted."""
+    order = _order(len(inputs))
+    inputs, targets = _standardised(inputs), _standardised(targets[:, None])
+    return Dataset(inputs[order].float(), targets[order].float(), source)
 
 
 def _standardised(columns: Tensor) -> Tensor:
@@ -240,7 +241,12 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 def _classification(images: Tensor, labels: Tensor, source: str) -> Dataset:
-    """(N, 784) pixels from 0 to 255 -> Dataset, shuffled as the files may be sorted by class."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    """(N, 784) pixels from 0 to 255 -> Dataset, shuffled as the digits may be sorted by class."""
+    order = _order(len(images))
     inputs = (images / 255.0).reshape(-1, 1, 28, 28)
     return Dataset(inputs[order], labels[order], source)
+
+
+def _order(count: int) -> Tensor:
+    """A random order, always the same: batches of sorted data would not be alike."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

@@ -22,8 +22,8 @@ from kfoc.reproduce.summary import NAMES, Key, Summary
 STYLES: dict[str, dict[str, Any]] = {
     "diagonal": {"color": "#777777", "marker": "s", "ms": 6, "lw": 1.8},
     "kfac": {"color": "#D55E00", "marker": "o", "ms": 6, "lw": 1.8},
-    "kfoc_exact": {"color": "#CC79A7", "marker": "o", "ms": 13, "lw": 7},
-    "kfoc_online": {"color": "#009E73", "marker": "D", "ms": 8, "lw": 3.6},
+    "kfoc_exact": {"color": "#CC79A7", "marker": "o", "ms": 11, "lw": 5},
+    "kfoc_online": {"color": "#009E73", "marker": "D", "ms": 7.5, "lw": 3},
     "kfoc_running": {"color": "#0072B2", "marker": "v", "ms": 6, "lw": 1.8},
     "kfoc_approx": {"color": "#E69F00", "marker": "^", "ms": 6, "lw": 1.8},
 }
@@ -65,7 +65,7 @@ def _panel(panel: Axes, summary: Summary, layer: str) -> None:
         stats = [summary.errors[Key(layer, method, size)] for size in sizes]
         x = [_position(size, summary) for size in sizes]
         panel.fill_between(
-            x, [s.low for s in stats], [s.high for s in stats], alpha=0.15, lw=0, **_color(style)
+            x, [s.low for s in stats], [s.high for s in stats], alpha=0.13, lw=0, **_color(style)
         )
         panel.plot(x, [s.mean for s in stats], mec="white", mew=0.6, **style)
         _paper_markers(panel, summary, layer, method)
@@ -95,7 +95,8 @@ def _paper_markers(panel: Axes, summary: Summary, layer: str, method: str) -> No
                 mfc="none",
                 elinewidth=1,
                 capsize=2,
-                alpha=0.45,
+                alpha=0.55,
+                zorder=4,
                 **_color(STYLES[method]),
             )
 
@@ -120,5 +121,5 @@ def _legend(summary: Summary) -> list[Line2D]:
     handles.append(Line2D([], [], color="black", lw=1.2, ls="--", label="optimum of the whole set"))
     if summary.paper:
         faint: dict[str, Any] = {"color": "#555555", "marker": "o", "mfc": "none", "alpha": 0.6}
-        handles.append(Line2D([], [], lw=0, ms=6, label="the paper's value", **faint))
+        handles.append(Line2D([], [], lw=0, ms=6, label="the paper's mean and range", **faint))
     return handles

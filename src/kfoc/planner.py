@@ -1,0 +1,136 @@
+"""Which plan is cheapest for a layer: multiply-adds and memory of each, counted from its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kfoc.kronecker import Contraction
+from kfoc.plans import Dense, Gradients, Gram, PositionGram, Positions, Primal
+from kfoc.products import share
+from kfoc.samples import Samples
+
+# What a solve takes as a rule, beyond its start; the measured counts are 4 to 8 half steps.
+HALF_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers that a cost depends on: directions, samples, positions, inputs, outputs."""
+
+    S: int
+    N: int
+    T: int
+    i: int
+    o: int
+
+    @staticmethod
+    def of(samples: Samples) -> Size:
+        o, i = samples.shape
+        return Size(samples.num_directions, samples.num_samples, samples.num_positions, i, o)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of a plan, and the numbers that it keeps.
+
+    Attributes:
+        setup: once, before any step (unfolding and forming products).
+        half_step: of a half step, the mean of the two directions.
+        factors: to form both factors, once, from what is iterated on.
+        memory: numbers kept from the set-up to the end, beyond inputs and gradients.
+    """
+
+    setup: float
+    half_step: float
+    factors: float
+    memory: float
+
+    def total(self, half_steps: int = HALF_STEPS) -> float:
+        return self.setup + half_steps * self.half_step + self.factors
+
+
+def _gram(z: Size) -> Cost:
+    left = share(z.N) if z.S == 1 else 1.0
+    setup = z.N**2 * (share(z.N) * z.i + left * z.S**2 * z.o)
+    return Cost(setup, z.N**2, _factors(z), 2 * z.N**2)
+
+
+def _factors(z: Size) -> float:
+    """Weighted Gram matrices of inputs and gradients, as K-FAC's two products."""
+    return z.N * z.T * (share(z.i) * z.i**2 + z.S * share(z.o) * z.o**2)
+
+
+def _primal(z: Size) -> Cost:
+    # A half step forms one factor and applies it: all four products in two half steps.
+    return Cost(0.0, _factors(z), _factors(z), 0)
+
+
+def _positioned(z: Size) -> float:
+    """Multiply-adds of forming both factors from W and V."""
+    return z.N * z.T**2 * (z.i + z.S * z.o) + _factors(z)
+
+
+def _positions(z: Size) -> Cost:
+    setup = z.N * z.T**2 * z.i
+    return Cost(setup, _positioned(z), _positioned(z), z.N * z.T * (z.i + 2 * z.T))
+
+
+def _position_gram(z: Size) -> Cost:
+    inputs, grads = z.N * z.T, z.S * z.N * z.T
+    setup = inputs**2 * share(inputs) * z.i + grads**2 * share(grads) * z.o + z.N * z.T**2 * z.i
+    half_step = (1 + z.S**2) * z.N**2 * z.T**3
+    return Cost(setup, half_step, _positioned(z), inputs * z.i + inputs**2 + grads**2)
+
+
+def _gradients(z: Size) -> Cost:
+    count = z.S * z.N
+    setup = count * z.o * z.i * (z.T + z.o)
+    half_step = count * (share(z.i) * z.o * z.i**2 + z.o**2 * z.i)
+    return Cost(setup, half_step, 0.0, count * z.o * z.i)
+
+
+def _dense(z: Size) -> Cost:
+    size = z.o * z.i
+    setup = z.S * z.N * size * (z.T + share(size) * size)
+    return Cost(setup, size**2, 0.0, 2 * size**2)
+
+
+COSTS: dict[str, Callable[[Size], Cost]] = {
+    "gram": _gram,
+    "primal": _primal,
+    "position_gram": _position_gram,
+    "positions": _positions,
+    "gradients": _gradients,
+    "dense": _dense,
+}
+SINGLE_POSITION = ("gram", "primal")
+PLANS: dict[str, Callable[[Samples, int], Contraction]] = {
+    "gram": lambda samples, limit: Gram(samples),
+    "primal": lambda samples, limit: Primal(samples),
+    "position_gram": lambda samples, limit: PositionGram(samples),
+    "positions": lambda samples, limit: Positions(samples),
+    "gradients": Gradients,
+    "dense": lambda samples, limit: Dense(samples),
+}
+
+
+def choose(size: Size, memory_limit: int, element_size: int) -> str:
+    """The plan with the fewest multiply-adds that keeps at most `memory_limit` bytes.
+
+    Where none fits, "primal" or "gradients", which can do with none of their own.
+    """
+    if size.T == 0:
+        return "gradients"
+    names = SINGLE_POSITION if size.T == 1 else tuple(n for n in COSTS if n not in SINGLE_POSITION)
+    costs = {name: COSTS[name](size) for name in (*names, *(["dense"] if size.T == 1 else []))}
+    fitting = {n: c for n, c in costs.items() if c.memory * element_size <= memory_limit}
+    if not fitting:
+        return "primal" if size.T == 1 else "gradients"
+    return min(fitting, key=lambda name: fitting[name].total())
+
+
+def contract(samples: Samples, memory_limit: int = 2**30, plan: str | None = None) -> Contraction:
+    """The contraction of `samples` by the named plan, or by the cheapest that fits the memory."""
+    name = plan or choose(Size.of(samples), memory_limit, samples.grads.element_size())
+    return PLANS[name](samples, memory_limit)

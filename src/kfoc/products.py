@@ -1,0 +1,76 @@
+"""Matrix products that do half the work where one side is symmetric.
+
+torch has no product that knows of symmetry, so both are done by block columns: only the blocks on
+and above the diagonal are computed. With b blocks that is (b + 1) / 2b of the multiply-adds.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Narrower blocks would cost more in the rate of the products than they save in multiply-adds.
+MIN_BLOCK = 192
+MAX_BLOCKS = 8
+
+
+def blocks(size: int) -> list[tuple[int, int]]:
+    """The column ranges that a symmetric (size, size) product is split into."""
+    count = max(1, min(MAX_BLOCKS, size // MIN_BLOCK))
+    edges = [round(k * size / count) for k in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def share(size: int) -> float:
+    """The share of a full product's multiply-adds that the split leaves."""
+    return sum((stop - start) * stop for start, stop in blocks(size)) / max(size, 1) ** 2
+
+
+def add_symmetric(total: Tensor, first: Tensor, second: Tensor, alpha: float = 1.0) -> None:
+    """`total += alpha * first^T second`, known to be symmetric, on and above the block diagonal.
+
+    Args:
+        total: (n, n); call `mirrored` once all is added.
+        first, second: (k, n).
+    """
+    for start, stop in blocks(total.shape[0]):
+        total[:stop, start:stop].addmm_(first[:, :stop].mT, second[:, start:stop], alpha=alpha)
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Complete, in place, the symmetric matrix of which `add_symmetric` holds the upper part."""
+    for start, stop in blocks(total.shape[0]):
+        block = total[start:stop, start:stop]
+        block.copy_((block + block.mT) / 2)
+        total[stop:, start:stop].copy_(total[start:stop, stop:].mT)
+    return total
+
+
+def gram(rows: Tensor) -> Tensor:
+    """`rows^T rows`, exactly symmetric, (n, n) from (k, n)."""
+    total = rows.new_zeros(rows.shape[1], rows.shape[1])
+    add_symmetric(total, rows, rows)
+    return mirrored(total)
+
+
+def half(symmetric: Tensor) -> Tensor:
+    """Upper triangular U with `U + U^T` the symmetric matrix.
+
+    It serves `rows @ symmetric @ rows^T`, which is `M + M^T` for `M = rows @ U @ rows^T`.
+    """
+    upper = symmetric.triu()
+    upper.diagonal().mul_(0.5)
+    return upper
+
+
+def times_half(rows: Tensor, upper: Tensor) -> Tensor:
+    """`rows @ upper` for an upper triangular matrix, (k, n)."""
+    parts = blocks(upper.shape[0])
+    if len(parts) == 1:
+        return rows @ upper
+    product = torch.empty_like(rows)
+    for start, stop in parts:
+        torch.mm(rows[:, :stop], upper[:stop, start:stop], out=product[:, start:stop])
+    return product
