@@ -57,7 +57,7 @@ def main() -> None:
 def reproduce(
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help=f"How many seeds. [default: {SEEDS}; quick: {QUICK_SEEDS}]"),
+        typer.Option(min=1, help=f"How many seeds; {SEEDS} if not given, {QUICK_SEEDS} if quick."),
     ] = None,
     quick: Annotated[
         bool,
@@ -82,8 +82,9 @@ def reproduce(
 ) -> None:
     """The paper's experiment: relative errors and run times of every method, as data and figures.
 
-    With --csv or --mnist, only the experiments on these. Ctrl-C keeps what is finished, and the
-    same command goes on from there.
+    With --csv or --mnist, only the experiments on these.
+
+    Ctrl-C keeps what is finished; the same command goes on from there.
     """
     count = seeds or (QUICK_SEEDS if quick else SEEDS)
     try:
