@@ -155,8 +155,8 @@ def test_approx_averages_the_factors_of_the_batches() -> None:
             o, i = found[layer].shape
             u, s, v = torch.linalg.svd(oracle.rearranged(fisher, o, i), full_matrices=False)
             sign = u[:, 0].view(o, o).diagonal().sum().sign()
-            left = left + len(part) / 20 * sign * u[:, 0].view(o, o)
-            right = right + len(part) / 20 * sign * s[0] * v[0].view(i, i)
+            left = left + len(part) / 20 * sign * s[0] * u[:, 0].view(o, o)
+            right = right + len(part) / 20 * sign * v[0].view(i, i)
         torch.testing.assert_close(
             found[layer].to_dense(), torch.kron(left, right), rtol=1e-6, atol=1e-9
         )
