@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -72,7 +72,14 @@ class Contraction(ABC):
 
     @abstractmethod
     def factor(self, representation: Tensor, side: Side) -> Tensor:
-        """The explicit factor, (o, o) or (i, i), that a representation stands for."""
+        """The explicit factor, (o, o) or (i, i), that a representation stands for.
+
+        Exactly symmetric where the terms are.
+        """
+
+    def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
+        """`total += scale * factor`, in place."""
+        total.add_(self.factor(representation, side), alpha=scale)
 
     @abstractmethod
     def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
@@ -94,6 +101,13 @@ class _Iterate:
     sigma: float
     steps: int
     converged: bool
+    exact_side: Side  # of the factor that is the image of the other, and has the norm sigma
+
+    def scales(self, sigma: float) -> tuple[float, float]:
+        """What to multiply left and right by, so that each has the norm `sqrt(sigma)`."""
+        root = math.sqrt(sigma)
+        image = root / self.sigma if self.sigma else 0.0
+        return (image, root) if self.exact_side == "left" else (root, image)
 
 
 def power_iteration(
@@ -128,7 +142,7 @@ def _ordered(
     current: Tensor, image: Tensor, side: Side, sigma: float, steps: int, converged: bool
 ) -> _Iterate:
     left, right = (current, image) if side == "left" else (image, current)
-    return _Iterate(left, right, sigma, steps, converged)
+    return _Iterate(left, right, sigma, steps, converged, opposite(side))
 
 
 def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
@@ -163,24 +177,36 @@ def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
 
 
 def fit_contraction(
-    contraction: Contraction, *, rtol: float, max_steps: int, certify: bool = True
+    contraction: Contraction,
+    *,
+    rtol: float,
+    max_steps: int,
+    certify: bool = True,
+    scale: float = 1.0,
 ) -> KroneckerFit:
     """Solve a contraction of positive semi-definite terms, from the deterministic start.
 
     The start is the half step from `right = I`: it is PSD and has a positive inner product with
     every PSD optimum, so it cannot be orthogonal to it, and every iterate is a sum of PSD terms
     with non-negative coefficients.
+
+    Args:
+        scale: what the sum is `scale` times the contraction of.
     """
     iterate = power_iteration(contraction, contraction.start(), "left", rtol, max_steps)
-    left = symmetric(contraction.factor(iterate.left, "left"))
-    right = symmetric(contraction.factor(iterate.right, "right"))
     total = contraction.squared_norm() if certify else None
-    return _finished(left, right, iterate, total, contraction.plan)
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """The exactly symmetric part, without the rounding that a product leaves."""
-    return (matrix + matrix.mT) / 2
+    sigma = iterate.sigma
+    # The scale goes into the representations, which are small where the factors are large.
+    left_scale, right_scale = iterate.scales(sigma * scale)
+    return KroneckerFit(
+        contraction.factor(iterate.left * left_scale, "left"),
+        contraction.factor(iterate.right * right_scale, "right"),
+        sigma * scale,
+        _relative_error(sigma, total),
+        iterate.steps,
+        iterate.converged,
+        contraction.plan,
+    )
 
 
 def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -194,16 +220,6 @@ def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]
         return torch.zeros_like(left), torch.zeros_like(right)
     root = math.sqrt(sigma)
     return left * (root / left_norm), right * (root / right_norm)
-
-
-def _finished(
-    left: Tensor, right: Tensor, iterate: _Iterate, total: float | None, plan: str
-) -> KroneckerFit:
-    sigma = iterate.sigma
-    left, right = balanced(left, right, sigma)
-    return KroneckerFit(
-        left, right, sigma, _relative_error(sigma, total), iterate.steps, iterate.converged, plan
-    )
 
 
 def _relative_error(sigma: float, total: float | None) -> float | None:
@@ -273,12 +289,12 @@ def nearest_kronecker(
         iterate = other if other.sigma > iterate.sigma * (1 + rtol) else iterate
     left, right = terms.factor(iterate.left, "left"), terms.factor(iterate.right, "right")
     if _symmetric_terms(lefts) and _symmetric_terms(rights):
-        left, right = symmetric(left), symmetric(right)
+        left, right = (left + left.mT) / 2, (right + right.mT) / 2
     sign = -1.0 if left.diagonal().sum() < 0 else 1.0
-    fit = _finished(sign * left, sign * right, iterate, terms.squared_norm(), terms.plan)
-    left, right = balanced(fit.left, fit.right, fit.sigma * scales[0] * scales[1])
-    sigma = fit.sigma * scales[0] * scales[1]
-    return replace(fit, left=left, right=right, sigma=sigma)
+    sigma = iterate.sigma * scales[0] * scales[1]
+    left, right = balanced(sign * left, sign * right, sigma)
+    error = _relative_error(iterate.sigma, terms.squared_norm())
+    return KroneckerFit(left, right, sigma, error, iterate.steps, iterate.converged, terms.plan)
 
 
 def _check_terms(lefts: Tensor, rights: Tensor) -> None:
@@ -325,9 +341,11 @@ def _all_psd(lefts: Tensor, rights: Tensor) -> bool:
 
 
 def nearest_to_pair(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    shares: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """The Kronecker product closest to `kron(*first) + kron(*second)`, in closed form.
+    """The Kronecker product closest to the weighted sum of two, in closed form.
 
     The rearranged sum has rank two: with orthonormal bases of the two lefts and the two rights
     (two steps of Gram-Schmidt) it is a 2 x 2 matrix, whose singular value decomposition is the
@@ -335,16 +353,19 @@ def nearest_to_pair(
 
     Args:
         first, second: (left, right) of shapes (o, o) and (i, i), each factor PSD.
+        shares: positive weights of the two products in the sum.
 
     Returns:
         The balanced (left, right).
     """
     if not _nonzero(first) or not _nonzero(second):
-        left, right = first if _nonzero(first) else second
-        return balanced(left, right, left.norm().item() * right.norm().item())
+        (left, right), share = (first, shares[0]) if _nonzero(first) else (second, shares[1])
+        return balanced(left, right, share * left.norm().item() * right.norm().item())
     left_norms, left_triangle = _gram_schmidt(first[0], second[0])
     right_norms, right_triangle = _gram_schmidt(first[1], second[1])
-    weights = torch.tensor([left_norms[k] * right_norms[k] for k in range(2)], dtype=torch.float64)
+    weights = torch.tensor(
+        [shares[k] * left_norms[k] * right_norms[k] for k in range(2)], dtype=torch.float64
+    )
     scale = weights.max().item()
     core = left_triangle @ torch.diag(weights / scale) @ right_triangle.mT
     left_vectors, sigmas, right_vectors = torch.linalg.svd(core)

@@ -81,11 +81,19 @@ class Primal(_Coefficients):
         # Clamped, as rounding must not hand a negative weight to the root in `factor`.
         return products.view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
 
-    def factor(self, representation: Tensor, side: Side) -> Tensor:
+    def _scaled(self, representation: Tensor, side: Side) -> Tensor:
         vectors = self._vectors[side]
         repeats = vectors.shape[0] // self._count
         # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
-        return gram(vectors * representation.sqrt().repeat(repeats)[:, None])
+        return vectors * representation.sqrt().repeat(repeats)[:, None]
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        return gram(self._scaled(representation, side))
+
+    def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
+        rows = self._scaled(representation, side)
+        add_symmetric(total, rows, rows, alpha=scale)
+        mirrored(total)
 
     def _kernel(self, side: Side, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the squared inner products between samples, over directions."""
@@ -167,13 +175,23 @@ class Positions(_Coefficients):
         return image + image.mT
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
-        rows = self._rows[side]
-        size = rows.shape[-1]
-        total = rows.new_zeros(size, size)
-        for direction in rows:
-            weighted = torch.bmm(representation, direction)
-            add_symmetric(total, direction.reshape(-1, size), weighted.view(-1, size))
+        size = self._rows[side].shape[-1]
+        total = representation.new_empty(size, size)
+        self._add(total, representation, side, 1.0, 0.0)
         return mirrored(total)
+
+    def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
+        self._add(total, representation, side, scale, 1.0)
+        mirrored(total)
+
+    def _add(
+        self, total: Tensor, representation: Tensor, side: Side, alpha: float, beta: float
+    ) -> None:
+        size = total.shape[0]
+        for direction in self._rows[side]:
+            weighted = torch.bmm(representation, direction).view(-1, size)
+            add_symmetric(total, direction.reshape(-1, size), weighted, alpha=alpha, beta=beta)
+            beta = 1.0
 
     def _products(self) -> Tensor:
         """Inner products of the per-sample gradients, (S N, S N)."""
@@ -334,9 +352,13 @@ class Dense(_Explicit):
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         o, i = self._shape
+        flat = representation.reshape(-1)
         if side == "left":
-            return (representation.reshape(-1) @ self._matrix).view(i, i)
-        return (self._matrix @ representation.reshape(-1)).view(o, o)
+            image = (flat @ self._matrix).view(i, i)
+        else:
+            image = (self._matrix @ flat).view(o, o)
+        # The sums over the matrix round differently above and below the diagonal.
+        return (image + image.mT) / 2
 
     def squared_norm(self) -> float:
         return self._matrix.square().sum(dtype=torch.float64).item()

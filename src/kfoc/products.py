@@ -28,15 +28,18 @@ def share(size: int) -> float:
     return sum((stop - start) * stop for start, stop in blocks(size)) / max(size, 1) ** 2
 
 
-def add_symmetric(total: Tensor, first: Tensor, second: Tensor, alpha: float = 1.0) -> None:
-    """`total += alpha * first^T second`, known to be symmetric, on and above the block diagonal.
+def add_symmetric(
+    total: Tensor, first: Tensor, second: Tensor, alpha: float = 1.0, beta: float = 1.0
+) -> None:
+    """`total = beta * total + alpha * first^T second`, on and above the block diagonal alone.
 
     Args:
-        total: (n, n); call `mirrored` once all is added.
-        first, second: (k, n).
+        total: (n, n); call `mirrored` once all is added. Its values do not matter for `beta=0`.
+        first, second: (k, n), such that `first^T second` is symmetric.
     """
     for start, stop in blocks(total.shape[0]):
-        total[:stop, start:stop].addmm_(first[:, :stop].mT, second[:, start:stop], alpha=alpha)
+        part = total[:stop, start:stop]
+        part.addmm_(first[:, :stop].mT, second[:, start:stop], alpha=alpha, beta=beta)
 
 
 def mirrored(total: Tensor) -> Tensor:
@@ -50,8 +53,8 @@ def mirrored(total: Tensor) -> Tensor:
 
 def gram(rows: Tensor) -> Tensor:
     """`rows^T rows`, exactly symmetric, (n, n) from (k, n)."""
-    total = rows.new_zeros(rows.shape[1], rows.shape[1])
-    add_symmetric(total, rows, rows)
+    total = rows.new_empty(rows.shape[1], rows.shape[1])
+    add_symmetric(total, rows, rows, beta=0.0)
     return mirrored(total)
 
 

@@ -45,6 +45,5 @@ class KFAC(Estimator):
         return state
 
     def finish(self, state: _State, num_samples: int) -> KroneckerBlock:
-        return KroneckerBlock(
-            mirrored(state.left) / num_samples, mirrored(state.right) / num_samples
-        )
+        left, right = mirrored(state.left), mirrored(state.right)
+        return KroneckerBlock(left.div_(num_samples), right.div_(num_samples))

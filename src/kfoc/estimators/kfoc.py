@@ -21,7 +21,6 @@ from kfoc.kronecker import (
     nearest_to_pair,
     opposite,
     settled,
-    symmetric,
 )
 from kfoc.planner import PLANS, SINGLE_POSITION, contract
 from kfoc.samples import Rows, Samples
@@ -106,20 +105,21 @@ class KFOC(Estimator):
         return state, state.next_pass()
 
     def finish(self, state: _Aggregation, num_samples: int) -> KroneckerBlock:
-        left, right, sigma = state.result(num_samples)
-        left, right = balanced(symmetric(left), symmetric(right), sigma)
+        left, right = state.result(num_samples)
         return KroneckerBlock(left, right, report=state.report)
 
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
-        """The optimum of one batch, of the sum over its samples (not their mean)."""
+        """The optimum of one batch, of the mean over its samples."""
         contraction, scale = self.contraction(samples)
         # Where the Gram matrices are there, the certificate costs one product of them.
         certify = certify or contraction.plan in ("gram", "dense", "position_gram")
-        fit = fit_contraction(
-            contraction, rtol=self.rtol, max_steps=self.max_steps, certify=certify
+        return fit_contraction(
+            contraction,
+            rtol=self.rtol,
+            max_steps=self.max_steps,
+            certify=certify,
+            scale=scale / samples.num_samples,
         )
-        left, right = balanced(fit.left, fit.right, fit.sigma * scale)
-        return replace(fit, left=left, right=right, sigma=fit.sigma * scale)
 
     def contraction(self, samples: Samples) -> tuple[Contraction, float]:
         """The planned contraction of the rescaled samples, and the factor that it then lacks."""
@@ -141,8 +141,8 @@ class _Aggregation(ABC):
     def add(self, samples: Samples, alone: bool) -> None: ...
 
     @abstractmethod
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor, float]:
-        """Directions of left and right, and the norm of their product in the mean Fisher."""
+    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Left and right, balanced, of the mean Fisher over `num_samples` samples."""
 
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
@@ -176,30 +176,37 @@ class _Approx(_Aggregation):
         fit = self.solved_alone(samples) if alone else self.solved(samples)
         root = math.sqrt(fit.sigma)
         if root:
-            # Both have norm sqrt(sigma); the mean over batches is weighted by their samples, and
-            # fit.left is a sum over them already.
-            self.left += fit.left * root
-            self.right += fit.right * (samples.num_samples / root)
+            # Both have the norm `root`; the means over batches are weighted by their samples.
+            self.left.add_(fit.left, alpha=root * samples.num_samples)
+            self.right.add_(fit.right, alpha=samples.num_samples / root)
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor, float]:
+    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
         norms = self.left.norm().item() * self.right.norm().item()
-        return self.left, self.right, norms / num_samples**2
+        return balanced(self.left, self.right, norms / num_samples**2)
 
 
 class _Running(_Aggregation):
     """The paper's K-FOC_running: Algorithm 1 on the estimate so far and the new batch.
 
-    Both are kept as sums over samples, which is the weighting by sample counts.
+    Both are means over samples, weighted by their counts.
     """
+
+    def __init__(self, config: KFOC, samples: Samples) -> None:
+        super().__init__(config, samples)
+        self.count = 0
 
     def add(self, samples: Samples, alone: bool) -> None:
         fit = self.solved_alone(samples) if alone else self.solved(samples)
-        merged = nearest_to_pair((self.left, self.right), (fit.left, fit.right))
+        before, self.count = self.count, self.count + samples.num_samples
+        if not before:
+            self.left, self.right = fit.left, fit.right
+            return
+        shares = before / self.count, samples.num_samples / self.count
+        merged = nearest_to_pair((self.left, self.right), (fit.left, fit.right), shares)
         self.left, self.right = merged
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor, float]:
-        norms = self.left.norm().item() * self.right.norm().item()
-        return self.left, self.right, norms / num_samples
+    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        return self.left, self.right
 
 
 class _Online(_Aggregation):
@@ -282,35 +289,36 @@ class _Online(_Aggregation):
             v = contraction.apply(left, "left") / left_norm  # A^T l, a right representation
         else:
             w, v = _started(contraction)
-        right_norm_after = self._predicted_norm(contraction, right, v, w * right_norm, "right", c)
-        w_after = (w * right_norm + contraction.advance(v, "right") * c) / right_norm_after
-        left_norm_after = self._predicted_norm(contraction, left, w, v * left_norm, "left", c)
-        v_after = (v * left_norm + contraction.advance(w, "left") * c) / left_norm_after
-        inner = contraction.inner(w_after, w, "left").item()
-        left_step = contraction.factor(w_after, "left") * c
-        self.core += ((left_step * left).sum().item() + c * c * inner) / left_norm_after
-        self.left = left.add_(left_step)
-        self.right = right.add_(contraction.factor(v_after, "right"), alpha=c)
+        left_image, right_image = v * left_norm, w * right_norm
 
-    @staticmethod
-    def _predicted_norm(
-        contraction: Contraction, summed: Tensor, step: Tensor, image: Tensor, side: Side, c: float
-    ) -> float:
-        """The norm of the sum plus `c` times the step, without forming the step's factor."""
-        squared = summed.square().sum().item()
-        squared += 2 * c * contraction.overlap(step, summed, image, side).item()
-        squared += c * c * contraction.inner(step, step, side).item()
-        # A batch without any gradient, met first, has no norm: it then divides zeros by one.
-        return math.sqrt(max(squared, 0.0)) or 1.0
+        # The norms of the predictions `sum + c * step`, without forming the steps' factors. A
+        # batch without any gradient, met first, has none: it then divides zeros by one.
+        squared = right_norm**2
+        squared += 2 * c * contraction.overlap(v, right, right_image, "right").item()
+        squared += c * c * contraction.inner(v, v, "right").item()
+        right_after = math.sqrt(max(squared, 0.0)) or 1.0
+        w_after = (right_image + contraction.advance(v, "right") * c) / right_after
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor, float]:
+        squared = left_norm**2
+        squared += 2 * c * contraction.overlap(w, left, left_image, "left").item()
+        squared += c * c * contraction.inner(w, w, "left").item()
+        left_after = math.sqrt(max(squared, 0.0)) or 1.0
+        v_after = (left_image + contraction.advance(w, "left") * c) / left_after
+
+        core = c * contraction.overlap(w_after, left, left_image, "left").item()
+        core += c * c * contraction.inner(w_after, w, "left").item()
+        self.core += core / left_after
+        contraction.accumulate(left, w_after, "left", c)
+        contraction.accumulate(right, v_after, "right", c)
+
+    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
         self.close()
         if self.single is not None:
-            return self.single.left, self.single.right, self.single.sigma / num_samples
+            return self.single.left, self.single.right
         if not self.core:
-            return self.left, self.right, 0.0
+            return self.left, self.right
         norms = self.left.norm().item() * self.right.norm().item()
-        return self.left, self.right, norms / self.core * self.unit / self.weight
+        return balanced(self.left, self.right, norms / self.core * self.unit / self.weight)
 
 
 def _started(contraction: Contraction) -> tuple[Tensor, Tensor]:
@@ -335,8 +343,8 @@ class _Exact(_Online):
             return
         contraction, scale = self.config.contraction(samples)
         fixed, image = self._factors(self.side)
-        step = contraction.factor(contraction.apply(fixed, self.side), opposite(self.side))
-        image.add_(step, alpha=scale / self.unit)
+        step = contraction.apply(fixed, self.side)
+        contraction.accumulate(image, step, opposite(self.side), scale / self.unit)
 
     def next_pass(self) -> bool:
         self.close()
@@ -365,10 +373,10 @@ class _Exact(_Online):
         self.side = side
         self._factors(side)[1].zero_()
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor, float]:
+    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
         if not self.sigmas:
             return super().result(num_samples)
-        return self.left, self.right, self.sigmas[-1] * self.unit / num_samples
+        return balanced(self.left, self.right, self.sigmas[-1] * self.unit / num_samples)
 
 
 _STRATEGIES: dict[str, Callable[[KFOC, Samples], _Aggregation]] = {
@@ -415,10 +423,7 @@ def nearest_kronecker_of_samples(
         raise ValueError(
             f"plan {plan!r} is for inputs with one position, found T = {samples.num_positions}"
         )
-    fit = config.solve(samples, certify=True)
-    sigma = fit.sigma / samples.num_samples
-    left, right = balanced(symmetric(fit.left), symmetric(fit.right), sigma)
-    return replace(fit, left=left, right=right, sigma=sigma)
+    return config.solve(samples, certify=True)
 
 
 def _checked_samples(inputs: Tensor, grads: Tensor) -> Samples:
