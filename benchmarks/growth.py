@@ -71,15 +71,24 @@ def exponents(records: list[Record], families: list[str]) -> Record:
 
 
 def draw_panel(axes: Axes, records: list[Record], family: str, quantity: str) -> None:
+    shown: list[float] = []
+    ticks: list[int] = []
     for method, label in METHODS.items():
         sizes, values = series(records, family, method, quantity)
         slope = exponent(sizes, values)
         text = label if slope is None else f"{label}: {slope:.2f}"
         axes.plot(sizes, values, "o-", color=COLOURS[method], label=text, markersize=4)
-    axes.set_xscale("log", base=2)
+        shown += [value for value in values if value > 0]
+        ticks = sorted({*ticks, *sizes})
+    axes.set_xscale("log")
     axes.set_yscale("log")
+    if shown:  # whole decades, with room for the legend above the lines
+        bottom, top = np.log10(min(shown)), np.log10(max(shown))
+        axes.set_ylim(10 ** np.floor(bottom), 10 ** (top + 0.25 + 0.5 * (top - np.floor(bottom))))
+    axes.set_xticks(ticks, [f"{tick}" for tick in ticks], rotation=45, fontsize=8)
+    axes.minorticks_off()
     axes.grid(True, alpha=0.3)
-    axes.legend(title="exponent", fontsize=8, title_fontsize=8)
+    axes.legend(title="exponent", fontsize=8, title_fontsize=8, loc="upper left")
 
 
 def draw(records: list[Record], families: list[str], path: Path) -> None:
@@ -107,9 +116,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=20, help="seconds to wait for idle cores")
     parser.add_argument("--quick", action="store_true", help="the four smallest sizes, one repeat")
     parser.add_argument("--out", type=Path, help="PNG; the JSON goes beside it (growth.png)")
     return parser.parse_args(arguments)
+
+
+def point(workload: str, options: argparse.Namespace) -> list[Record]:
+    """One size of one family, by all methods; its record keeps what else the cores had to do."""
+    busy = wait_until_quiet(options.patience)
+    say(workload if busy is None else f"{workload} (others keep {busy:.1f} cores busy)")
+    found = measure(
+        workload,
+        list(METHODS),
+        repeats=1 if options.quick else options.repeats,
+        threads=options.threads,
+        memory_repeats=1,
+    )
+    return [record | {"busy_cores": busy} for record in found]
 
 
 def main() -> int:
@@ -119,15 +143,7 @@ def main() -> int:
     records: list[Record] = []
     for family in options.families:
         for size in SIZES[family][:4] if options.quick else SIZES[family]:
-            wait_until_quiet(20)
-            say(f"{family}={size}")
-            records += measure(
-                f"{family}={size}",
-                list(METHODS),
-                repeats=1 if options.quick else options.repeats,
-                threads=options.threads,
-                memory_repeats=1,
-            )
+            records += point(f"{family}={size}", options)
         write(records, options, out)
     return int(any("error" in record for record in records))
 

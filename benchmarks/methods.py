@@ -1,8 +1,8 @@
-"""What is timed: each method as a function that prepares a workload's call.
+"""What is timed: each method as a function that sets up calls on a workload.
 
-Preparation is not timed, the call is. It returns what the method computed, so that memory
-measurements see the result too. Each import sits with its method: a process that times one
-method never loads another's library.
+A method returns a `Setup`, which runs before every call and is not timed; the call that it hands
+out is. That returns what the method computed, so that memory measurements see the result too.
+Each import sits with its method: a process that times one never loads another's library.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from workloads import Workload
 
 Call = Callable[[], Any]
+Setup = Callable[[], Call]
 
 
-def gradient(workload: Workload) -> Call:
+def gradient(workload: Workload) -> Setup:
     """Forward and full backward of the mean loss, batch by batch, summed as training would."""
     parameters = list(workload.model.parameters())
 
@@ -31,7 +32,7 @@ def gradient(workload: Workload) -> Call:
             p.grad = None
         return grads
 
-    return call
+    return lambda: call
 
 
 def kfoc_fit(workload: Workload, estimator: Any, **options: Any) -> Any:
@@ -50,19 +51,19 @@ def kfoc_fit(workload: Workload, estimator: Any, **options: Any) -> Any:
     )
 
 
-def kfac(workload: Workload) -> Call:
+def kfac(workload: Workload) -> Setup:
     import kfoc
 
-    return lambda: kfoc_fit(workload, kfoc.KFAC())
+    return lambda: lambda: kfoc_fit(workload, kfoc.KFAC())
 
 
-def kfoc_with(**options: Any) -> Callable[[Workload], Call]:
+def kfoc_with(**options: Any) -> Callable[[Workload], Setup]:
     """K-FOC with these options, and its defaults for the rest (rtol 1e-6)."""
 
-    def prepare(workload: Workload) -> Call:
+    def prepare(workload: Workload) -> Setup:
         import kfoc
 
-        return lambda: kfoc_fit(workload, kfoc.KFOC(**options))
+        return lambda: lambda: kfoc_fit(workload, kfoc.KFOC(**options))
 
     return prepare
 
@@ -102,18 +103,22 @@ def curvlinops_operator(workload: Workload) -> Any:
     )
 
 
-def curvlinops_kfac(workload: Workload) -> Call:
+def curvlinops_kfac(workload: Workload) -> Setup:
     """The computation of its factors alone; a fresh operator each time, since factors add up."""
 
-    def call() -> Any:
+    def setup() -> Call:
         operator = curvlinops_operator(workload)
-        operator.compute_kronecker_factors()
-        return operator
 
-    return call
+        def call() -> Any:
+            operator.compute_kronecker_factors()
+            return operator
+
+        return call
+
+    return setup
 
 
-METHODS: dict[str, Callable[[Workload], Call]] = {
+METHODS: dict[str, Callable[[Workload], Setup]] = {
     "gradient": gradient,
     "kfac": kfac,
     "kfoc": kfoc_with(),

@@ -152,7 +152,7 @@ def summary(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def qualities(workload: Workload, methods: list[str]) -> dict[str, Any]:
     """Of each method of ours: relative errors by layer, beside those of the optimum."""
-    curvatures = {method: METHODS[method](workload)() for method in methods}
+    curvatures = {method: METHODS[method](workload)()() for method in methods}
     best = optimum(workload)
     layers: dict[str, dict[str, Any]] = {method: {} for method in methods}
     samples = all_samples(workload)

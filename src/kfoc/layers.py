@@ -113,5 +113,5 @@ def joined(parts: list[tuple[Inputs, Tensor]]) -> Samples:
     """
     if len(parts) == 1:
         return Samples(*parts[0])
-    rows = [part.columns(0, part.num_samples).permute(1, 2, 0) for part, _ in parts]
+    rows = [part.rows(0, part.num_samples) for part, _ in parts]
     return Samples(Rows(torch.cat(rows, 1)), torch.cat([grads for _, grads in parts], 2))

@@ -156,7 +156,7 @@ class Positions(_Coefficients):
         count = samples.num_samples
         self._rows = {
             "left": samples.grads,  # (S, N, T, o)
-            "right": samples.inputs.columns(0, count).permute(1, 2, 0).contiguous()[None],
+            "right": samples.inputs.rows(0, count)[None],
         }
 
     def start(self) -> Tensor:

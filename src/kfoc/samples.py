@@ -34,6 +34,10 @@ class Inputs(Protocol):
         """Samples `start` to `stop`, as (i, n, T): the layout in which unfolding is cheapest."""
         ...
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Samples `start` to `stop`, as (n, T, i), contiguous."""
+        ...
+
     def magnitude(self) -> float:
         """The largest absolute value; NaN where there is one."""
         ...
@@ -72,6 +76,9 @@ class Rows:
 
     def columns(self, start: int, stop: int) -> Tensor:
         return self.values[start:stop].permute(2, 0, 1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop].contiguous()
 
     def magnitude(self) -> float:
         return magnitude(self.values)
@@ -142,6 +149,11 @@ class Patches:
         if self.constant is not None:
             columns[rows] = self.constant
         return columns
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        # Transposed as a matrix: torch does that by blocks, and a permutation of three axes not.
+        columns = self.columns(start, stop)
+        return columns.flatten(1).mT.contiguous().view(stop - start, -1, self.size)
 
     def magnitude(self) -> float:
         return max(magnitude(self.padded), abs(self.constant or 0.0))

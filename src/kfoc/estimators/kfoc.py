@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -131,11 +132,19 @@ class _Aggregation(ABC):
     """The state of one layer: how batches add up to an estimate."""
 
     def __init__(self, config: KFOC, samples: Samples) -> None:
-        o, i = samples.shape
         self.config = config
-        self.left = samples.grads.new_zeros(o, o)
-        self.right = samples.grads.new_zeros(i, i)
         self.report = Report()
+        self._zeros = samples.grads.new_zeros
+        self._shape = samples.shape
+
+    # Formed when first needed: a single batch that is solved at once does without sums.
+    @cached_property
+    def left(self) -> Tensor:
+        return self._zeros(self._shape[0], self._shape[0])
+
+    @cached_property
+    def right(self) -> Tensor:
+        return self._zeros(self._shape[1], self._shape[1])
 
     @abstractmethod
     def add(self, samples: Samples, alone: bool) -> None: ...
