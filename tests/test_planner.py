@@ -86,7 +86,8 @@ def test_costs_are_the_counted_multiply_adds(name: str, plan: str) -> None:
         (Size(1, 32, 16, 4609, 512), "position_gram"),
         (Size(1, 8, 128, 257, 768), "position_gram"),
         (Size(1, 8, 128, 769, 3072), "position_gram"),
-        (Size(1, 5000, 784, 26, 6), "dense"),
+        (Size(1, 5000, 20, 26, 6), "gradients"),
+        (Size(3, 500, 20, 12, 4), "dense"),
     ],
 )
 def test_choices_of_the_design(size: Size, plan: str) -> None:

@@ -73,7 +73,7 @@ def test_half_steps_are_products_with_the_rearranged_fisher(name: str, plan: str
     close = torch.testing.assert_close
     close(contraction.factor(v, "right"), image_right)
     close(contraction.factor(w, "left"), image_left)
-    start = (operator @ torch.eye(i).flatten()).view(o, o)
+    start = (operator @ torch.eye(i).flatten()).view(o, o) / i**0.5
     close(contraction.factor(contraction.start(), "left"), start)
     close(
         contraction.factor(contraction.advance(v, "right"), "left"),

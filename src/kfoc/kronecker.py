@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -60,7 +61,7 @@ class Contraction(ABC):
 
     @abstractmethod
     def start(self) -> Tensor:
-        """A left representation: the half step from `right = I`."""
+        """A left representation: the half step from the unit factor `right = I / sqrt(i)`."""
 
     @abstractmethod
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
@@ -115,22 +116,24 @@ def power_iteration(
 ) -> _Iterate:
     """Alternate half steps from `start` (on `side`) until sigma has settled.
 
-    One of the returned representations has unit norm, the other is its exact image, of norm sigma:
-    so `||A - left right^T||^2 = ||A||^2 - sigma^2` holds for every iterate, converged or not.
+    `start` is itself the half step from a factor of unit norm, so its norm is a first sigma. One
+    of the returned representations has unit norm, the other is its exact image, of norm sigma: so
+    `||A - left right^T||^2 = ||A||^2 - sigma^2` holds for every iterate, converged or not.
     """
     precision = 4 * torch.finfo(start.dtype).eps
     current, norm = start, _norm(contraction, start, side)
     if norm == 0.0:
         image = contraction.advance(current, side)
         return _ordered(current, image, side, 0.0, 1, True)
-    sigmas: list[float] = []
+    sigmas = [norm]
     while True:
         image = contraction.advance(current, side) / norm
         sigma = _norm(contraction, image, opposite(side))
         sigmas.append(sigma)
         converged = settled(sigmas, rtol, precision)
-        if converged or len(sigmas) >= max_steps or sigma == 0.0:
-            return _ordered(current / norm, image, side, sigma, len(sigmas), converged)
+        steps = len(sigmas) - 1
+        if converged or steps >= max_steps or sigma == 0.0:
+            return _ordered(current / norm, image, side, sigma, steps, converged)
         current, norm, side = image, sigma, opposite(side)
 
 
@@ -146,34 +149,29 @@ def _ordered(
 
 
 def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
-    """Whether sigma is within `rtol` of its limit, judged from its last three values.
+    """Whether sigma is within `rtol` of its limit, judged from how it rose.
 
-    The sigmas rise geometrically, so what is left to rise is `c^2 / (b - c)` after rises b, c
-    (Aitken). That stops fast iterations a half step earlier than looking at the rise alone, and
-    does not stop a slow one while much is left.
+    The sigmas rise geometrically in the end, so what is left to rise is `c q / (1 - q)` after a
+    rise c, with q the ratio of successive rises; the larger of the last two ratios is taken. That
+    stops fast iterations a half step before the rise itself has vanished, and does not stop a slow
+    one while much is left.
 
     The factors' error is the square root of sigma's. So a tolerance near the precision asks for
     the factors to rounding: that takes as many steps again as sigma took to stop rising.
     """
-    if len(sigmas) < 2 or sigmas[-1] == 0.0:
-        return False
-    rise = (sigmas[-1] - sigmas[-2]) / sigmas[-1]
-    if rtol < 2**8 * precision:
-        flat = next(
-            (
-                k
-                for k in range(1, len(sigmas))
-                if sigmas[k] - sigmas[k - 1] <= precision * sigmas[k]
-            ),
-            len(sigmas),
-        )
-        return len(sigmas) >= 2 * flat + 2
-    if rise <= precision:
+    rises = [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
+    if rtol < max(precision, 1e-12):
+        flat = next((k for k, rise in enumerate(rises) if rise <= precision), len(rises))
+        return len(rises) >= 2 * flat + 3
+    if len(rises) >= 2 and rises[-1] <= precision:
         return True
-    if len(sigmas) < 3:
+    if len(rises) < 3:
         return False
-    before = (sigmas[-2] - sigmas[-3]) / sigmas[-1]
-    return rise < before and rise * rise / (before - rise) <= rtol
+    a, b, c = rises[-3:]
+    if not a > b > c:
+        return False
+    q = max(b / a, c / b)
+    return c * q / (1 - q) <= rtol
 
 
 def fit_contraction(
@@ -186,7 +184,7 @@ def fit_contraction(
 ) -> KroneckerFit:
     """Solve a contraction of positive semi-definite terms, from the deterministic start.
 
-    The start is the half step from `right = I`: it is PSD and has a positive inner product with
+    The start is the half step from the identity: it is PSD and has a positive inner product with
     every PSD optimum, so it cannot be orthogonal to it, and every iterate is a sum of PSD terms
     with non-negative coefficients.
 
@@ -238,7 +236,8 @@ class _Terms(Contraction):
         self._flat = {"left": lefts.flatten(1), "right": rights.flatten(1)}
 
     def start(self) -> Tensor:
-        return self.apply(torch.eye(self._sizes[1][0]).to(self._flat["right"]), "right")
+        size = self._sizes[1][0]
+        return self.apply(torch.eye(size).to(self._flat["right"]) / math.sqrt(size), "right")
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         return self.advance(matrix.flatten(), side)
@@ -284,8 +283,9 @@ def nearest_kronecker(
         # From the identity, an indefinite sum can be stuck in a smaller singular triple; a second
         # start, fixed but generic, is stuck there with probability zero.
         generator = torch.Generator().manual_seed(0)
-        generic = torch.randn(lefts[0].numel(), generator=generator, dtype=torch.float64)
-        other = power_iteration(terms, generic.to(lefts), "left", rtol, max_steps)
+        generic = torch.randn(rights[0].numel(), generator=generator, dtype=torch.float64)
+        start = terms.apply((generic / generic.norm()).to(rights), "right")
+        other = power_iteration(terms, start, "left", rtol, max_steps)
         iterate = other if other.sigma > iterate.sigma * (1 + rtol) else iterate
     left, right = terms.factor(iterate.left, "left"), terms.factor(iterate.right, "right")
     if _symmetric_terms(lefts) and _symmetric_terms(rights):

@@ -10,8 +10,8 @@ from kfoc.plans import Dense, Gradients, Gram, PositionGram, Positions, Primal
 from kfoc.products import share
 from kfoc.samples import Samples
 
-# What a solve takes as a rule, beyond its start; the measured counts are 4 to 8 half steps.
-HALF_STEPS = 6
+# What a solve takes as a rule, beyond its start; the measured counts are 3 to 5 half steps.
+HALF_STEPS = 4
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ differ in multiply-adds and memory, by factors of a hundred.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -73,7 +74,8 @@ class Primal(_Coefficients):
         }
 
     def start(self) -> Tensor:
-        return self._vectors["right"].square().sum(1)
+        vectors = self._vectors["right"]
+        return torch.linalg.vecdot(vectors, vectors) / math.sqrt(vectors.shape[1])
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         vectors = self._vectors[side]
@@ -161,7 +163,7 @@ class Positions(_Coefficients):
 
     def start(self) -> Tensor:
         rows = self._rows["right"][0]
-        return torch.bmm(rows, rows.mT)
+        return torch.bmm(rows, rows.mT).div_(math.sqrt(rows.shape[2]))
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         rows = self._rows[side]
@@ -299,12 +301,12 @@ class Gradients(_Explicit):
         return iter(self._stored) if self._stored is not None else self._formed()
 
     def start(self) -> Tensor:
-        o, _ = self._samples.shape
+        o, i = self._samples.shape
         left = self._samples.grads.new_zeros(o, o)
         for gradients in self._chunks():
-            rows = gradients.flatten(1)
-            left.addmm_(rows, rows.mT)
-        return left
+            rows = gradients.flatten(1).mT
+            add_symmetric(left, rows, rows, alpha=1 / math.sqrt(i))
+        return mirrored(left)
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         o, i = self._samples.shape
@@ -348,7 +350,7 @@ class Dense(_Explicit):
     def start(self) -> Tensor:
         o, i = self._shape
         diagonal = self._matrix.view(o * o, i, i).diagonal(dim1=1, dim2=2)
-        return diagonal.sum(1).view(o, o)
+        return diagonal.sum(1).view(o, o) / math.sqrt(i)
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         o, i = self._shape

@@ -14,6 +14,8 @@ from torch import Tensor
 # Narrower blocks would cost more in the rate of the products than they save in multiply-adds.
 MIN_BLOCK = 192
 MAX_BLOCKS = 8
+# Tiles of a transposed copy: small enough to stay in the cache, large enough for all threads.
+TILE = 256
 
 
 def blocks(size: int) -> list[tuple[int, int]]:
@@ -44,10 +46,14 @@ def add_symmetric(
 
 def mirrored(total: Tensor) -> Tensor:
     """Complete, in place, the symmetric matrix of which `add_symmetric` holds the upper part."""
-    for start, stop in blocks(total.shape[0]):
-        block = total[start:stop, start:stop]
-        block.copy_((block + block.mT) / 2)
-        total[stop:, start:stop].copy_(total[start:stop, stop:].mT)
+    size = total.shape[0]
+    for start in range(0, size, TILE):
+        rows = slice(start, start + TILE)
+        upper = total[rows, rows].triu()
+        total[rows, rows] = upper + upper.triu(1).mT
+        for other in range(start + TILE, size, TILE):
+            columns = slice(other, other + TILE)
+            total[columns, rows].copy_(total[rows, columns].mT)
     return total
 
 

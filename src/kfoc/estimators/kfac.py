@@ -15,8 +15,9 @@ from kfoc.samples import Samples
 
 
 class _State(NamedTuple):
-    left: Tensor
+    left: Tensor  # means over the samples so far, on and above the diagonal
     right: Tensor
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,22 @@ class KFAC(Estimator):
 
     def init(self, layer: str, samples: Samples) -> _State:
         o, i = samples.shape
-        new_zeros = samples.grads.new_zeros
-        return _State(new_zeros(o, o), new_zeros(i, i))
+        new_empty = samples.grads.new_empty
+        return _State(new_empty(o, o), new_empty(i, i), 0)
 
     def update(self, state: _State, samples: Samples, *, alone: bool) -> _State:
-        if samples.num_positions:
-            grads = samples.grads.reshape(-1, samples.shape[0])
-            # Averaged per batch, as the number of positions may differ between batches.
-            add_symmetric(state.left, grads, grads, alpha=1 / samples.num_positions)
-            per_sample = samples.num_positions * samples.shape[1]
-            for start, stop in samples.chunks(per_sample, CHUNK):
-                rows = samples.inputs.columns(start, stop).flatten(1).mT
-                add_symmetric(state.right, rows, rows)
-        return state
+        count = state.samples + samples.num_samples
+        before, share = state.samples / count, 1 / count
+        grads = samples.grads.reshape(-1, samples.shape[0])
+        # Averaged per batch, as the number of positions may differ between batches.
+        left_share = share / max(1, samples.num_positions)
+        add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
+        per_sample = samples.num_positions * samples.shape[1]
+        for start, stop in samples.chunks(per_sample, CHUNK):
+            rows = samples.inputs.columns(start, stop).flatten(1).mT
+            beta = before if start == 0 else 1.0
+            add_symmetric(state.right, rows, rows, alpha=share, beta=beta)
+        return _State(state.left, state.right, count)
 
     def finish(self, state: _State, num_samples: int) -> KroneckerBlock:
-        left, right = mirrored(state.left), mirrored(state.right)
-        return KroneckerBlock(left.div_(num_samples), right.div_(num_samples))
+        return KroneckerBlock(mirrored(state.left), mirrored(state.right))
