@@ -56,6 +56,20 @@ class _Coefficients(Contraction):
         return (representation * image).sum()
 
 
+class _Scratch:
+    """Memory for temporaries, kept: fresh pages cost as much as the products that fill them."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Uninitialised and contiguous, in the shape of `tensor`; valid until the next call."""
+        count = tensor.numel()
+        if self._memory is None or self._memory.numel() < count:
+            self._memory = tensor.new_empty(count)
+        return self._memory[:count].view(tensor.shape)
+
+
 class Primal(_Coefficients):
     """T = 1: `left = sum_n w_n sum_s g g^T` and `right = sum_n v_n a a^T`, iterated on w and v.
 
@@ -160,6 +174,7 @@ class Positions(_Coefficients):
             "left": samples.grads,  # (S, N, T, o)
             "right": samples.inputs.rows(0, count)[None],
         }
+        self._scratch = _Scratch()
 
     def start(self) -> Tensor:
         rows = self._rows["right"][0]
@@ -171,7 +186,8 @@ class Positions(_Coefficients):
         image: Tensor | None = None
         for direction in rows:
             flat = direction.reshape(-1, direction.shape[-1])
-            product = torch.bmm(times_half(flat, upper).view_as(direction), direction.mT)
+            half_way = times_half(flat, upper, self._scratch.like(flat))
+            product = torch.bmm(half_way.view_as(direction), direction.mT)
             image = product if image is None else image.add_(product)
         assert image is not None
         return image + image.mT
@@ -191,8 +207,9 @@ class Positions(_Coefficients):
     ) -> None:
         size = total.shape[0]
         for direction in self._rows[side]:
-            weighted = torch.bmm(representation, direction).view(-1, size)
-            add_symmetric(total, direction.reshape(-1, size), weighted, alpha=alpha, beta=beta)
+            weighted = torch.bmm(representation, direction, out=self._scratch.like(direction))
+            rows = direction.reshape(-1, size)
+            add_symmetric(total, rows, weighted.view(-1, size), alpha=alpha, beta=beta)
             beta = 1.0
 
     def _products(self) -> Tensor:
@@ -288,6 +305,7 @@ class Gradients(_Explicit):
         self._per_sample = max(per_sample, samples.num_positions * i)
         total = per_sample * samples.num_samples * samples.grads.element_size()
         self._keep = total <= memory_limit
+        self._scratch = _Scratch()
         self._stored: list[Tensor] | None = None
 
     def _formed(self) -> Iterator[Tensor]:
@@ -313,13 +331,15 @@ class Gradients(_Explicit):
         if side == "left":
             image = representation.new_zeros(i, i)
             for gradients in self._chunks():
-                product = (representation @ gradients.view(o, -1)).view(-1, i)
-                add_symmetric(image, gradients.view(-1, i), product)
+                wide = gradients.view(o, -1)
+                product = torch.mm(representation, wide, out=self._scratch.like(wide))
+                add_symmetric(image, gradients.view(-1, i), product.view(-1, i))
             return mirrored(image)
         image, upper = representation.new_zeros(o, o), half(representation)
         for gradients in self._chunks():
-            product = times_half(gradients.view(-1, i), upper).view(o, -1)
-            image.addmm_(product, gradients.view(o, -1).mT)
+            rows = gradients.view(-1, i)
+            product = times_half(rows, upper, self._scratch.like(rows))
+            image.addmm_(product.view(o, -1), gradients.view(o, -1).mT)
         return image + image.mT
 
     def squared_norm(self) -> float:

@@ -74,12 +74,10 @@ def half(symmetric: Tensor) -> Tensor:
     return upper
 
 
-def times_half(rows: Tensor, upper: Tensor) -> Tensor:
+def times_half(rows: Tensor, upper: Tensor, out: Tensor | None = None) -> Tensor:
     """`rows @ upper` for an upper triangular matrix, (k, n)."""
     parts = blocks(upper.shape[0])
-    if len(parts) == 1:
-        return rows @ upper
-    product = torch.empty_like(rows)
+    product = rows.new_empty(rows.shape) if out is None else out
     for start, stop in parts:
         torch.mm(rows[:, :stop], upper[:stop, start:stop], out=product[:, start:stop])
     return product

@@ -213,6 +213,13 @@ class Samples:
         """The same samples in memory of their own: a loader may write over its batches."""
         return Samples(self.inputs.with_tensor(self.inputs.tensor.clone()), self.grads.clone())
 
+    def part(self, start: int, stop: int) -> Samples:
+        """Samples `start` to `stop`, sharing memory."""
+        if start == 0 and stop >= self.num_samples:
+            return self
+        tensor = self.inputs.tensor[start:stop]
+        return Samples(self.inputs.with_tensor(tensor), self.grads[:, start:stop])
+
     def joins(self, other: Samples) -> bool:
         """Whether `merged` can take the two: the same kind of layer call and positions."""
         return (
