@@ -208,13 +208,18 @@ class _Run:
         return count
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
-        state = torch.get_rng_state()
-        # Whatever the forward pass draws is a function of seed and batch, on every pass.
-        torch.manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        generator = torch.default_generator
+        state = generator.get_state()
+        # Whatever the forward pass draws is a function of seed and batch, on every pass. Seeded
+        # by generator: torch.manual_seed queues a traceback per call where there is no GPU.
+        seed = (self.seed * 1_000_003 + number) % 2**63
+        generator.manual_seed(seed)
+        if next(self.model.parameters()).is_cuda:
+            torch.cuda.manual_seed(seed)
         try:
             outputs = (self.predict or _called)(self.model, _moved(inputs, self.model))
         finally:
-            torch.set_rng_state(state)
+            generator.set_state(state)
         _check_outputs(outputs, inputs)
         return outputs
 

@@ -29,22 +29,32 @@ class Draws:
 
     def uniform(self, count: int, places: int, device: torch.device) -> Tensor:
         """(count, places), float64, for the samples from `first_index` on."""
+        key = _mix(_mix(self.seed) + self.direction)
         indices = torch.arange(self.first_index, self.first_index + count, device=device)
-        state = torch.full_like(indices, self.seed)
-        state = _mixed(state ^ _mixed(indices))
-        state = _mixed(state ^ _mixed(torch.full_like(indices, self.direction + 0x5BD1)))
-        places_ = torch.arange(places, device=device)
-        bits = _mixed(state[:, None] ^ _mixed(places_ + 0x27D4)[None])
+        steps = torch.arange(places, device=device) * _signed(_GAMMA)
+        # Each sample starts a sequence of its own; places are the steps along it.
+        bits = _mixed(_mixed(indices * _signed(_GAMMA) + _signed(key))[:, None] + steps)
         # The upper 53 bits, moved to the middle of their interval: never 0, never 1.
         return (((bits >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
 
 
+# SplitMix64 (Steele, Lea & Flood 2014): a counter in steps of gamma, through a finaliser that
+# spreads every bit. For tensors of signed integers, which wrap, and Python's, which do not.
+_GAMMA = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
 def _mixed(values: Tensor) -> Tensor:
-    """A bijection of 64-bit integers that spreads every bit (the finaliser of SplitMix64)."""
-    values = values + _signed(0x9E3779B97F4A7C15)
-    values = (values ^ _shifted(values, 30)) * _signed(0xBF58476D1CE4E5B9)
-    values = (values ^ _shifted(values, 27)) * _signed(0x94D049BB133111EB)
+    values = (values ^ _shifted(values, 30)) * _signed(_FIRST)
+    values = (values ^ _shifted(values, 27)) * _signed(_SECOND)
     return values ^ _shifted(values, 31)
+
+
+def _mix(value: int) -> int:
+    value = (value + _GAMMA) % 2**64
+    value = (value ^ value >> 30) * _FIRST % 2**64
+    value = (value ^ value >> 27) * _SECOND % 2**64
+    return value ^ value >> 31
 
 
 def _signed(value: int) -> int:

@@ -13,6 +13,9 @@ from kfoc.samples import Samples
 # What a solve takes as a rule, beyond its start; the measured counts are 3 to 5 half steps.
 HALF_STEPS = 4
 
+# What moving a number to and from memory costs, in multiply-adds of a matrix product.
+TRAFFIC = 16
+
 
 @dataclass(frozen=True)
 class Size:
@@ -48,6 +51,11 @@ class Cost:
 
     def total(self, half_steps: int = HALF_STEPS) -> float:
         return self.setup + half_steps * self.half_step + self.factors
+
+    def expected(self) -> float:
+        """Multiply-adds of a usual solve, and what is kept, read once a half step, in the same
+        currency."""
+        return self.total() + TRAFFIC * self.memory * (HALF_STEPS + 2)
 
 
 def _gram(z: Size) -> Cost:
@@ -127,7 +135,7 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
     fitting = {n: c for n, c in costs.items() if c.memory * element_size <= memory_limit}
     if not fitting:
         return "primal" if size.T == 1 else "gradients"
-    return min(fitting, key=lambda name: fitting[name].total())
+    return min(fitting, key=lambda name: fitting[name].expected())
 
 
 def contract(samples: Samples, memory_limit: int = 2**30, plan: str | None = None) -> Contraction:

@@ -28,7 +28,7 @@ from kfoc.samples import Samples
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
 # enough that the matrix products run at full rate.
-CHUNK = 2**22
+CHUNK = 2**20
 
 
 class _Coefficients(Contraction):
@@ -93,15 +93,18 @@ class Primal(_Coefficients):
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         vectors = self._vectors[side]
-        products = torch.linalg.vecdot(times_half(vectors, half(matrix)), vectors)
-        # Clamped, as rounding must not hand a negative weight to the root in `factor`.
-        return products.view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
+        weights = torch.linalg.vecdot(times_half(vectors, half(matrix)), vectors)
+        # Clamped, as rounding must not hand a negative weight to the root in `_roots`.
+        return weights.view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
+
+    def _roots(self, representation: Tensor, side: Side) -> Tensor:
+        """Square roots of the weights, a column: on both sides of a product they make it PSD."""
+        repeats = self._vectors[side].shape[0] // self._count
+        roots = representation.sqrt()
+        return (roots.repeat(repeats) if repeats > 1 else roots)[:, None]
 
     def _scaled(self, representation: Tensor, side: Side) -> Tensor:
-        vectors = self._vectors[side]
-        repeats = vectors.shape[0] // self._count
-        # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
-        return vectors * representation.sqrt().repeat(repeats)[:, None]
+        return self._vectors[side] * self._roots(representation, side)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         return gram(self._scaled(representation, side))
@@ -110,6 +113,13 @@ class Primal(_Coefficients):
         rows = self._scaled(representation, side)
         add_symmetric(total, rows, rows, alpha=scale)
         mirrored(total)
+
+    def _image(self, representation: Tensor, side: Side) -> Tensor:
+        rows = self._scaled(representation, side)
+        upper = rows.new_empty(rows.shape[1], rows.shape[1])
+        # The application reads the upper triangle alone: no need to complete the factor.
+        add_symmetric(upper, rows, rows, beta=0.0)
+        return self.apply(upper, side)
 
     def _kernel(self, side: Side, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the squared inner products between samples, over directions."""

@@ -6,6 +6,7 @@ and above the diagonal are computed. With b blocks that is (b + 1) / 2b of the m
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,7 @@ MAX_BLOCKS = 8
 TILE = 256
 
 
+@cache
 def blocks(size: int) -> list[tuple[int, int]]:
     """The column ranges that a symmetric (size, size) product is split into."""
     count = max(1, min(MAX_BLOCKS, size // MIN_BLOCK))
@@ -47,6 +49,9 @@ def add_symmetric(
 def mirrored(total: Tensor) -> Tensor:
     """Complete, in place, the symmetric matrix of which `add_symmetric` holds the upper part."""
     size = total.shape[0]
+    if size <= TILE:
+        upper = total.triu()
+        return torch.add(upper, upper.triu(1).mT, out=total)
     for start in range(0, size, TILE):
         rows = slice(start, start + TILE)
         upper = total[rows, rows].triu()
