@@ -59,6 +59,11 @@ class Contraction(ABC):
 
     plan: str
 
+    @property
+    def certifies(self) -> bool:
+        """Whether `squared_norm` comes at next to no cost."""
+        return False
+
     @abstractmethod
     def start(self) -> Tensor:
         """A left representation: the half step from the unit factor `right = I / sqrt(i)`."""

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kfoc.kronecker import Contraction
-from kfoc.plans import Dense, Gradients, Gram, PositionGram, Positions, Primal
+from kfoc.plans import (
+    Dense,
+    Gradients,
+    Gram,
+    PositionGram,
+    Positions,
+    Primal,
+    by_factor,
+    by_products,
+    through_products,
+)
 from kfoc.products import share
 from kfoc.samples import Samples
 
@@ -85,10 +95,17 @@ def _positions(z: Size) -> Cost:
 
 
 def _position_gram(z: Size) -> Cost:
-    inputs, grads = z.N * z.T, z.S * z.N * z.T
-    setup = inputs**2 * share(inputs) * z.i + grads**2 * share(grads) * z.o + z.N * z.T**2 * z.i
-    half_step = (1 + z.S**2) * z.N**2 * z.T**3
-    return Cost(setup, half_step, _positioned(z), inputs * z.i + inputs**2 + grads**2)
+    setup: float = z.N * z.T**2 * z.i
+    steps, memory = 0.0, z.N * z.T * (z.i + 2 * z.T)
+    for directions, size in ((1, z.i), (z.S, z.o)):
+        if through_products(directions, z.N, z.T, size):
+            rows = directions * z.N * z.T
+            setup += rows**2 * share(rows) * size
+            memory += rows**2
+            steps += by_products(directions, z.N, z.T)
+        else:
+            steps += by_factor(directions, z.N, z.T, size)
+    return Cost(setup, steps / 2, _positioned(z), memory)
 
 
 def _gradients(z: Size) -> Cost:

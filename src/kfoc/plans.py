@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side
-from kfoc.products import add_symmetric, gram, half, mirrored, times_half
+from kfoc.products import add_symmetric, gram, half, mirrored, share, times_half
 from kfoc.samples import Samples
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
@@ -153,6 +153,10 @@ class Gram(Primal):
         super().__init__(samples)
         self._kernels: dict[Side, Tensor] = {}
 
+    @property
+    def certifies(self) -> bool:
+        return True
+
     def _whole(self, side: Side) -> Tensor:
         if side not in self._kernels:
             vectors = self._vectors[side]
@@ -237,11 +241,27 @@ class Positions(_Coefficients):
         return self._products().square_().sum(dtype=torch.float64).item()
 
 
+def through_products(S: int, N: int, T: int, size: int) -> bool:
+    """Whether a half step is cheaper by inner products of positions than by the factor."""
+    return by_products(S, N, T) < by_factor(S, N, T, size)
+
+
+def by_products(S: int, N: int, T: int) -> float:
+    """Multiply-adds of a half step by inner products."""
+    return 2 * S**2 * N**2 * T**3
+
+
+def by_factor(S: int, N: int, T: int, size: int) -> float:
+    """Multiply-adds of a half step by a factor: of forming it and of applying it."""
+    return 2 * S * N * (T**2 * size + T * share(size) * size**2)
+
+
 class PositionGram(Positions):
     """The half steps go through all inner products between positions, (N T, N T) matrices.
 
     `V_n = sum_m K_nm W_m K_nm^T` with the (T, T) blocks of the gradients' products, and likewise
-    for W with those of the inputs: the sizes of the layer enter once, when those are formed.
+    for W with those of the inputs: the sizes of the layer enter once, when those are formed. A
+    side whose factor is small goes through the factor all the same.
     """
 
     plan = "position_gram"
@@ -249,6 +269,10 @@ class PositionGram(Positions):
     def __init__(self, samples: Samples) -> None:
         super().__init__(samples)
         self._kernels: dict[Side, Tensor] = {}
+
+    @property
+    def certifies(self) -> bool:
+        return all(through_products(*rows.shape) for rows in self._rows.values())
 
     def _whole(self, side: Side) -> Tensor:
         """(M, M, T, T): block (m, n) holds the products of n's positions (rows) with m's."""
@@ -260,6 +284,9 @@ class PositionGram(Positions):
         return self._kernels[side]
 
     def _image(self, representation: Tensor, side: Side) -> Tensor:
+        directions, samples, positions, size = self._rows[side].shape
+        if not through_products(directions, samples, positions, size):
+            return super()._image(representation, side)
         kernel = self._whole(side)
         count, samples = len(kernel), len(representation)
         image: Tensor | None = None
@@ -376,6 +403,10 @@ class Dense(_Explicit):
             add_symmetric(fisher, rows, rows)
         fisher = mirrored(fisher).view(o, i, o, i)
         self._matrix = fisher.transpose(1, 2).reshape(o * o, i * i)
+
+    @property
+    def certifies(self) -> bool:
+        return True
 
     def start(self) -> Tensor:
         o, i = self._shape

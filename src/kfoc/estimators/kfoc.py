@@ -112,13 +112,11 @@ class KFOC(Estimator):
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
         """The optimum of one batch, of the mean over its samples."""
         contraction, scale = self.contraction(samples)
-        # Where the Gram matrices are there, the certificate costs one product of them.
-        certify = certify or contraction.plan in ("gram", "dense", "position_gram")
         return fit_contraction(
             contraction,
             rtol=self.rtol,
             max_steps=self.max_steps,
-            certify=certify,
+            certify=certify or contraction.certifies,
             scale=scale / samples.num_samples,
         )
 
