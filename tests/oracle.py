@@ -53,8 +53,18 @@ def sample_gradients(
         jacobian = jacobians[prefix + name]  # (N, *output, *parameter)
         flat = jacobian.flatten(1, dims).reshape(len(inputs), -1, *chosen[prefix + name].shape)
         gradient = torch.einsum("snc,nc...->sn...", cotangents.flatten(2), flat)
-        parts.append(gradient.flatten(3) if name == "weight" else gradient[..., None])
+        is_weight = name == "weight"
+        parts.append(rows_of_outputs(module, gradient) if is_weight else gradient[..., None])
     return torch.cat(parts, -1)
+
+
+def rows_of_outputs(module: nn.Module, gradient: Tensor) -> Tensor:
+    """Gradients by a weight, (S, N, *weight), as matrices with a row per output: (S, N, o, i)."""
+    if not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return gradient.flatten(3)
+    groups = module.groups
+    split = gradient.flatten(4).unflatten(2, (groups, module.in_channels // groups))
+    return split.transpose(3, 4).flatten(4).flatten(2, 3)
 
 
 def rearranged(fisher: Tensor, o: int, i: int) -> Tensor:

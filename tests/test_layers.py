@@ -63,6 +63,76 @@ def test_conv2d(options: dict, bias: bool) -> None:
     check_block(Wrapped(layer), "layer", torch.randn(4, 2, 7, 6))
 
 
+OTHER_DIMENSIONS = [
+    (nn.Conv1d, {"stride": 2, "padding": 1}, (4, 2, 9)),
+    (nn.Conv1d, {"padding": "same", "dilation": 2, "padding_mode": "reflect"}, (4, 2, 9)),
+    (nn.Conv3d, {"stride": (1, 2, 1), "padding": (1, 0, 1)}, (3, 2, 4, 5, 4)),
+    (nn.Conv3d, {"padding": "same", "padding_mode": "circular"}, (3, 2, 3, 4, 3)),
+    (nn.ConvTranspose1d, {"stride": 2, "padding": 1, "output_padding": 1}, (4, 2, 5)),
+    (nn.ConvTranspose1d, {"stride": 3, "dilation": 2, "padding": 5}, (4, 2, 5)),
+    (nn.ConvTranspose2d, {}, (3, 2, 3, 4)),
+    (nn.ConvTranspose2d, {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}, (3, 2, 4, 3)),
+    (
+        nn.ConvTranspose2d,
+        {"stride": 2, "output_padding": (1, 0), "kernel_size": (2, 3)},
+        (3, 2, 3, 3),
+    ),
+    (nn.ConvTranspose3d, {"stride": 2, "padding": 1, "output_padding": 1}, (2, 2, 2, 3, 2)),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("family", "options", "shape"), OTHER_DIMENSIONS)
+def test_convolutions_of_all_kinds(
+    family: type[nn.Module], options: dict, shape: tuple[int, ...], bias: bool
+) -> None:
+    layer = family(2, 3, **{"kernel_size": 3, **options}, bias=bias)
+    check_block(Wrapped(layer), "layer", torch.randn(shape))
+
+
+GROUPED = [
+    (nn.Conv1d, 4, 6, 2, (5, 4, 6)),
+    (nn.Conv2d, 4, 6, 2, (4, 4, 5, 5)),
+    (nn.Conv2d, 4, 4, 4, (4, 4, 5, 5)),  # depthwise
+    (nn.Conv2d, 3, 6, 3, (4, 3, 5, 5)),  # depthwise, two outputs a channel
+    (nn.Conv3d, 2, 2, 2, (3, 2, 3, 3, 4)),
+    (nn.ConvTranspose2d, 4, 6, 2, (3, 4, 3, 3)),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("family", "ins", "outs", "groups", "shape"), GROUPED)
+def test_grouped_convolutions(
+    family: type[nn.Module], ins: int, outs: int, groups: int, shape: tuple[int, ...], bias: bool
+) -> None:
+    model = Wrapped(family(ins, outs, 3, padding=1, groups=groups, bias=bias))
+    x = torch.randn(shape)
+    cotangents = oracle.gaussian_exact(model(x).detach())
+    expected = oracle.fisher_block(model, "layer", x, cotangents)
+    options: dict = {"likelihood": "gaussian", "fisher": "exact", "layers": "layer"}
+    data = list(zip(x.split(2), [None] * 9, strict=False))
+    exact = kfoc.fit(model, data, estimator=kfoc.BlockDiagonal(), **options)["layer"]
+    torch.testing.assert_close(exact.to_dense(), expected, rtol=1e-9, atol=1e-10)
+    diagonal = kfoc.fit(model, data, estimator=kfoc.Diagonal(), **options)["layer"]
+    torch.testing.assert_close(diagonal.diagonal.flatten(), expected.diagonal())
+    block = kfoc.fit(model, data, estimator=kfoc.KFOC("exact", rtol=0), probes=200, **options)[
+        "layer"
+    ]
+    o, i = outs // groups, block.shape[1]
+    best = torch.zeros_like(expected)
+    for g in range(groups):
+        part = slice(g * o * i, (g + 1) * o * i)
+        best[part, part] = oracle.optimum(expected[part, part], o, i)[0]
+    torch.testing.assert_close(
+        block.to_dense(), best, rtol=1e-6, atol=1e-8 * best.abs().max().item()
+    )
+    error = oracle.relative_error(expected, best)
+    assert block.relative_error == pytest.approx(error, abs=4 * block.report.standard_error + 1e-9)
+    vectors = torch.randn(2, *block.shape)
+    product = vectors.flatten(1) @ block.to_dense()
+    torch.testing.assert_close(block.matvec(vectors).flatten(1), product)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 2, 3, 4)])
 def test_linear_with_any_leading_dimensions(shape: tuple[int, ...], bias: bool) -> None:
@@ -155,11 +225,6 @@ class Unreached(nn.Sequential):
 
 
 CANNOT = {
-    "groups": (
-        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 2)),
-        "0",
-        "groups=2",
-    ),
     "subclass": (
         lambda: nn.Sequential(Custom(4, 4), nn.Linear(4, 2)),
         "0",
@@ -181,7 +246,7 @@ CANNOT = {
 def test_untreatable_layers_are_skipped_or_refused_by_name(case: str) -> None:
     build, layer, reason = CANNOT[case]
     model = build()
-    x = torch.randn(3, 4, 6, 6) if case == "groups" else torch.randn(3, 4)
+    x = torch.randn(3, 4)
     curvature = kfoc.fit(model, [(x, None)], "gaussian")
     assert reason in curvature.skipped[layer]
     assert layer not in curvature.layers

@@ -90,6 +90,29 @@ class KroneckerBlock(Block):
 
 
 @dataclass(frozen=True)
+class GroupedBlock(Block):
+    """Blocks of groups of outputs, in order along the diagonal: zero between the groups.
+
+    A grouped convolution has one, with a Kronecker product per group.
+    """
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(block.shape[0] for block in self.blocks), self.blocks[0].shape[1]
+
+    def to_dense(self) -> Tensor:
+        return torch.block_diag(*[block.to_dense() for block in self.blocks])
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        self._check_vectors(vectors)
+        parts = vectors.split([block.shape[0] for block in self.blocks], -2)
+        products = [block.matvec(part) for block, part in zip(self.blocks, parts, strict=True)]
+        return torch.cat(products, -2)
+
+
+@dataclass(frozen=True)
 class DiagonalBlock(Block):
     """A diagonal matrix, kept as `diagonal` in the shape (o, i) of the weight."""
 

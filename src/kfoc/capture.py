@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfoc.layers import Treatment, joined
-from kfoc.samples import Samples
+from kfoc.samples import LayerSamples
 
 
 @dataclass
@@ -129,7 +129,7 @@ def take_samples(
     calls: list[Call],
     grads: list[list[Tensor | None]],
     num_samples: int,
-) -> Samples:
+) -> LayerSamples:
     """One layer's samples of the batch; consumes `grads`, so that each tensor lives no longer.
 
     Raises:
@@ -156,7 +156,10 @@ def take_samples(
         directions.clear()
         parts.append((inputs, shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)))
         shaped.clear()
-    samples = joined(parts)
+    try:
+        samples = joined(parts, treatment.groups)
+    except ValueError as error:
+        raise _problem(name, str(error)) from None
     for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):
             raise _problem(name, f"its {what} has values that are not finite ({largest})")

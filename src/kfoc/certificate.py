@@ -10,7 +10,7 @@ import torch
 
 from kfoc.blocks import Block
 from kfoc.plans import CHUNK
-from kfoc.samples import Samples
+from kfoc.samples import LayerSamples
 
 
 class Probes:
@@ -20,7 +20,7 @@ class Probes:
     estimate both norms without bias, whatever the approximation B, and F is never formed.
     """
 
-    def __init__(self, count: int, seed: int, layer: str, samples: Samples) -> None:
+    def __init__(self, count: int, seed: int, layer: str, samples: LayerSamples) -> None:
         # Drawn on the CPU in float64, so that they are the same for every device and dtype.
         generator = torch.Generator().manual_seed((seed ^ zlib.crc32(layer.encode())) % 2**63)
         vectors = torch.randn(count, *samples.shape, generator=generator, dtype=torch.float64)
@@ -28,7 +28,7 @@ class Probes:
         self.products = torch.zeros_like(self.vectors)
         self.unit = 0.0  # the scale of `products`, see `Samples.rescaled`
 
-    def add(self, samples: Samples) -> None:
+    def add(self, samples: LayerSamples) -> None:
         """Add the batch's part of `F v`: `sum_{s,n} X <X, v>`."""
         rescaled, scale = samples.rescaled()
         o, i = samples.shape

@@ -18,7 +18,7 @@ from kfoc.certificate import Probes
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
 from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
-from kfoc.samples import Rows, Samples
+from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
 
 Predict = Callable[[nn.Module, Any], Tensor]
@@ -154,7 +154,7 @@ class _Run:
     states: dict[str, Any] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
     probes: dict[str, Probes] = field(default_factory=dict)
-    shapes: dict[str, Samples] = field(default_factory=dict)
+    shapes: dict[str, LayerSamples] = field(default_factory=dict)
     num_samples: int = 0
     passes: int = 0
     marks: list[tuple[int, float, float]] = field(default_factory=list)
@@ -250,14 +250,14 @@ class _Run:
                 "augmentation)"
             )
 
-    def _update(self, name: str, samples: Samples, index: int, alone: bool) -> None:
+    def _update(self, name: str, samples: LayerSamples, index: int, alone: bool) -> None:
         if name not in self.states:
             self.states[name] = self.estimator.init(name, samples)
-            self.shapes[name] = _silent_samples(samples, 0)
+            self.shapes[name] = samples.silent(0)
             if self.num_probes:
                 self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
-                self._update(name, _silent_samples(samples, index), 0, False)
+                self._update(name, samples.silent(index), 0, False)
         if self.num_probes and not self.passes:
             self.probes[name].add(samples)
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
@@ -265,7 +265,7 @@ class _Run:
     def _silent(self, reached: set[str], count: int) -> None:
         """Layers that this batch did not reach have zero gradients for its samples."""
         for name in self.states.keys() - reached:
-            self._update(name, _silent_samples(self.shapes[name], count), 0, False)
+            self._update(name, self.shapes[name].silent(count), 0, False)
 
     def done(self) -> bool:
         """Hand every layer to its next pass; True where none needs one."""
@@ -298,13 +298,6 @@ class _Run:
 
 
 _END = object()
-
-
-def _silent_samples(like: Samples, count: int) -> Samples:
-    """`count` samples without any position, so without any gradient."""
-    o, i = like.shape
-    new = like.grads.new_zeros
-    return Samples(Rows(new(count, 0, i)), new(like.num_directions, count, 0, o))
 
 
 def _unpacked(batch: Any) -> tuple[Any, Any]:

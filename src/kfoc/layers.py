@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kfoc.samples import Inputs, Patches, Rows, Samples
+from kfoc.samples import Grouped, Inputs, LayerSamples, Patches, Rows, Samples
 
 
 class Unsupported(Exception):  # noqa: N818  (a reason, not a failure)
@@ -26,11 +26,13 @@ class Treatment:
         inputs: the module's input in one call, (N, ...), to a's of shape (N, T, i).
         grads: a derivative by the module's output in one call, (N, ...), to g's (N, T, o).
         parameters: the names of the module's parameters that make up `[W | b]`.
+        groups: how many groups the channels of inputs and outputs fall into.
     """
 
     inputs: Callable[[Tensor], Inputs]
     grads: Callable[[Tensor], Tensor]
     parameters: tuple[str, ...]
+    groups: int = 1
 
 
 @singledispatch
@@ -79,11 +81,8 @@ def _linear(module: nn.Linear) -> Treatment:
     return Treatment(inputs, lambda grad: grad.reshape(len(grad), -1, grad.shape[-1]), parameters)
 
 
-@treatment.register
-def _conv2d(module: nn.Conv2d) -> Treatment:
+def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Treatment:
     has_bias, parameters = extended(module)
-    if module.groups != 1:
-        raise Unsupported(f"grouped convolutions (groups={module.groups}) have no treatment yet")
     if isinstance(module.padding, str):
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         if module.padding == "valid":
@@ -92,25 +91,88 @@ def _conv2d(module: nn.Conv2d) -> Treatment:
         sides = [(t // 2, t - t // 2) for t in total]
     else:
         sides = [(p, p) for p in module.padding]
-    pad = [amount for pair in reversed(sides) for amount in pair]
+    pad = _flat(sides)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def inputs(values: Tensor) -> Inputs:
-        if values.ndim != 2 + len(sides):
-            raise ValueError(f"its input must be (N, C, H, W), found {tuple(values.shape)}")
+        _check_spatial(values, len(sides))
         padded = functional.pad(values, pad, mode=mode) if any(pad) else values
         constant = 1.0 if has_bias else None
         return Patches(padded, module.kernel_size, module.stride, module.dilation, constant)
 
-    return Treatment(inputs, lambda grad: grad.flatten(2).mT, parameters)
+    return Treatment(inputs, lambda grad: grad.flatten(2).mT, parameters, module.groups)
 
 
-def joined(parts: list[tuple[Inputs, Tensor]]) -> Samples:
+def _transposed(module: Any) -> Treatment:
+    """A transposed convolution as the convolution that it is, of the input with zeros between.
+
+    Its weight, (in, out / groups, *kernel), is about [W | b] with rows of outputs: W is the weight
+    with its first two dimensions swapped within each group, and flattened.
+    """
+    has_bias, parameters = extended(module)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    before = [
+        d * (k - 1) - int(p) for d, k, p in zip(dilation, kernel, module.padding, strict=True)
+    ]
+    pad = _flat([(b, b + extra) for b, extra in zip(before, module.output_padding, strict=True)])
+
+    def inputs(values: Tensor) -> Inputs:
+        _check_spatial(values, len(kernel))
+        space = [(n - 1) * s + 1 for n, s in zip(values.shape[2:], stride, strict=True)]
+        spread = values.new_zeros(*values.shape[:2], *space)
+        every: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+        spread[every] = values
+        constant = 1.0 if has_bias else None
+        ones = (1,) * len(kernel)
+        return Patches(functional.pad(spread, pad), kernel, ones, dilation, constant, flipped=True)
+
+    return Treatment(inputs, lambda grad: grad.flatten(2).mT, parameters, module.groups)
+
+
+for _dims in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    treatment.register(_dims, _convolution)
+for _dims_transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    treatment.register(_dims_transposed, _transposed)
+
+
+def _flat(sides: list[tuple[int, int]]) -> list[int]:
+    """Padding per axis in the order that `functional.pad` takes: the last axis first."""
+    return [amount for pair in reversed(sides) for amount in pair]
+
+
+def _check_spatial(values: Tensor, dims: int) -> None:
+    if values.ndim != 2 + dims:
+        raise ValueError(
+            f"its input must have {2 + dims} dimensions, samples first, found {tuple(values.shape)}"
+        )
+
+
+def joined(parts: list[tuple[Inputs, Tensor]], groups: int = 1) -> LayerSamples:
     """Samples of a module called several times in one forward: positions side by side, exactly.
 
     Args:
         parts: per call, the inputs (N, T, i) and the gradients (S, N, T, o).
+        groups: how many groups the channels fall into.
+
+    Raises:
+        ValueError: a call whose output has other positions than its input says.
     """
+    for inputs, grads in parts:
+        if inputs.num_positions != grads.shape[2]:
+            raise ValueError(
+                f"its output has {grads.shape[2]} positions where its input makes for "
+                f"{inputs.num_positions}"
+            )
+    if groups == 1:
+        return _side_by_side(parts)
+    split = [
+        zip(inputs.split(groups), grads.chunk(groups, 3), strict=True)  # type: ignore[attr-defined]
+        for inputs, grads in parts
+    ]
+    return Grouped(tuple(_side_by_side(list(group)) for group in zip(*split, strict=True)))
+
+
+def _side_by_side(parts: Sequence[tuple[Inputs, Tensor]]) -> Samples:
     if len(parts) == 1:
         return Samples(*parts[0])
     rows = [part.rows(0, part.num_samples) for part, _ in parts]

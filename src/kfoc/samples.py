@@ -107,6 +107,7 @@ class Patches:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     constant: float | None
+    flipped: bool = False  # the kernel axes run backwards, as a transposed convolution's do
 
     @property
     def num_samples(self) -> int:
@@ -142,6 +143,8 @@ class Patches:
         # (n, C, *out, *kernel) -> (C, *kernel, n, *out): one copy, by runs of the last axis.
         order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
         windows = windows.permute(order)
+        if self.flipped:
+            windows = windows.flip(tuple(range(1, 1 + dims)))
         count = stop - start
         columns = windows.new_empty(self.size, count, self.num_positions)
         rows = self.size - (self.constant is not None)
@@ -161,6 +164,10 @@ class Patches:
     def scaled(self, factor: float) -> Patches:
         constant = None if self.constant is None else self.constant * factor
         return replace(self, padded=self.padded * factor, constant=constant)
+
+    def split(self, groups: int) -> list[Patches]:
+        """The inputs of each group of channels."""
+        return [replace(self, padded=part) for part in self.padded.chunk(groups, 1)]
 
     @property
     def tensor(self) -> Tensor:
@@ -258,13 +265,80 @@ class Samples:
         The plans square inner products, so gradients of 1e-11, as a converged float32 network has
         them, would vanish in them. Scales are powers of two: nothing is rounded.
         """
-        inputs, grads = self.inputs, self.grads
         input_scale, grad_scale = (_power_of_two(largest) for largest in self.magnitudes)
+        return self.scaled_down(input_scale, grad_scale), (input_scale * grad_scale) ** 2
+
+    def scaled_down(self, input_scale: float, grad_scale: float) -> Samples:
+        inputs, grads = self.inputs, self.grads
         if input_scale != 1.0:
             inputs = inputs.scaled(1 / input_scale)
         if grad_scale != 1.0:
             grads = grads / grad_scale
-        return Samples(inputs, grads), (input_scale * grad_scale) ** 2
+        return Samples(inputs, grads)
+
+    def silent(self, count: int) -> Samples:
+        """`count` samples of the same layer without any position, so without any gradient."""
+        o, i = self.shape
+        new_zeros = self.grads.new_zeros
+        rows = Rows(new_zeros(count, 0, i))
+        return Samples(rows, new_zeros(self.num_directions, count, 0, o))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Samples of a layer whose outputs fall into groups, each with inputs of its own.
+
+    The per-sample gradient of the whole is that of the groups, one above the other.
+    """
+
+    groups: tuple[Samples, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return self.groups[0].num_samples
+
+    @property
+    def num_positions(self) -> int:
+        return self.groups[0].num_positions
+
+    @property
+    def num_directions(self) -> int:
+        return self.groups[0].num_directions
+
+    @property
+    def grads(self) -> Tensor:
+        """Of the first group: for dtype and device."""
+        return self.groups[0].grads
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        o, i = self.groups[0].shape
+        return len(self.groups) * o, i
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, float]:
+        each = [group.magnitudes for group in self.groups]
+        # NaN where any is: max() would drop it.
+        worst = [sum(m) if not math.isfinite(sum(m)) else max(m) for m in zip(*each, strict=True)]
+        return worst[0], worst[1]
+
+    def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
+        return self.groups[0].chunks(floats_per_sample, limit)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return torch.cat([group.gradients(start, stop) for group in self.groups], 2)
+
+    def rescaled(self) -> tuple[Grouped, float]:
+        """As `Samples.rescaled`, with the same scales for all groups."""
+        scales = [_power_of_two(largest) for largest in self.magnitudes]
+        groups = tuple(group.scaled_down(*scales) for group in self.groups)
+        return Grouped(groups), (scales[0] * scales[1]) ** 2
+
+    def silent(self, count: int) -> Grouped:
+        return Grouped(tuple(group.silent(count) for group in self.groups))
+
+
+LayerSamples = Samples | Grouped
 
 
 def magnitude(values: Tensor) -> float:

@@ -11,7 +11,7 @@ from kfoc.blocks import DenseBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import CHUNK
 from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import Samples
+from kfoc.samples import LayerSamples
 
 
 class _State(NamedTuple):
@@ -29,7 +29,7 @@ class BlockDiagonal(Estimator):
 
     max_size: int = 4096
 
-    def init(self, layer: str, samples: Samples) -> _State:
+    def init(self, layer: str, samples: LayerSamples) -> _State:
         o, i = samples.shape
         if o * i > self.max_size:
             raise ValueError(
@@ -39,7 +39,7 @@ class BlockDiagonal(Estimator):
             )
         return _State(samples.grads.new_zeros(o * i, o * i), (o, i))
 
-    def update(self, state: _State, samples: Samples, *, alone: bool) -> _State:
+    def update(self, state: _State, samples: LayerSamples, *, alone: bool) -> _State:
         o, i = state.shape
         per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
         for start, stop in samples.chunks(per_sample, CHUNK):

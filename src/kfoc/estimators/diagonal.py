@@ -9,18 +9,18 @@ from torch import Tensor
 from kfoc.blocks import DiagonalBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import CHUNK
-from kfoc.samples import Samples
+from kfoc.samples import LayerSamples, Samples
 
 
 @dataclass(frozen=True)
 class Diagonal(Estimator):
     """The diagonal of every block, exactly: the mean of squared per-sample gradients."""
 
-    def init(self, layer: str, samples: Samples) -> Tensor:
+    def init(self, layer: str, samples: LayerSamples) -> Tensor:
         return samples.grads.new_zeros(samples.shape)
 
-    def update(self, state: Tensor, samples: Samples, *, alone: bool) -> Tensor:
-        if samples.num_positions == 1:
+    def update(self, state: Tensor, samples: LayerSamples, *, alone: bool) -> Tensor:
+        if samples.num_positions == 1 and isinstance(samples, Samples):
             # X = g a^T squares to g^2 (a^2)^T: one product, and no per-sample gradient.
             inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
             grads = samples.grads[:, :, 0].square().sum(0)

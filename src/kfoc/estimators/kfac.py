@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock
-from kfoc.estimators.base import Estimator
+from kfoc.estimators.base import FactoredEstimator
 from kfoc.plans import CHUNK
 from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples
@@ -21,7 +21,7 @@ class _State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KFAC(Estimator):
+class KFAC(FactoredEstimator):
     """K-FAC: inputs and output gradients taken as independent, and positions as uncorrelated.
 
     `right` is the second moment of the inputs summed over positions, `left` that of the output
@@ -29,12 +29,12 @@ class KFAC(Estimator):
     convolutions and shared linear layers). One multiplication of the two gives the block.
     """
 
-    def init(self, layer: str, samples: Samples) -> _State:
+    def init_one(self, layer: str, samples: Samples) -> _State:
         o, i = samples.shape
         new_empty = samples.grads.new_empty
         return _State(new_empty(o, o), new_empty(i, i), 0)
 
-    def update(self, state: _State, samples: Samples, *, alone: bool) -> _State:
+    def update_one(self, state: _State, samples: Samples, *, alone: bool) -> _State:
         count = state.samples + samples.num_samples
         before, share = state.samples / count, 1 / count
         grads = samples.grads.reshape(-1, samples.shape[0])
@@ -48,5 +48,5 @@ class KFAC(Estimator):
             add_symmetric(state.right, rows, rows, alpha=share, beta=beta)
         return _State(state.left, state.right, count)
 
-    def finish(self, state: _State, num_samples: int) -> KroneckerBlock:
+    def finish_one(self, state: _State, num_samples: int) -> KroneckerBlock:
         return KroneckerBlock(mirrored(state.left), mirrored(state.right))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, Report
-from kfoc.estimators.base import Estimator
+from kfoc.estimators.base import FactoredEstimator
 from kfoc.kronecker import (
     Contraction,
     KroneckerFit,
@@ -30,7 +30,7 @@ AGGREGATIONS = ("online", "running", "approx", "exact")
 
 
 @dataclass(frozen=True)
-class KFOC(Estimator):
+class KFOC(FactoredEstimator):
     """K-FOC (Schnaus, Lee & Triebel 2021), over any number of batches.
 
     A single batch gets its optimum under every aggregation. Several are combined by:
@@ -95,17 +95,17 @@ class KFOC(Estimator):
     def pass_limit(self) -> int:
         return self.passes if self.aggregation == "exact" else 1
 
-    def init(self, layer: str, samples: Samples) -> _Aggregation:
+    def init_one(self, layer: str, samples: Samples) -> _Aggregation:
         return _STRATEGIES[self.aggregation](self, samples)
 
-    def update(self, state: _Aggregation, samples: Samples, *, alone: bool) -> _Aggregation:
+    def update_one(self, state: _Aggregation, samples: Samples, *, alone: bool) -> _Aggregation:
         state.add(samples, alone)
         return state
 
-    def next_pass(self, state: _Aggregation) -> tuple[_Aggregation, bool]:
+    def next_pass_one(self, state: _Aggregation) -> tuple[_Aggregation, bool]:
         return state, state.next_pass()
 
-    def finish(self, state: _Aggregation, num_samples: int) -> KroneckerBlock:
+    def finish_one(self, state: _Aggregation, num_samples: int) -> KroneckerBlock:
         left, right = state.result(num_samples)
         return KroneckerBlock(left, right, report=state.report)
 
