@@ -68,6 +68,11 @@ class Contraction(ABC):
     def start(self) -> Tensor:
         """A left representation: the half step from the unit factor `right = I / sqrt(i)`."""
 
+    @property
+    def reads_upper(self) -> bool:
+        """Whether `apply` and `overlap` read matrices on and above the diagonal alone."""
+        return False
+
     @abstractmethod
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         """Half step from an explicit factor on `side` to a representation on the other side."""
@@ -84,7 +89,7 @@ class Contraction(ABC):
         """
 
     def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
-        """`total += scale * factor`, in place."""
+        """`total += scale * factor`, in place, on and above the diagonal at least."""
         total.add_(self.factor(representation, side), alpha=scale)
 
     @abstractmethod
@@ -366,25 +371,24 @@ def nearest_to_pair(
     if not _nonzero(first) or not _nonzero(second):
         (left, right), share = (first, shares[0]) if _nonzero(first) else (second, shares[1])
         return balanced(left, right, share * left.norm().item() * right.norm().item())
-    left_norms, left_triangle = _gram_schmidt(first[0], second[0])
-    right_norms, right_triangle = _gram_schmidt(first[1], second[1])
+    norms, triangles = zip(*(_gram_schmidt(first[k], second[k]) for k in range(2)), strict=True)
     weights = torch.tensor(
-        [shares[k] * left_norms[k] * right_norms[k] for k in range(2)], dtype=torch.float64
+        [shares[k] * norms[0][k] * norms[1][k] for k in range(2)], dtype=torch.float64
     )
     scale = weights.max().item()
-    core = left_triangle @ torch.diag(weights / scale) @ right_triangle.mT
+    weights /= scale
+    core = triangles[0] @ torch.diag(weights) @ triangles[1].mT
     left_vectors, sigmas, right_vectors = torch.linalg.svd(core)
+    root = math.sqrt(sigmas[0].item() * scale)
     # Coefficients of the normalised terms: one more half step from the singular vectors. They are
     # inner products of PSD matrices, so they share a sign, and the sum stays PSD.
-    left_weights = (weights / scale * (right_triangle.mT @ right_vectors[0])).abs()
-    right_weights = (weights / scale * (left_triangle.mT @ left_vectors[:, 0])).abs()
-    left, right = (
-        first[k] * (weights_[0].item() / norms[0]) + second[k] * (weights_[1].item() / norms[1])
-        for k, (weights_, norms) in enumerate(
-            ((left_weights, left_norms), (right_weights, right_norms))
-        )
-    )
-    return balanced(left, right, sigmas[0].item() * scale)
+    merged = []
+    for k, vector in enumerate((right_vectors[0], left_vectors[:, 0])):
+        coefficients = (weights * (triangles[1 - k].mT @ vector)).abs()
+        coefficients *= root / (triangles[k] @ coefficients).norm()
+        a, b = (coefficients / torch.tensor(norms[k], dtype=torch.float64)).tolist()
+        merged.append((first[k] * a).add_(second[k], alpha=b))
+    return merged[0], merged[1]
 
 
 def _nonzero(term: tuple[Tensor, Tensor]) -> bool:
@@ -394,8 +398,9 @@ def _nonzero(term: tuple[Tensor, Tensor]) -> bool:
 def _gram_schmidt(first: Tensor, second: Tensor) -> tuple[list[float], Tensor]:
     """Norms of two matrices, and the triangle R of QR = [first, second] once normalised."""
     norms = [first.norm().item(), second.norm().item()]
-    a, b = first / norms[0], second / norms[1]
-    along = (a * b).sum()
-    # The rest is formed explicitly: sqrt(1 - along^2) loses half the digits for near-equal terms.
-    rest = (b - along * a).norm().item()
-    return norms, torch.tensor([[1.0, along.item()], [0.0, rest]], dtype=torch.float64)
+    along = torch.dot(first.flatten() / norms[0], second.flatten()).item() / norms[1]
+    if along < 0.9:
+        rest = math.sqrt(1 - along**2)
+    else:  # the root would lose half the digits
+        rest = torch.sub(second, first, alpha=along * norms[1] / norms[0]).norm().item() / norms[1]
+    return norms, torch.tensor([[1.0, along], [0.0, rest]], dtype=torch.float64)

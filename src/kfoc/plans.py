@@ -41,6 +41,10 @@ class _Coefficients(Contraction):
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def reads_upper(self) -> bool:
+        return True
+
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         if self._last is None or self._last[0] is not representation:
             self._last = representation, self._image(representation, side)
@@ -86,40 +90,56 @@ class Primal(_Coefficients):
             "left": samples.grads[:, :, 0].flatten(0, 1),
             "right": samples.inputs.columns(0, self._count)[:, :, 0].mT,
         }
+        self._scratch = _Scratch()
 
     def start(self) -> Tensor:
         vectors = self._vectors["right"]
         return torch.linalg.vecdot(vectors, vectors) / math.sqrt(vectors.shape[1])
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
-        vectors = self._vectors[side]
-        weights = torch.linalg.vecdot(times_half(vectors, half(matrix)), vectors)
-        # Clamped, as rounding must not hand a negative weight to the root in `_roots`.
-        return weights.view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
-
-    def _roots(self, representation: Tensor, side: Side) -> Tensor:
-        """Square roots of the weights, a column: on both sides of a product they make it PSD."""
-        repeats = self._vectors[side].shape[0] // self._count
-        roots = representation.sqrt()
-        return (roots.repeat(repeats) if repeats > 1 else roots)[:, None]
-
-    def _scaled(self, representation: Tensor, side: Side) -> Tensor:
-        return self._vectors[side] * self._roots(representation, side)
+        vectors, upper = self._vectors[side], half(matrix)
+        products = []
+        for start, stop in self._parts(vectors):
+            rows = vectors[start:stop]
+            by_half = times_half(rows, upper, self._scratch.like(rows))
+            products.append(torch.linalg.vecdot(by_half, rows))
+        # Clamped, as rounding must not hand a negative weight to the root in `_add`.
+        return torch.cat(products).view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
-        return gram(self._scaled(representation, side))
+        return mirrored(self._upper(representation, side))
 
     def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
-        rows = self._scaled(representation, side)
-        add_symmetric(total, rows, rows, alpha=scale)
-        mirrored(total)
+        self._add(total, representation, side, scale, 1.0)
 
     def _image(self, representation: Tensor, side: Side) -> Tensor:
-        rows = self._scaled(representation, side)
-        upper = rows.new_empty(rows.shape[1], rows.shape[1])
-        # The application reads the upper triangle alone: no need to complete the factor.
-        add_symmetric(upper, rows, rows, beta=0.0)
-        return self.apply(upper, side)
+        return self.apply(self._upper(representation, side), side)
+
+    def _upper(self, representation: Tensor, side: Side) -> Tensor:
+        """The factor on and above the diagonal."""
+        size = self._vectors[side].shape[1]
+        total = representation.new_empty(size, size)
+        self._add(total, representation, side, 1.0, 0.0)
+        return total
+
+    def _add(
+        self, total: Tensor, representation: Tensor, side: Side, alpha: float, beta: float
+    ) -> None:
+        vectors = self._vectors[side]
+        repeats = vectors.shape[0] // self._count
+        # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
+        roots = (representation.repeat(repeats) if repeats > 1 else representation).sqrt()
+        for start, stop in self._parts(vectors):
+            rows = vectors[start:stop]
+            scaled = torch.mul(rows, roots[start:stop, None], out=self._scratch.like(rows))
+            add_symmetric(total, scaled, scaled, alpha=alpha, beta=beta)
+            beta = 1.0
+
+    @staticmethod
+    def _parts(vectors: Tensor) -> list[tuple[int, int]]:
+        """Ranges of rows whose temporaries stay small."""
+        count, step = len(vectors), max(256, CHUNK // vectors.shape[1])
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
 
     def _kernel(self, side: Side, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the squared inner products between samples, over directions."""
@@ -214,7 +234,6 @@ class Positions(_Coefficients):
 
     def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
         self._add(total, representation, side, scale, 1.0)
-        mirrored(total)
 
     def _add(
         self, total: Tensor, representation: Tensor, side: Side, alpha: float, beta: float

@@ -24,6 +24,7 @@ from kfoc.kronecker import (
     settled,
 )
 from kfoc.planner import PLANS, SINGLE_POSITION, contract
+from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 
 AGGREGATIONS = ("online", "running", "approx", "exact")
@@ -233,6 +234,7 @@ class _Online(_Aggregation):
     def __init__(self, config: KFOC, samples: Samples) -> None:
         super().__init__(config, samples)
         self.core = 0.0
+        self.norms = 0.0, 0.0  # of the sums, which are kept on and above the diagonal alone
         self.weight = 0.0  # samples in the sums, decayed as they are
         self.unit = 0.0  # the scale of all sums: they would overflow at extreme gradients
         self.pending: list[Samples] = []
@@ -290,6 +292,7 @@ class _Online(_Aggregation):
             self.left *= factor
             self.right *= factor
             self.core *= factor
+            self.norms = self.norms[0] * factor, self.norms[1] * factor
         self.unit = unit
 
     def _step(self, contraction: Contraction, c: float) -> None:
@@ -298,8 +301,10 @@ class _Online(_Aggregation):
         A is linear, so the corrected half steps are combinations of those from the sums and from
         the predictions: the factors are formed once, at the end.
         """
-        left, right = self.left, self.right
-        left_norm, right_norm = left.norm().item(), right.norm().item()
+        left, right, (left_norm, right_norm) = self.left, self.right, self.norms
+        if not contraction.reads_upper:
+            mirrored(left)
+            mirrored(right)
         if left_norm and right_norm:
             w = contraction.apply(right, "right") / right_norm  # A r, a left representation
             v = contraction.apply(left, "left") / left_norm  # A^T l, a right representation
@@ -321,9 +326,17 @@ class _Online(_Aggregation):
         left_after = math.sqrt(max(squared, 0.0)) or 1.0
         v_after = (left_image + contraction.advance(w, "left") * c) / left_after
 
-        core = c * contraction.overlap(w_after, left, left_image, "left").item()
-        core += c * c * contraction.inner(w_after, w, "left").item()
-        self.core += core / left_after
+        # Before anything asks for another image, which the plans keep the last of alone.
+        core = c * c * contraction.inner(w_after, w, "left").item()
+        left_overlap = c * contraction.overlap(w_after, left, left_image, "left").item()
+        self.core += (core + left_overlap) / left_after
+        squared = left_norm**2 + 2 * left_overlap
+        squared += c * c * contraction.inner(w_after, w_after, "left").item()
+        left_norm = math.sqrt(max(squared, 0.0))
+        squared = right_norm**2
+        squared += 2 * c * contraction.overlap(v_after, right, right_image, "right").item()
+        squared += c * c * contraction.inner(v_after, v_after, "right").item()
+        self.norms = left_norm, math.sqrt(max(squared, 0.0))
         contraction.accumulate(left, w_after, "left", c)
         contraction.accumulate(right, v_after, "right", c)
 
@@ -331,10 +344,11 @@ class _Online(_Aggregation):
         self.close()
         if self.single is not None:
             return self.single.left, self.single.right
+        left, right = mirrored(self.left), mirrored(self.right)
         if not self.core:
-            return self.left, self.right
-        norms = self.left.norm().item() * self.right.norm().item()
-        return balanced(self.left, self.right, norms / self.core * self.unit / self.weight)
+            return left, right
+        norms = left.norm().item() * right.norm().item()
+        return balanced(left, right, norms / self.core * self.unit / self.weight)
 
 
 def _started(contraction: Contraction) -> tuple[Tensor, Tensor]:
@@ -367,10 +381,12 @@ class _Exact(_Online):
         if self.single is not None or (self.side is None and not self.core):
             return True
         if self.side is None:
+            mirrored(self.left)
             self.left /= self.left.norm()
             self._fix("left")
             return False
         _, image = self._factors(self.side)
+        mirrored(image)
         self.sigmas.append(image.norm().item())
         precision = 4 * torch.finfo(image.dtype).eps
         converged = settled(self.sigmas, self.config.rtol, precision)
