@@ -187,6 +187,7 @@ def bad(name: str) -> tuple[nn.Module, object, dict]:
         "empty": (model, [], {}),
         "activation": (model, batches(nan, y, 4), {}),
         "labels": (model, batches(x, y * 2, 4)[::-1], {}),
+        "outputs not finite": (nn.Sequential(model, Infinite()), data, {}),
         "label shape": (model, [(x, y[:3])], {}),
         "outputs": (nn.Sequential(model, nn.Flatten(0)), data, {}),
         "no such layer": (model, data, {"layers": ["0", "fc*"]}),
@@ -218,6 +219,11 @@ class Dictionary(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.inner(x)}
+
+
+class Infinite(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 0
 
 
 class Folded(nn.Module):
@@ -265,7 +271,8 @@ class Detached(nn.Module):
 
 MESSAGES = {
     "empty": "data has no batches",
-    "activation": "batch 1: the model's outputs have values that are not finite|batch 1: layer '0'",
+    "activation": r"batch 1: layer '0': its input has values not finite \(nan\)",
+    "outputs not finite": "batch 0: the model's outputs are not finite",
     "labels": "batch 0: label 4 is out of range for 3 classes",
     "label shape": r"batch 0: labels of shape \(3,\) do not fit",
     "outputs": r"batch 0: 4 inputs gave outputs of shape \(12,\)",
@@ -283,7 +290,7 @@ MESSAGES = {
     "frozen": "no layer can be treated.*frozen",
     "first dimension": "batch 0: layer 'layer': its first dimension is 12 in a batch of 4 samples",
     "changed input": "batch 0: layer 'layer': its input was changed in place",
-    "gradient": "batch 0: layer 'layer': its output gradient has values that are not finite",
+    "gradient": "batch 0: layer 'layer': its output gradient has values not finite",
     "detached": "batch 0: layer 'layer': its output carries no gradient",
 }
 

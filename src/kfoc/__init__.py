@@ -1,6 +1,6 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
-from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Report
+from kfoc.blocks import Block, DenseBlock, DiagonalBlock, GroupedBlock, KroneckerBlock, Report
 from kfoc.curvature import Curvature
 from kfoc.estimators import (
     KFAC,
@@ -27,6 +27,7 @@ __all__ = [
     "DiagonalBlock",
     "Estimator",
     "Gaussian",
+    "GroupedBlock",
     "KroneckerBlock",
     "KroneckerFit",
     "Likelihood",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfoc.layers import Treatment, joined
-from kfoc.samples import LayerSamples
+from kfoc.samples import LayerSamples, magnitude
 
 
 @dataclass
@@ -39,6 +39,15 @@ class Record:
 
     def clear(self) -> None:
         self.calls.clear()
+
+    def first_not_finite(self) -> str | None:
+        """What is wrong with the first watched layer whose input is not finite, if there is one."""
+        for name, calls in self.calls.items():
+            for call in calls:
+                largest = magnitude(call.value)
+                if not math.isfinite(largest):
+                    return str(_problem(name, f"its input has values not finite ({largest})"))
+        return None
 
 
 def _problem(layer: str, what: str) -> ValueError:
@@ -162,7 +171,7 @@ def take_samples(
         raise _problem(name, str(error)) from None
     for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):
-            raise _problem(name, f"its {what} has values that are not finite ({largest})")
+            raise _problem(name, f"its {what} has values not finite ({largest})")
     return samples
 
 

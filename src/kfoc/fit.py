@@ -187,6 +187,8 @@ class _Run:
             inputs, targets = _unpacked(batch)
             record.clear()
             outputs = self._outputs(inputs, number)
+            if not outputs.isfinite().all():
+                raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, number)
             grads = self._gradients(outputs, targets, record, index)
@@ -343,8 +345,6 @@ def _check_outputs(outputs: Any, inputs: Any) -> None:
         )
     if not outputs.requires_grad:
         raise ValueError("the outputs carry no gradient: no parameter on their way is trained")
-    if not outputs.isfinite().all():
-        raise ValueError("the model's outputs have values that are not finite")
 
 
 class _Meter:
