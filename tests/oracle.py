@@ -58,6 +58,22 @@ def sample_gradients(
     return torch.cat(parts, -1)
 
 
+def elementwise_gradients(
+    model: nn.Module, layer: str, inputs: Tensor, cotangents: Tensor
+) -> Tensor:
+    """Per-sample gradients of a normalisation layer's scale and shift, (S, N, features, 2)."""
+    constants = {k: v.detach() for k, v in model.state_dict().items()}
+    names = [f"{layer}.{name}" for name, _ in model.get_submodule(layer).named_parameters()]
+    chosen = {name: constants.pop(name) for name in names}
+
+    def outputs(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, {**constants, **parameters}, (sample[None],))[0]
+
+    jacobians = vmap(jacrev(outputs), in_dims=(None, 0))(chosen, inputs)
+    flat = [jacobians[name].reshape(len(inputs), cotangents[0, 0].numel(), -1) for name in names]
+    return torch.stack([torch.einsum("snc,ncf->snf", cotangents.flatten(2), j) for j in flat], -1)
+
+
 def rows_of_outputs(module: nn.Module, gradient: Tensor) -> Tensor:
     """Gradients by a weight, (S, N, *weight), as matrices with a row per output: (S, N, o, i)."""
     if not isinstance(module, nn.modules.conv._ConvTransposeNd):

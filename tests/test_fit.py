@@ -95,6 +95,23 @@ def test_dropout_is_a_function_of_the_seed() -> None:
     assert torch.equal(first["6"].to_dense(), second["6"].to_dense())
 
 
+def test_loader_draws_from_its_own_stream() -> None:
+    """The seeding of forward passes does not reach what the loader draws between them."""
+    model, (x, y) = convolutional(), images(12)
+    drawn = []
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(x, y, 4):
+            drawn.append(torch.rand(1).item())
+            yield batch
+
+    torch.manual_seed(5)
+    expected = [torch.rand(1).item() for _ in range(3)]
+    torch.manual_seed(5)
+    kfoc.fit(model, loader())
+    assert drawn == expected
+
+
 @pytest.mark.parametrize("estimator", [kfoc.BlockDiagonal(), kfoc.KFAC(), kfoc.Diagonal()])
 def test_sums_do_not_depend_on_the_batch_size(estimator: kfoc.Estimator) -> None:
     model, (x, y) = convolutional(), images(13)

@@ -28,6 +28,7 @@ CONVOLUTIONS = [
     {"stride": (2, 1), "padding": (1, 2)},
     {"padding": "same"},
     {"padding": "same", "dilation": 2, "kernel_size": (4, 3)},
+    {"padding": "same", "kernel_size": (4, 2)},  # an odd pixel to pad
     {"padding": "valid"},
     {"dilation": (1, 2), "padding": 1},
     {"kernel_size": (1, 3), "stride": (1, 2)},
@@ -133,6 +134,49 @@ def test_grouped_convolutions(
     torch.testing.assert_close(block.matvec(vectors).flatten(1), product)
 
 
+NORMALISATIONS = {
+    "layer": (lambda: nn.LayerNorm(4), (6, 4)),
+    "layer, positions": (lambda: nn.LayerNorm(4), (6, 3, 4)),
+    "layer, two axes": (lambda: nn.LayerNorm([3, 4]), (6, 3, 4)),
+    "layer, no bias": (lambda: nn.LayerNorm(4, bias=False), (6, 3, 4)),
+    "rms": (lambda: nn.RMSNorm(4), (6, 3, 4)),
+    "group": (lambda: nn.GroupNorm(2, 4), (6, 4, 3, 3)),
+    "batch, eval": (lambda: nn.BatchNorm2d(4).eval(), (6, 4, 3, 3)),
+    "batch 1d, eval": (lambda: nn.BatchNorm1d(4).eval(), (6, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+@pytest.mark.parametrize(
+    "estimator", [kfoc.KFOC(), kfoc.KFAC(), kfoc.BlockDiagonal(), kfoc.Diagonal()]
+)
+def test_normalisation_layers_are_exact(name: str, estimator: kfoc.Estimator) -> None:
+    build, shape = NORMALISATIONS[name]
+    layer = build()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2.0)
+    model, x = Wrapped(layer), torch.randn(shape)
+    cotangents = oracle.gaussian_exact(model(x).detach())
+    gradients = oracle.elementwise_gradients(model, "layer", x, cotangents)
+    rows = gradients.flatten(0, 1).flatten(1)
+    expected = rows.mT @ rows / len(x)
+    data = list(zip(x.split(4), [None] * 2, strict=True))
+    block = kfoc.fit(model, data, "gaussian", fisher="exact", estimator=estimator)["layer"]
+    if isinstance(estimator, kfoc.Diagonal):
+        expected = torch.diag(expected.diagonal())
+    torch.testing.assert_close(block.to_dense(), expected)
+
+
+def test_large_normalisation_layers_get_their_diagonal() -> None:
+    model = nn.Sequential(nn.Linear(3, 600), nn.LayerNorm(600), nn.Linear(600, 2))
+    curvature = kfoc.fit(model, [(torch.randn(4, 3), None)], "gaussian", probes=4)
+    assert isinstance(curvature["1"], kfoc.DiagonalBlock)
+    assert curvature["1"].shape == (600, 2)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 2, 3, 4)])
 def test_linear_with_any_leading_dimensions(shape: tuple[int, ...], bias: bool) -> None:
@@ -224,7 +268,18 @@ class Unreached(nn.Sequential):
         return self[1](x)
 
 
+class Shared(nn.Sequential):
+    """Uses a layer's weight once more, behind its back: half its gradient would be missed."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](nn.functional.linear(torch.tanh(self[0](x)), self[0].weight))
+
+
 CANNOT = {
+    "used outside": (Shared, "0", "its weight is used outside of it as well"),
     "subclass": (
         lambda: nn.Sequential(Custom(4, 4), nn.Linear(4, 2)),
         "0",
@@ -234,9 +289,9 @@ CANNOT = {
     "frozen": (frozen, "0", "weight is frozen"),
     "reparametrised": (reparametrised, "0", "not a parameter of its own"),
     "unknown": (
-        lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
+        lambda: nn.Sequential(nn.PReLU(4), nn.Linear(4, 2)),
         "0",
-        "no treatment for LayerNorm",
+        "no treatment for PReLU",
     ),
     "never called": (Unreached, "0", "its forward was never called"),
 }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfoc.layers import Treatment, joined
-from kfoc.samples import LayerSamples, magnitude
+from kfoc.samples import Direct, Inputs, LayerSamples, magnitude
 
 
 @dataclass
@@ -102,6 +104,38 @@ def _recorder(record: Record, name: str) -> Callable[..., None]:
     return hook
 
 
+def used_elsewhere(
+    outputs: Tensor, record: Record, modules: dict[str, nn.Module]
+) -> dict[str, str]:
+    """Layers whose parameters take part in the outputs more often than the layers were called.
+
+    What other uses contribute to the gradient would be missed without a word.
+
+    Returns:
+        layer name -> the reason not to treat it.
+    """
+    uses = Counter(_leaves(outputs))
+    reasons = {}
+    for name, calls in record.calls.items():
+        for parameter_name, parameter in modules[name].named_parameters(recurse=False):
+            if uses[id(parameter)] > len(calls):
+                reasons[name] = f"its {parameter_name} is used outside of it as well"
+    return reasons
+
+
+def _leaves(outputs: Tensor) -> Iterator[int]:
+    """Identities of the leaf tensors that the graph of `outputs` ends in, one for every use."""
+    waiting: list[Any] = [outputs.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if hasattr(node, "variable"):
+                yield id(node.variable)
+            elif node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+
+
 def output_gradients(
     outputs: Tensor, cotangents: Iterable[Tensor], record: Record
 ) -> dict[str, list[list[Tensor | None]]]:
@@ -145,7 +179,8 @@ def take_samples(
         ValueError: the layer's first dimension is not the batch, its input was changed in place
             after the call, or there are values that are not finite.
     """
-    parts = []
+    parts: list[tuple[Inputs, Tensor]] = []
+    direct: list[Tensor] = []
     for call, directions in zip(calls, grads, strict=True):
         if call.value._version != call.version:
             raise _problem(
@@ -157,6 +192,12 @@ def take_samples(
                 f"its first dimension is {call.output_shape[0]} in a batch of {num_samples} "
                 "samples: it must run over the samples",
             )
+        if treatment.direct is not None:
+            value = _accumulable(call.value)
+            present = [_present(grad, call) for grad in directions]
+            direct.append(torch.stack([treatment.direct(value, grad) for grad in present]))
+            directions.clear()
+            continue
         try:
             inputs = treatment.inputs(_accumulable(call.value))
         except ValueError as error:
@@ -165,8 +206,9 @@ def take_samples(
         directions.clear()
         parts.append((inputs, shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)))
         shaped.clear()
+    samples: LayerSamples
     try:
-        samples = joined(parts, treatment.groups)
+        samples = Direct(sum(direct[1:], direct[0])) if direct else joined(parts, treatment.groups)
     except ValueError as error:
         raise _problem(name, str(error)) from None
     for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):

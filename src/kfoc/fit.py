@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.capture import Record, captured, output_gradients, take_samples
+from kfoc.capture import Record, captured, output_gradients, take_samples, used_elsewhere
 from kfoc.certificate import Probes
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
@@ -191,6 +191,11 @@ class _Run:
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, number)
+            if not number and not self.passes:
+                for name, reason in used_elsewhere(outputs, record, self.selection.modules).items():
+                    self.selection.drop(name, reason)
+            for name in record.calls.keys() - self.selection.modules.keys():
+                del record.calls[name]
             grads = self._gradients(outputs, targets, record, index)
             del outputs  # and with it the graph
             reached = list(record.calls)
@@ -278,14 +283,10 @@ class _Run:
         return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
 
     def finished(self) -> Curvature:
-        skipped, blocks = dict(self.selection.skipped), {}
+        for name in self.selection.modules.keys() - self.states.keys():
+            self.selection.drop(name, "its forward was never called")
+        blocks = {}
         for name in self.selection.modules:
-            if name not in self.states:
-                reason = "its forward was never called"
-                if name in self.selection.named:
-                    raise ValueError(f"layer {name!r} cannot be treated: {reason}")
-                skipped[name] = reason
-                continue
             block = self.estimator.finish(self.states[name], self.num_samples)
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)
@@ -296,7 +297,7 @@ class _Run:
             )
             for name in blocks
         }
-        return Curvature(blocks, self.num_samples, parameters, skipped)
+        return Curvature(blocks, self.num_samples, parameters, self.selection.skipped)
 
 
 _END = object()

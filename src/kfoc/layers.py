@@ -27,12 +27,15 @@ class Treatment:
         grads: a derivative by the module's output in one call, (N, ...), to g's (N, T, o).
         parameters: the names of the module's parameters that make up `[W | b]`.
         groups: how many groups the channels of inputs and outputs fall into.
+        direct: for layers that are not linear maps of patches or positions, in place of `inputs`
+            and `grads`: (input, derivative by the output) of one call to X, (N, o, i).
     """
 
     inputs: Callable[[Tensor], Inputs]
     grads: Callable[[Tensor], Tensor]
     parameters: tuple[str, ...]
     groups: int = 1
+    direct: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @singledispatch
@@ -49,7 +52,7 @@ def checked_treatment(module: nn.Module) -> Treatment:
     """
     rule = treatment.dispatch(type(module))
     family: Any = next((cls for cls in type(module).__mro__ if cls in treatment.registry), object)
-    if family is not object and type(module).forward is not family.forward:
+    if family is not object and type(module).forward is not getattr(family, "forward", None):
         raise Unsupported(f"{type(module).__name__} overrides the forward of {family.__name__}")
     found = rule(module)
     own = dict(module.named_parameters(recurse=False))
@@ -133,6 +136,71 @@ for _dims in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     treatment.register(_dims, _convolution)
 for _dims_transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     treatment.register(_dims_transposed, _transposed)
+
+
+def _affine(module: Any, channel_first: bool, normalised: Callable[[Tensor], Tensor]) -> Treatment:
+    """The elementwise scale and shift at the end of a normalisation layer.
+
+    A feature's scale has the gradient `sum_t g x`, its shift `sum_t g`, over the positions t that
+    share it; x is the normalised input.
+    """
+    names = tuple(
+        name
+        for name in ("weight", "bias")
+        if getattr(module, name, None) is not None and getattr(module, name).requires_grad
+    )
+    if not names:
+        raise Unsupported("its parameters are frozen (requires_grad is False)")
+    count = getattr(module, names[0]).numel()
+
+    def direct(value: Tensor, grad: Tensor) -> Tensor:
+        each = {"weight": lambda: grad * normalised(value), "bias": lambda: grad}
+        columns = []
+        for name in names:
+            terms = each[name]()
+            if channel_first:
+                columns.append(terms.flatten(2).sum(2) if terms.ndim > 2 else terms)
+            else:
+                columns.append(terms.reshape(len(terms), -1, count).sum(1))
+        return torch.stack(columns, 2)
+
+    return Treatment(_no_inputs, _no_grads, names, direct=direct)
+
+
+def _no_inputs(values: Tensor) -> Inputs:
+    raise NotImplementedError("this treatment is direct")
+
+
+def _no_grads(grad: Tensor) -> Tensor:
+    raise NotImplementedError("this treatment is direct")
+
+
+@treatment.register
+def _layer_norm(module: nn.LayerNorm) -> Treatment:
+    shape, eps = module.normalized_shape, module.eps
+    return _affine(module, False, lambda x: functional.layer_norm(x, shape, eps=eps))
+
+
+@treatment.register
+def _rms_norm(module: nn.RMSNorm) -> Treatment:
+    shape, eps = list(module.normalized_shape), module.eps
+    return _affine(module, False, lambda x: functional.rms_norm(x, shape, eps=eps))
+
+
+@treatment.register
+def _group_norm(module: nn.GroupNorm) -> Treatment:
+    groups, eps = module.num_groups, module.eps
+    return _affine(module, True, lambda x: functional.group_norm(x, groups, eps=eps))
+
+
+@treatment.register
+def _batch_norm(module: nn.modules.batchnorm._BatchNorm) -> Treatment:
+    """In evaluation mode: by running statistics, so samples are independent (`fit` checks)."""
+
+    def normalised(x: Tensor) -> Tensor:
+        return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+
+    return _affine(module, True, normalised)
 
 
 def _flat(sides: list[tuple[int, int]]) -> list[int]:

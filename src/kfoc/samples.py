@@ -338,7 +338,54 @@ class Grouped:
         return Grouped(tuple(group.silent(count) for group in self.groups))
 
 
-LayerSamples = Samples | Grouped
+@dataclass(frozen=True)
+class Direct:
+    """Per-sample gradients themselves, for layers whose gradient is no sum of outer products.
+
+    Attributes:
+        grads: X, (S, N, o, i): for a normalisation layer a row per feature, and a column each for
+            its scale and its shift.
+    """
+
+    grads: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        return self.grads.shape[1]
+
+    @property
+    def num_positions(self) -> int:
+        return 0
+
+    @property
+    def num_directions(self) -> int:
+        return self.grads.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.grads.shape[2], self.grads.shape[3]
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, float]:
+        return 1.0, magnitude(self.grads)
+
+    def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
+        size = max(1, limit // max(1, floats_per_sample))
+        for start in range(0, self.num_samples, size):
+            yield start, min(start + size, self.num_samples)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return self.grads[:, start:stop]
+
+    def rescaled(self) -> tuple[Direct, float]:
+        scale = _power_of_two(self.magnitudes[1])
+        return (Direct(self.grads / scale) if scale != 1.0 else self), scale**2
+
+    def silent(self, count: int) -> Direct:
+        return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
+
+
+LayerSamples = Samples | Grouped | Direct
 
 
 def magnitude(values: Tensor) -> float:

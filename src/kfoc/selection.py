@@ -20,6 +20,14 @@ class Selection:
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
 
+    def drop(self, name: str, reason: str) -> None:
+        """Leave a layer out after all. Raises ValueError where it was asked for by name."""
+        if name in self.named:
+            raise ValueError(f"layer {name!r} cannot be treated: {reason}")
+        self.modules.pop(name, None)
+        self.treatments.pop(name, None)
+        self.skipped[name] = reason
+
 
 def select(model: nn.Module, layers: str | Iterable[str] | None) -> Selection:
     """Match `layers` against the model's modules that hold parameters of their own."""
@@ -44,9 +52,7 @@ def select(model: nn.Module, layers: str | Iterable[str] | None) -> Selection:
             selection.treatments[name] = _treatment(name, module, owners)
             selection.modules[name] = module
         except Unsupported as reason:
-            if name in selection.named:
-                raise ValueError(f"layer {name!r} cannot be treated: {reason}") from None
-            selection.skipped[name] = str(reason)
+            selection.drop(name, str(reason))
     if not selection.modules:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
     return selection

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from kfoc.blocks import Block, GroupedBlock, Report
-from kfoc.samples import Grouped, LayerSamples, Samples
+from kfoc.blocks import Block
+from kfoc.samples import LayerSamples
 
 
 class Estimator(ABC):
@@ -39,54 +39,3 @@ class Estimator(ABC):
     def pass_limit(self) -> int:
         """At most so many passes over the data."""
         return 1
-
-
-class FactoredEstimator(Estimator):
-    """Estimators of Kronecker blocks, which give a grouped layer one block per group.
-
-    A single Kronecker product cannot say that the groups have nothing in common; the product of
-    each group, with zeros between them, is the closest of its structure.
-    """
-
-    @abstractmethod
-    def init_one(self, layer: str, samples: Samples) -> Any:
-        """As `init`, for one group or a layer without groups; and so the three below."""
-
-    @abstractmethod
-    def update_one(self, state: Any, samples: Samples, *, alone: bool) -> Any: ...
-
-    def next_pass_one(self, state: Any) -> tuple[Any, bool]:
-        return state, True
-
-    @abstractmethod
-    def finish_one(self, state: Any, num_samples: int) -> Block: ...
-
-    def init(self, layer: str, samples: LayerSamples) -> Any:
-        if isinstance(samples, Grouped):
-            return [self.init_one(layer, group) for group in samples.groups]
-        return self.init_one(layer, samples)
-
-    def update(self, state: Any, samples: LayerSamples, *, alone: bool) -> Any:
-        if isinstance(samples, Grouped):
-            pairs = zip(state, samples.groups, strict=True)
-            return [self.update_one(one, group, alone=alone) for one, group in pairs]
-        return self.update_one(state, samples, alone=alone)
-
-    def next_pass(self, state: Any) -> tuple[Any, bool]:
-        if not isinstance(state, list):
-            return self.next_pass_one(state)
-        each = [self.next_pass_one(one) for one in state]
-        return [one for one, _ in each], all(done for _, done in each)
-
-    def finish(self, state: Any, num_samples: int) -> Block:
-        if not isinstance(state, list):
-            return self.finish_one(state, num_samples)
-        blocks = tuple(self.finish_one(one, num_samples) for one in state)
-        reports = [block.report for block in blocks]
-        # The groups' own errors say nothing of what lies between the groups: no error of the whole.
-        report = Report(
-            steps=max(report.steps for report in reports),
-            converged=all(report.converged for report in reports),
-            plan=reports[0].plan,
-        )
-        return GroupedBlock(blocks, report=report)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock
-from kfoc.estimators.base import FactoredEstimator
+from kfoc.estimators.factored import FactoredEstimator
 from kfoc.plans import CHUNK
 from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples

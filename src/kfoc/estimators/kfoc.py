@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, Report
-from kfoc.estimators.base import FactoredEstimator
+from kfoc.estimators.factored import FactoredEstimator
 from kfoc.kronecker import (
     Contraction,
     KroneckerFit,

@@ -1,0 +1,86 @@
+"""What the Kronecker-factored estimators do with layers that are not one linear map."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+from kfoc.blocks import Block, GroupedBlock, Report
+from kfoc.estimators.base import Estimator
+from kfoc.estimators.block_diagonal import BlockDiagonal
+from kfoc.estimators.diagonal import Diagonal
+from kfoc.samples import Direct, Grouped, LayerSamples, Samples
+
+# Layers without a Kronecker structure get their exact block up to this many parameters.
+DENSE_LIMIT = 1024
+
+
+class _Other(NamedTuple):
+    """The state of a layer that another estimator takes care of."""
+
+    estimator: Estimator
+    state: Any
+
+
+class FactoredEstimator(Estimator):
+    """Estimators of Kronecker blocks, which give a grouped layer one block per group.
+
+    A single Kronecker product cannot say that the groups have nothing in common; the product of
+    each group, with zeros between them, is the closest of its structure. Layers that are no linear
+    maps (normalisation) get their exact block up to `DENSE_LIMIT` parameters, and their exact
+    diagonal beyond.
+    """
+
+    @abstractmethod
+    def init_one(self, layer: str, samples: Samples) -> Any:
+        """As `init`, for one group or a layer without groups; and so the three below."""
+
+    @abstractmethod
+    def update_one(self, state: Any, samples: Samples, *, alone: bool) -> Any: ...
+
+    def next_pass_one(self, state: Any) -> tuple[Any, bool]:
+        return state, True
+
+    @abstractmethod
+    def finish_one(self, state: Any, num_samples: int) -> Block: ...
+
+    def init(self, layer: str, samples: LayerSamples) -> Any:
+        if isinstance(samples, Direct):
+            o, i = samples.shape
+            other = BlockDiagonal() if o * i <= DENSE_LIMIT else Diagonal()
+            return _Other(other, other.init(layer, samples))
+        if isinstance(samples, Grouped):
+            return [self.init_one(layer, group) for group in samples.groups]
+        return self.init_one(layer, samples)
+
+    def update(self, state: Any, samples: LayerSamples, *, alone: bool) -> Any:
+        if isinstance(samples, Direct):
+            updated = state.estimator.update(state.state, samples, alone=alone)
+            return _Other(state.estimator, updated)
+        if isinstance(samples, Grouped):
+            pairs = zip(state, samples.groups, strict=True)
+            return [self.update_one(one, group, alone=alone) for one, group in pairs]
+        return self.update_one(state, samples, alone=alone)
+
+    def next_pass(self, state: Any) -> tuple[Any, bool]:
+        if isinstance(state, _Other):
+            return state, True
+        if not isinstance(state, list):
+            return self.next_pass_one(state)
+        each = [self.next_pass_one(one) for one in state]
+        return [one for one, _ in each], all(done for _, done in each)
+
+    def finish(self, state: Any, num_samples: int) -> Block:
+        if isinstance(state, _Other):
+            return state.estimator.finish(state.state, num_samples)
+        if not isinstance(state, list):
+            return self.finish_one(state, num_samples)
+        blocks = tuple(self.finish_one(one, num_samples) for one in state)
+        reports = [block.report for block in blocks]
+        # The groups' own errors say nothing of what lies between the groups: no error of the whole.
+        report = Report(
+            steps=max(report.steps for report in reports),
+            converged=all(report.converged for report in reports),
+            plan=reports[0].plan,
+        )
+        return GroupedBlock(blocks, report=report)
