@@ -58,6 +58,7 @@ def check_block(model: nn.Module, layer: str, x: Tensor, **oracle_options: bool)
     )
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(("options", "bias"), WITH_BIAS)
 def test_conv2d(options: dict, bias: bool) -> None:
     layer = nn.Conv2d(2, 3, **{"kernel_size": 3, **options}, bias=bias)
@@ -266,6 +267,43 @@ class Unreached(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return self[1](x)
+
+
+class InFirst(nn.Module):
+    """A linear layer whose weight has its inputs first, as GPT-2's has."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(ins, outs))
+        self.bias = nn.Parameter(torch.randn(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_a_layer_of_ones_own() -> None:
+    model, x = Wrapped(InFirst(4, 3)), torch.randn(5, 2, 4)
+    options: dict = {"likelihood": "gaussian", "fisher": "exact"}
+    with pytest.raises(ValueError, match="no treatment for InFirst layers"):
+        kfoc.fit(model, [(x, None)], **options)
+
+    @kfoc.register(InFirst)
+    def treat(module: InFirst) -> kfoc.Treatment:
+        def inputs(values: Tensor) -> kfoc.Rows:
+            rows = values.reshape(len(values), -1, values.shape[-1])
+            return kfoc.Rows(torch.cat([rows, torch.ones_like(rows[..., :1])], -1))
+
+        def grads(grad: Tensor) -> Tensor:
+            return grad.reshape(len(grad), -1, grad.shape[-1])
+
+        return kfoc.Treatment(inputs, grads, ("weight", "bias"))
+
+    found = kfoc.fit(model, [(x, None)], estimator=kfoc.BlockDiagonal(), **options)["layer"]
+    same = nn.Linear(4, 3)
+    same.load_state_dict({"weight": model.layer.weight.mT, "bias": model.layer.bias})
+    twin = Wrapped(same)
+    expected = oracle.fisher_block(twin, "layer", x, oracle.gaussian_exact(twin(x).detach()))
+    torch.testing.assert_close(found.to_dense(), expected)
 
 
 class Shared(nn.Sequential):

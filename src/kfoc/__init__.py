@@ -12,7 +12,9 @@ from kfoc.estimators import (
 )
 from kfoc.fit import fit
 from kfoc.kronecker import KroneckerFit, nearest_kronecker
+from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfoc.samples import Rows
 
 __all__ = [
     "KFAC",
@@ -32,9 +34,13 @@ __all__ = [
     "KroneckerFit",
     "Likelihood",
     "Report",
+    "Rows",
+    "Treatment",
+    "Unsupported",
     "fit",
     "nearest_kronecker",
     "nearest_kronecker_of_samples",
+    "register",
 ]
 
 __version__ = "0.1.0"

@@ -44,6 +44,29 @@ def treatment(module: nn.Module) -> Treatment:
     raise Unsupported(f"no treatment for {type(module).__name__} layers")
 
 
+def register(family: type[nn.Module]) -> Callable[[Callable[[Any], Treatment]], Any]:
+    """Say how a module class of your own is treated: a decorator for `module -> Treatment`.
+
+    A linear layer with its inputs first, for example:
+
+        @kfoc.register(InFirst)
+        def treat(module):
+            def inputs(values):  # (N, ..., in) -> (N, T, in + 1): a column of ones for the bias
+                rows = values.reshape(len(values), -1, values.shape[-1])
+                return kfoc.Rows(torch.cat([rows, torch.ones_like(rows[..., :1])], -1))
+
+            def grads(grad):  # (N, ..., out) -> (N, T, out)
+                return grad.reshape(len(grad), -1, grad.shape[-1])
+
+            return kfoc.Treatment(inputs, grads, ("weight", "bias"))
+
+    The block is then about the matrix `[W | b]` that maps a row of `inputs` to an output. Raise
+    `kfoc.Unsupported` with the reason for modules that cannot be treated. A subclass that
+    overrides `forward` needs a registration of its own.
+    """
+    return treatment.register(family)
+
+
 def checked_treatment(module: nn.Module) -> Treatment:
     """The treatment of a module whose forward and parameters are what its class says.
 
