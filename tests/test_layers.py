@@ -316,7 +316,19 @@ class Shared(nn.Sequential):
         return self[1](nn.functional.linear(torch.tanh(self[0](x)), self[0].weight))
 
 
+class SequenceFirst(nn.Sequential):
+    """Runs over (T, N, features) inside; with as many steps as samples, no shape tells."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x[None].expand(len(x), -1, -1) * torch.arange(1.0, len(x) + 1)[:, None, None]
+        return self[1](torch.tanh(self[0](steps)).mean(0))
+
+
 CANNOT = {
+    "sequence first": (SequenceFirst, "0", "its first dimension does not run over the samples"),
     "used outside": (Shared, "0", "its weight is used outside of it as well"),
     "subclass": (
         lambda: nn.Sequential(Custom(4, 4), nn.Linear(4, 2)),

@@ -123,6 +123,38 @@ def used_elsewhere(
     return reasons
 
 
+def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
+    """Layers whose first dimension has the size of the batch, but is not the samples.
+
+    Only shapes that leave it open are tried, such as (N, N, features): one backward pass from the
+    first sample's outputs alone must leave the other rows of a layer's derivative at zero.
+
+    Returns:
+        layer name -> the reason not to treat it.
+    """
+    count = len(outputs)
+    doubtful = {
+        name: calls
+        for name, calls in record.calls.items()
+        if count > 1 and any(call.value.shape[:2] == (count, count) for call in calls)
+    }
+    if not doubtful:
+        return {}
+    cotangent = torch.zeros_like(outputs)
+    # Different weights for different outputs: equal ones cancel in a softmax.
+    cotangent[0] = torch.linspace(0.5, 1.5, outputs[0].numel()).to(outputs).view(outputs[0].shape)
+    edges = [call.edge for calls in doubtful.values() for call in calls]
+    grads = iter(
+        torch.autograd.grad(outputs, edges, cotangent, retain_graph=True, allow_unused=True)
+    )
+    reasons = {}
+    for name, calls in doubtful.items():
+        for grad in [next(grads) for _ in calls]:
+            if grad is not None and len(grad) == count and grad[1:].any():
+                reasons[name] = "its first dimension does not run over the samples (batch_first?)"
+    return reasons
+
+
 def _leaves(outputs: Tensor) -> Iterator[int]:
     """Identities of the leaf tensors that the graph of `outputs` ends in, one for every use."""
     waiting: list[Any] = [outputs.grad_fn]

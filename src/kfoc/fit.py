@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.capture import Record, captured, output_gradients, take_samples, used_elsewhere
+from kfoc.capture import (
+    Record,
+    captured,
+    not_by_sample,
+    output_gradients,
+    take_samples,
+    used_elsewhere,
+)
 from kfoc.certificate import Probes
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
@@ -192,7 +199,8 @@ class _Run:
             count = len(outputs)
             self._check_same(outputs, number)
             if not number and not self.passes:
-                for name, reason in used_elsewhere(outputs, record, self.selection.modules).items():
+                reasons = used_elsewhere(outputs, record, self.selection.modules)
+                for name, reason in (reasons | not_by_sample(outputs, record)).items():
                     self.selection.drop(name, reason)
             for name in record.calls.keys() - self.selection.modules.keys():
                 del record.calls[name]
