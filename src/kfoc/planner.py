@@ -155,6 +155,15 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
     return min(fitting, key=lambda name: fitting[name].expected())
 
 
+def sums_densely(size: Size, budget: int) -> bool:
+    """Whether a stream of batches is best summed as F itself: small, and as cheap as a half step
+    or two of every batch. Then the whole stream gets its optimum, in one pass.
+    """
+    parameters = size.o * size.i
+    few = parameters**2 <= budget and parameters <= 16 * (size.o + size.i)
+    return size.T > 1 and few
+
+
 def contract(samples: Samples, memory_limit: int = 2**30, plan: str | None = None) -> Contraction:
     """The contraction of `samples` by the named plan, or by the cheapest that fits the memory."""
     name = plan or choose(Size.of(samples), memory_limit, samples.grads.element_size())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side
 from kfoc.products import add_symmetric, gram, half, mirrored, share, times_half
-from kfoc.samples import Samples
+from kfoc.samples import LayerSamples, Samples
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
 # enough that the matrix products run at full rate.
@@ -414,12 +414,20 @@ class Dense(_Explicit):
     plan = "dense"
 
     def __init__(self, samples: Samples) -> None:
-        self._shape = o, i = samples.shape
+        o, i = samples.shape
         fisher = samples.grads.new_zeros(o * i, o * i)
-        per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
-        for start, stop in samples.chunks(per_sample, CHUNK):
-            rows = samples.gradients(start, stop).reshape(-1, o * i)
-            add_symmetric(fisher, rows, rows)
+        add_fisher(fisher, samples)
+        self._take(fisher, samples.shape)
+
+    @classmethod
+    def of(cls, fisher: Tensor, shape: tuple[int, int]) -> Dense:
+        """The contraction of a sum formed by `add_fisher`; completes it in place."""
+        contraction = cls.__new__(cls)
+        contraction._take(fisher, shape)
+        return contraction
+
+    def _take(self, fisher: Tensor, shape: tuple[int, int]) -> None:
+        self._shape = o, i = shape
         fisher = mirrored(fisher).view(o, i, o, i)
         self._matrix = fisher.transpose(1, 2).reshape(o * o, i * i)
 
@@ -444,3 +452,12 @@ class Dense(_Explicit):
 
     def squared_norm(self) -> float:
         return self._matrix.square().sum(dtype=torch.float64).item()
+
+
+def add_fisher(total: Tensor, samples: LayerSamples, scale: float = 1.0) -> None:
+    """`total += scale * sum vec(X) vec(X)^T`, (o * i, o * i), on and above the diagonal."""
+    o, i = samples.shape
+    per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
+    for start, stop in samples.chunks(per_sample, CHUNK):
+        rows = samples.gradients(start, stop).reshape(-1, o * i)
+        add_symmetric(total, rows, rows, alpha=scale)

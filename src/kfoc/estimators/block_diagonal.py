@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kfoc.blocks import DenseBlock
 from kfoc.estimators.base import Estimator
-from kfoc.plans import CHUNK
-from kfoc.products import add_symmetric, mirrored
+from kfoc.plans import add_fisher
+from kfoc.products import mirrored
 from kfoc.samples import LayerSamples
 
 
@@ -40,11 +40,7 @@ class BlockDiagonal(Estimator):
         return _State(samples.grads.new_zeros(o * i, o * i), (o, i))
 
     def update(self, state: _State, samples: LayerSamples, *, alone: bool) -> _State:
-        o, i = state.shape
-        per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
-        for start, stop in samples.chunks(per_sample, CHUNK):
-            rows = samples.gradients(start, stop).reshape(-1, o * i)
-            add_symmetric(state.matrix, rows, rows)
+        add_fisher(state.matrix, samples)
         return state
 
     def finish(self, state: _State, num_samples: int) -> DenseBlock:

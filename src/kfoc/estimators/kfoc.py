@@ -23,7 +23,8 @@ from kfoc.kronecker import (
     opposite,
     settled,
 )
-from kfoc.planner import PLANS, SINGLE_POSITION, contract
+from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
+from kfoc.plans import Dense, add_fisher
 from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 
@@ -56,8 +57,9 @@ class KFOC(FactoredEstimator):
             an exponential moving average over batches; None keeps them all.
         buffer: `"online"` and `"exact"`: a layer's samples are collected until they hold so many
             numbers, and taken in as one batch. A data set that fits gets its optimum in one pass,
-            and beyond it small batches cost no more than large ones. 0 turns it off; with `decay`
-            it is off.
+            and beyond it small batches cost no more than large ones (not with `decay`). A layer of
+            several positions whose F has no more numbers than this is summed as F, and gets the
+            optimum of any data set. 0 turns both off.
         memory_limit: bytes that a contraction may take for what it keeps between half steps.
         plan: the contraction to use (see `kfoc.planner`); None chooses the cheapest.
     """
@@ -164,11 +166,12 @@ class _Aggregation(ABC):
 
     def solved_alone(self, samples: Samples) -> KroneckerFit:
         """The only batch: its certificate is that of the whole data set."""
-        fit = self.solved(samples)
+        return self._alone(self.solved(samples))
+
+    def _alone(self, fit: KroneckerFit) -> KroneckerFit:
         error = fit.relative_error
-        self.report = replace(
-            self.report, relative_error=error, standard_error=None if error is None else 0.0
-        )
+        deviation = None if error is None else 0.0
+        self.report = Report(error, deviation, fit.steps, fit.converged, fit.plan)
         return fit
 
 
@@ -240,10 +243,19 @@ class _Online(_Aggregation):
         self.pending: list[Samples] = []
         self.buffer = 0 if config.decay else config.buffer
         self.single: KroneckerFit | None = None
+        self.fisher: Tensor | None = None  # of layers small enough: F itself
+        if sums_densely(Size.of(samples), config.buffer):
+            o, i = samples.shape
+            self.fisher = samples.grads.new_zeros(o * i, o * i)
 
     def add(self, samples: Samples, alone: bool) -> None:
         if alone:
             self.single = self.solved_alone(samples)
+            return
+        if self.fisher is not None:
+            rescaled, scale = samples.rescaled()
+            self._weigh(samples, scale)
+            add_fisher(self.fisher, rescaled, scale / self.unit)
             return
         held = sum(part.numel for part in self.pending)
         if self.pending and (
@@ -272,6 +284,16 @@ class _Online(_Aggregation):
 
     def close(self) -> None:
         """Take in what is pending at the end; if that is all there was, it is the optimum."""
+        if self.fisher is not None and self.weight and self.single is None:
+            contraction = Dense.of(self.fisher, self._shape)
+            self.single = self._alone(
+                fit_contraction(
+                    contraction,
+                    rtol=self.config.rtol,
+                    max_steps=self.config.max_steps,
+                    scale=self.unit / self.weight,
+                )
+            )
         if self.pending and not self.weight:
             self.single = self.solved_alone(Samples.merged(self.pending))
             self.pending = []
@@ -280,15 +302,21 @@ class _Online(_Aggregation):
     def absorb(self, samples: Samples) -> None:
         contraction, scale = self.config.contraction(samples)
         self.report = replace(self.report, plan=contraction.plan)
+        self._weigh(samples, scale)
+        self._step(contraction, scale / self.unit)
+
+    def _weigh(self, samples: Samples, scale: float) -> None:
+        """Make room for one more batch: the decay, and the scale that all sums are in."""
         decay = self.config.decay or 1.0
         self._rescale(scale, decay)
         self.weight = decay * self.weight + samples.num_samples
-        self._step(contraction, scale / self.unit)
 
     def _rescale(self, scale: float, decay: float) -> None:
         unit = max(self.unit, scale)
         factor = decay * self.unit / unit
-        if factor != 1.0:
+        if self.fisher is not None:
+            self.fisher *= factor
+        elif factor != 1.0:
             self.left *= factor
             self.right *= factor
             self.core *= factor
