@@ -230,6 +230,31 @@ def test_online_follows_its_own_recursion() -> None:
         torch.testing.assert_close(found[layer].to_dense(), expected)
 
 
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_decay_counts_batches_whatever_their_size(decay: float | None) -> None:
+    """Batches of more samples than a small layer takes in at once, with dense matrices beside."""
+    model, o, i = nn.Linear(3, 2), 2, 4
+    x, y = torch.randn(400, 3), torch.randn(400, 2)
+    estimator = kfoc.KFOC(decay=decay, buffer=0)
+    data = batches(x, y, 50 if decay is None else 100)
+    found = kfoc.fit(model, data, "gaussian", fisher="empirical", estimator=estimator)[""]
+    left, right, core, weight = torch.zeros(o * o), torch.zeros(i * i), 0.0, 0.0
+    for part, targets in data:
+        cotangents = (targets - model(part).detach())[None]
+        a = oracle.rearranged(oracle.fisher_block(model, "", part, cotangents), o, i) * len(part)
+        kept = decay or 1.0
+        left, right, core, weight = kept * left, kept * right, kept * core, kept * weight
+        if not core:
+            v = unit(a.mT @ (a @ torch.eye(i).flatten()))
+            u = unit(a @ v)
+        else:
+            u, v = unit(left + a @ unit(right)), unit(right + a.mT @ unit(left))
+        left, right, core = left + a @ v, right + a.mT @ u, core + (u @ a @ v).item()
+        weight += len(part)
+    expected = torch.kron(left.view(o, o), right.view(i, i)) / core / weight
+    torch.testing.assert_close(found.to_dense(), expected)
+
+
 def unit(vector: Tensor) -> Tensor:
     return vector / vector.norm()
 

@@ -277,7 +277,7 @@ class _Online(_Aggregation):
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
         o, i = samples.shape
         part = samples.num_samples
-        if samples.num_positions == 1:
+        if samples.num_positions == 1 and not self.config.decay:  # which counts batches
             part = max(64, (o * o + i * i) // (3 * (o + i)))
         for start in range(0, samples.num_samples, part):
             self.absorb(samples.part(start, start + part))
