@@ -10,7 +10,7 @@ import torch
 
 from kfoc.blocks import Block
 from kfoc.plans import CHUNK
-from kfoc.samples import LayerSamples
+from kfoc.samples import LayerSamples, gradient_chunks
 
 
 class Probes:
@@ -36,9 +36,8 @@ class Probes:
             self.products *= self.unit / scale
             self.unit = scale
         vectors, products = self.vectors.flatten(1), self.products.flatten(1)
-        per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
-        for start, stop in rescaled.chunks(per_sample, CHUNK):
-            rows = rescaled.gradients(start, stop).reshape(-1, o * i)
+        for gradients in gradient_chunks(rescaled, CHUNK):
+            rows = gradients.reshape(-1, o * i)
             products.addmm_(vectors @ rows.mT, rows, alpha=scale / self.unit)
 
     def certified(self, block: Block, num_samples: int) -> Block:

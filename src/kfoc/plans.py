@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side
 from kfoc.products import add_symmetric, gram, half, mirrored, share, times_half
-from kfoc.samples import LayerSamples, Samples
+from kfoc.samples import LayerSamples, Samples, gradient_chunks
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
 # enough that the matrix products run at full rate.
@@ -358,15 +358,13 @@ class Gradients(_Explicit):
         self._samples = samples
         o, i = samples.shape
         per_sample = samples.num_directions * o * i
-        self._per_sample = max(per_sample, samples.num_positions * i)
         total = per_sample * samples.num_samples * samples.grads.element_size()
         self._keep = total <= memory_limit
         self._scratch = _Scratch()
         self._stored: list[Tensor] | None = None
 
     def _formed(self) -> Iterator[Tensor]:
-        for start, stop in self._samples.chunks(self._per_sample, CHUNK):
-            gradients = self._samples.gradients(start, stop)
+        for gradients in gradient_chunks(self._samples, CHUNK):
             yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
 
     def _chunks(self) -> Iterator[Tensor]:
@@ -457,7 +455,6 @@ class Dense(_Explicit):
 def add_fisher(total: Tensor, samples: LayerSamples, scale: float = 1.0) -> None:
     """`total += scale * sum vec(X) vec(X)^T`, (o * i, o * i), on and above the diagonal."""
     o, i = samples.shape
-    per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
-    for start, stop in samples.chunks(per_sample, CHUNK):
-        rows = samples.gradients(start, stop).reshape(-1, o * i)
+    for gradients in gradient_chunks(samples, CHUNK):
+        rows = gradients.reshape(-1, o * i)
         add_symmetric(total, rows, rows, alpha=scale)

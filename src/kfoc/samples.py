@@ -245,12 +245,6 @@ class Samples:
         grads = torch.cat([part.grads for part in parts], 1)
         return Samples(parts[0].inputs.with_tensor(tensor), grads)
 
-    def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
-        """Ranges of samples, each of at most `limit` floats, but of one sample at least."""
-        size = max(1, min(self.num_samples, limit // max(1, floats_per_sample)))
-        for start in range(0, self.num_samples, size):
-            yield start, min(start + size, self.num_samples)
-
     def gradients(self, start: int, stop: int) -> Tensor:
         """Per-sample gradients X, (S, n, o, i), of samples `start` to `stop`."""
         columns = self.inputs.columns(start, stop).permute(1, 2, 0)  # (n, T, i)
@@ -322,9 +316,6 @@ class Grouped:
         worst = [sum(m) if not math.isfinite(sum(m)) else max(m) for m in zip(*each, strict=True)]
         return worst[0], worst[1]
 
-    def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
-        return self.groups[0].chunks(floats_per_sample, limit)
-
     def gradients(self, start: int, stop: int) -> Tensor:
         return torch.cat([group.gradients(start, stop) for group in self.groups], 2)
 
@@ -369,11 +360,6 @@ class Direct:
     def magnitudes(self) -> tuple[float, float]:
         return 1.0, magnitude(self.grads)
 
-    def chunks(self, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
-        size = max(1, limit // max(1, floats_per_sample))
-        for start in range(0, self.num_samples, size):
-            yield start, min(start + size, self.num_samples)
-
     def gradients(self, start: int, stop: int) -> Tensor:
         return self.grads[:, start:stop]
 
@@ -386,6 +372,22 @@ class Direct:
 
 
 LayerSamples = Samples | Grouped | Direct
+
+
+def chunks(samples: LayerSamples, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of samples, each of at most `limit` floats, but of one sample at least."""
+    count = samples.num_samples
+    size = max(1, limit // max(1, floats_per_sample))
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def gradient_chunks(samples: LayerSamples, limit: int) -> Iterator[Tensor]:
+    """Per-sample gradients X, (S, n, o, i), by chunks whose temporaries hold `limit` floats."""
+    o, i = samples.shape
+    per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
+    for start, stop in chunks(samples, per_sample, limit):
+        yield samples.gradients(start, stop)
 
 
 def magnitude(values: Tensor) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kfoc.blocks import DiagonalBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import CHUNK
-from kfoc.samples import LayerSamples, Samples
+from kfoc.samples import LayerSamples, Samples, gradient_chunks
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,8 @@ class Diagonal(Estimator):
             inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
             grads = samples.grads[:, :, 0].square().sum(0)
             return state.addmm_(grads.mT, inputs)
-        o, i = samples.shape
-        per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
-        for start, stop in samples.chunks(per_sample, CHUNK):
-            state += samples.gradients(start, stop).square_().sum((0, 1))
+        for gradients in gradient_chunks(samples, CHUNK):
+            state += gradients.square().sum((0, 1))
         return state
 
     def finish(self, state: Tensor, num_samples: int) -> DiagonalBlock:

@@ -11,7 +11,7 @@ from kfoc.blocks import KroneckerBlock
 from kfoc.estimators.factored import FactoredEstimator
 from kfoc.plans import CHUNK
 from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import Samples
+from kfoc.samples import Samples, chunks
 
 
 class _State(NamedTuple):
@@ -42,7 +42,7 @@ class KFAC(FactoredEstimator):
         left_share = share / max(1, samples.num_positions)
         add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
         per_sample = samples.num_positions * samples.shape[1]
-        for start, stop in samples.chunks(per_sample, CHUNK):
+        for start, stop in chunks(samples, per_sample, CHUNK):
             rows = samples.inputs.columns(start, stop).flatten(1).mT
             beta = before if start == 0 else 1.0
             add_symmetric(state.right, rows, rows, alpha=share, beta=beta)
