@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kfoc.blocks import Block
+from kfoc.layout import Layout
 
 
 @dataclass(frozen=True, repr=False)
@@ -15,20 +16,25 @@ class Curvature(Mapping[str, Block]):
     Attributes:
         blocks: the blocks by layer name, as in `model.named_modules()`.
         num_samples: how many samples the mean is over: `num_samples * block` is the sum.
-        parameters: layer name -> the parameters that its block is about. The first, flattened to
-            (o, -1), is W of `[W | b]`; the second, where there is one, is b.
+        layouts: layer name -> the parameters that its block is about, and where they lie in the
+            matrix `[W | b]`.
         skipped: name of a layer with parameters that has no block -> the reason.
     """
 
     blocks: dict[str, Block]
     num_samples: int
-    parameters: dict[str, tuple[str, ...]]
+    layouts: dict[str, Layout]
     skipped: dict[str, str]
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers that have a block."""
         return tuple(self.blocks)
+
+    @property
+    def parameters(self) -> dict[str, tuple[str, ...]]:
+        """Layer name -> the names of the parameters that its block is about."""
+        return {layer: layout.names for layer, layout in self.layouts.items()}
 
     def __getitem__(self, layer: str) -> Block:
         try:

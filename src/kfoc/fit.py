@@ -299,13 +299,8 @@ class _Run:
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block
-        parameters = {
-            name: tuple(
-                f"{name}.{p}" if name else p for p in self.selection.treatments[name].parameters
-            )
-            for name in blocks
-        }
-        return Curvature(blocks, self.num_samples, parameters, self.selection.skipped)
+        layouts = {name: self.selection.layout(name) for name in blocks}
+        return Curvature(blocks, self.num_samples, layouts, self.selection.skipped)
 
 
 _END = object()

@@ -27,6 +27,7 @@ class Treatment:
         grads: a derivative by the module's output in one call, (N, ...), to g's (N, T, o).
         parameters: the names of the module's parameters that make up `[W | b]`.
         groups: how many groups the channels of inputs and outputs fall into.
+        layout: how the parameters lie in the matrix (see `kfoc.layout.Layout`).
         direct: for layers that are not linear maps of patches or positions, in place of `inputs`
             and `grads`: (input, derivative by the output) of one call to X, (N, o, i).
     """
@@ -35,6 +36,7 @@ class Treatment:
     grads: Callable[[Tensor], Tensor]
     parameters: tuple[str, ...]
     groups: int = 1
+    layout: str = "rows"
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -152,7 +154,10 @@ def _transposed(module: Any) -> Treatment:
         ones = (1,) * len(kernel)
         return Patches(functional.pad(spread, pad), kernel, ones, dilation, constant, flipped=True)
 
-    return Treatment(inputs, lambda grad: grad.flatten(2).mT, parameters, module.groups)
+    def grads(grad: Tensor) -> Tensor:
+        return grad.flatten(2).mT
+
+    return Treatment(inputs, grads, parameters, module.groups, "transposed_convolution")
 
 
 for _dims in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -187,7 +192,7 @@ def _affine(module: Any, channel_first: bool, normalised: Callable[[Tensor], Ten
                 columns.append(terms.reshape(len(terms), -1, count).sum(1))
         return torch.stack(columns, 2)
 
-    return Treatment(_no_inputs, _no_grads, names, direct=direct)
+    return Treatment(_no_inputs, _no_grads, names, layout="stacked", direct=direct)
 
 
 def _no_inputs(values: Tensor) -> Inputs:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from kfoc.layers import Treatment, Unsupported, checked_treatment
+from kfoc.layout import Layout
 
 
 @dataclass
@@ -19,6 +20,17 @@ class Selection:
     treatments: dict[str, Treatment] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
+
+    def layout(self, name: str) -> Layout:
+        """Where a treated layer's parameters lie in the matrix of its block."""
+        treatment, own = self.treatments[name], self.modules[name]
+        prefix = f"{name}." if name else ""
+        return Layout(
+            tuple(prefix + parameter for parameter in treatment.parameters),
+            tuple(tuple(own.get_parameter(p).shape) for p in treatment.parameters),
+            treatment.layout,
+            treatment.groups,
+        )
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a layer out after all. Raises ValueError where it was asked for by name."""
