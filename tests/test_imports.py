@@ -17,13 +17,16 @@ ALLOWED = {
     "products": set(),
     "layout": set(),
     "plans": {"kronecker", "products", "samples"},
+    "solver": {"kronecker"},
     "planner": {"kronecker", "plans", "products", "samples"},
     "certificate": {"blocks", "plans", "samples"},
     "layers": {"samples"},
     "capture": {"layers", "samples"},
     "selection": {"layers", "layout"},
     "curvature": {"blocks", "layout"},
-    "estimators": {"kronecker", "samples", "plans", "planner", "products", "blocks", "estimators"},
+    "estimators": {
+        "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "solver",
+    },
     "fit": {
         "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
         "selection",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -58,6 +59,11 @@ class Contraction(ABC):
     """
 
     plan: str
+    # Representations are coefficients of the factor in the terms: the inner product of two factors
+    # is that of the one's representation with the other's image, as arrays.
+    implicit = False
+    # A half step costs next to nothing beside what has been set up: not worth saving.
+    cheap_steps = False
 
     @property
     def certifies(self) -> bool:
@@ -100,13 +106,28 @@ class Contraction(ABC):
         """Inner product of a represented factor with `matrix`, whose half step is `image`."""
         return (self.factor(representation, side) * matrix).sum()
 
+    def positive(self, representation: Tensor, side: Side) -> bool:
+        """Whether the factor that a representation stands for is PSD, up to rounding."""
+        return positive(self.factor(representation, side))
+
     @abstractmethod
     def squared_norm(self) -> float:
         """`||A||_F^2`, the squared Frobenius norm of the whole sum."""
 
 
+def positive(matrices: Tensor) -> bool:
+    """Whether symmetric matrices (..., n, n) are PSD, up to a little more than rounding."""
+    info = torch.finfo(matrices.dtype)
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    shifted = matrices.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(largest * (100 * info.eps) + info.tiny)
+    return not torch.linalg.cholesky_ex(shifted).info.any()
+
+
 @dataclass(frozen=True)
-class _Iterate:
+class Iterate:
+    """Representations of a left and a right factor: one of unit norm, the other its exact image."""
+
     left: Tensor
     right: Tensor
     sigma: float
@@ -122,12 +143,18 @@ class _Iterate:
 
 
 def power_iteration(
-    contraction: Contraction, start: Tensor, side: Side, rtol: float, max_steps: int
-) -> _Iterate:
+    contraction: Contraction,
+    start: Tensor,
+    side: Side,
+    rtol: float,
+    max_steps: int,
+    history: Sequence[float] = (),
+) -> Iterate:
     """Alternate half steps from `start` (on `side`) until sigma has settled.
 
-    `start` is itself the half step from a factor of unit norm, so its norm is a first sigma. One
-    of the returned representations has unit norm, the other is its exact image, of norm sigma: so
+    `start` is itself the half step from a factor of unit norm, so its norm is a sigma, the first
+    one or the next one after those of `history`. One of the returned representations has unit
+    norm, the other is its exact image, of norm sigma: so
     `||A - left right^T||^2 = ||A||^2 - sigma^2` holds for every iterate, converged or not.
     """
     precision = 4 * torch.finfo(start.dtype).eps
@@ -135,7 +162,7 @@ def power_iteration(
     if norm == 0.0:
         image = contraction.advance(current, side)
         return _ordered(current, image, side, 0.0, 1, True)
-    sigmas = [norm]
+    sigmas = [*history, norm]
     while True:
         image = contraction.advance(current, side) / norm
         sigma = _norm(contraction, image, opposite(side))
@@ -153,13 +180,13 @@ def _norm(contraction: Contraction, representation: Tensor, side: Side) -> float
 
 def _ordered(
     current: Tensor, image: Tensor, side: Side, sigma: float, steps: int, converged: bool
-) -> _Iterate:
+) -> Iterate:
     left, right = (current, image) if side == "left" else (image, current)
-    return _Iterate(left, right, sigma, steps, converged, opposite(side))
+    return Iterate(left, right, sigma, steps, converged, opposite(side))
 
 
-def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
-    """Whether sigma is within `rtol` of its limit, judged from how it rose.
+def settled(sigmas: list[float], rtol: float, precision: float, least: int = 3) -> bool:
+    """Whether sigma, after `least` rises, is within `rtol` of its limit, judged from how it rose.
 
     The sigmas rise geometrically in the end, so what is left to rise is `c q / (1 - q)` after a
     rise c, with q the ratio of successive rises; the larger of the last two ratios is taken. That
@@ -175,46 +202,11 @@ def settled(sigmas: list[float], rtol: float, precision: float) -> bool:
         return len(rises) >= 2 * flat + 3
     if len(rises) >= 2 and rises[-1] <= precision:
         return True
-    if len(rises) < 3:
+    if len(rises) < least:
         return False
-    a, b, c = rises[-3:]
-    if not a > b > c:
-        return False
-    q = max(b / a, c / b)
-    return c * q / (1 - q) <= rtol
-
-
-def fit_contraction(
-    contraction: Contraction,
-    *,
-    rtol: float,
-    max_steps: int,
-    certify: bool = True,
-    scale: float = 1.0,
-) -> KroneckerFit:
-    """Solve a contraction of positive semi-definite terms, from the deterministic start.
-
-    The start is the half step from the identity: it is PSD and has a positive inner product with
-    every PSD optimum, so it cannot be orthogonal to it, and every iterate is a sum of PSD terms
-    with non-negative coefficients.
-
-    Args:
-        scale: what the sum is `scale` times the contraction of.
-    """
-    iterate = power_iteration(contraction, contraction.start(), "left", rtol, max_steps)
-    total = contraction.squared_norm() if certify else None
-    sigma = iterate.sigma
-    # The scale goes into the representations, which are small where the factors are large.
-    left_scale, right_scale = iterate.scales(sigma * scale)
-    return KroneckerFit(
-        contraction.factor(iterate.left * left_scale, "left"),
-        contraction.factor(iterate.right * right_scale, "right"),
-        sigma * scale,
-        _relative_error(sigma, total),
-        iterate.steps,
-        iterate.converged,
-        contraction.plan,
-    )
+    ratios = [after / before if before > 0 else 1.0 for before, after in pairwise(rises[-3:])]
+    q = max(ratios)
+    return min(ratios) > 0 and q < 1 and rises[-1] * q / (1 - q) <= rtol
 
 
 def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -230,7 +222,7 @@ def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]
     return left * (root / left_norm), right * (root / right_norm)
 
 
-def _relative_error(sigma: float, total: float | None) -> float | None:
+def relative_error(sigma: float, total: float | None) -> float | None:
     if total is None:
         return None
     return math.sqrt(max(1.0 - sigma * sigma / total, 0.0)) if total > 0 else 0.0
@@ -303,7 +295,7 @@ def nearest_kronecker(
     sign = -1.0 if left.diagonal().sum() < 0 else 1.0
     sigma = iterate.sigma * scales[0] * scales[1]
     left, right = balanced(sign * left, sign * right, sigma)
-    error = _relative_error(iterate.sigma, terms.squared_norm())
+    error = relative_error(iterate.sigma, terms.squared_norm())
     return KroneckerFit(left, right, sigma, error, iterate.steps, iterate.converged, terms.plan)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Contraction, Side
+from kfoc.kronecker import Contraction, Side, positive
 from kfoc.products import add_symmetric, gram, half, mirrored, share, times_half
 from kfoc.samples import LayerSamples, Samples, gradient_chunks
 
@@ -37,6 +37,8 @@ class _Coefficients(Contraction):
     The image of a representation, once asked for, is kept: the norm of a factor is the inner
     product of its coefficients with their image, and the next half step starts from that image.
     """
+
+    implicit = True
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
@@ -103,8 +105,7 @@ class Primal(_Coefficients):
             rows = vectors[start:stop]
             by_half = times_half(rows, upper, self._scratch.like(rows))
             products.append(torch.linalg.vecdot(by_half, rows))
-        # Clamped, as rounding must not hand a negative weight to the root in `_add`.
-        return torch.cat(products).view(-1, self._count).sum(0).mul_(2).clamp_min_(0)
+        return torch.cat(products).view(-1, self._count).sum(0).mul_(2)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         return mirrored(self._upper(representation, side))
@@ -122,13 +123,18 @@ class Primal(_Coefficients):
         self._add(total, representation, side, 1.0, 0.0)
         return total
 
+    def positive(self, representation: Tensor, side: Side) -> bool:
+        return representation.min().item() >= -1e-6 * representation.max().item()
+
     def _add(
         self, total: Tensor, representation: Tensor, side: Side, alpha: float, beta: float
     ) -> None:
         vectors = self._vectors[side]
         repeats = vectors.shape[0] // self._count
         # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
-        roots = (representation.repeat(repeats) if repeats > 1 else representation).sqrt()
+        # Rounding and extrapolation can bring a weight under zero, and no further.
+        roots = representation.clamp_min(0).sqrt_()
+        roots = roots.repeat(repeats) if repeats > 1 else roots
         for start, stop in self._parts(vectors):
             rows = vectors[start:stop]
             scaled = torch.mul(rows, roots[start:stop, None], out=self._scratch.like(rows))
@@ -168,6 +174,7 @@ class Gram(Primal):
     """
 
     plan = "gram"
+    cheap_steps = True
 
     def __init__(self, samples: Samples) -> None:
         super().__init__(samples)
@@ -244,6 +251,10 @@ class Positions(_Coefficients):
             rows = direction.reshape(-1, size)
             add_symmetric(total, rows, weighted.view(-1, size), alpha=alpha, beta=beta)
             beta = 1.0
+
+    def positive(self, representation: Tensor, side: Side) -> bool:
+        # Enough, and cheap; but not necessary.
+        return positive(representation) or super().positive(representation, side)
 
     def _products(self) -> Tensor:
         """Inner products of the per-sample gradients, (S N, S N)."""
@@ -410,6 +421,7 @@ class Dense(_Explicit):
     """The half steps are products with F itself, rearranged to (o^2, i^2)."""
 
     plan = "dense"
+    cheap_steps = True
 
     def __init__(self, samples: Samples) -> None:
         o, i = samples.shape

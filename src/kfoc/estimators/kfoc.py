@@ -18,7 +18,6 @@ from kfoc.kronecker import (
     KroneckerFit,
     Side,
     balanced,
-    fit_contraction,
     nearest_to_pair,
     opposite,
     settled,
@@ -27,6 +26,7 @@ from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
 from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
+from kfoc.solver import fit_contraction
 
 AGGREGATIONS = ("online", "running", "approx", "exact")
 

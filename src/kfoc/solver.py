@@ -1,0 +1,213 @@
+"""The solver: the leading pair of a contraction of PSD terms, in as few half steps as possible.
+
+The power iteration of Algorithm 2 needs many half steps where the second singular value is near
+the first. What it has computed serves better: the best combination of the last factors, by a
+Rayleigh-Ritz step, converges like the root (locally optimal conjugate gradients, Knyazev 2001).
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations_with_replacement, pairwise
+
+import torch
+from torch import Tensor
+
+from kfoc.kronecker import (
+    Contraction,
+    Iterate,
+    KroneckerFit,
+    Side,
+    power_iteration,
+    relative_error,
+    settled,
+)
+
+# Three factors of either side are kept: beyond so many numbers each, that is too much memory.
+BASIS_LIMIT = 2**21
+
+
+def leading_pair(contraction: Contraction, rtol: float, max_steps: int) -> Iterate:
+    """The leading pair from the deterministic start, the half step from the identity.
+
+    That start is PSD and has a positive inner product with every PSD optimum, so it cannot be
+    orthogonal to it. The first half steps are the power iteration's, and where sigma has settled
+    by then, that is all. Beyond, each two half steps give the best left factor among combinations
+    of the present one x, its image under A A^T, and the direction of the last change. Such a
+    combination may leave the PSD cone; what is returned is its right image and the left image of
+    that, as every half step draws it back, and it is looked after: the power iteration, which
+    never leaves the cone, takes over where the right image is not PSD.
+    """
+    start = contraction.start()
+    precision = 4 * torch.finfo(start.dtype).eps
+    # Rises of sigma cannot show when factors have settled to rounding, only how long they take.
+    settle = rtol < max(precision, 1e-12)
+    if settle or max_steps < 5 or contraction.cheap_steps:
+        return power_iteration(contraction, start, "left", rtol, max_steps)
+    krylov = _Krylov(contraction, start)
+    sigmas = krylov.first_sigmas()
+    converged = settled(sigmas, rtol, precision)
+    if converged or not sigmas[-1]:
+        return krylov.first_pair(sigmas)
+    if max(x.numel() for x in krylov.chain) > BASIS_LIMIT:
+        return krylov.continued(sigmas, rtol, max_steps)
+    values = [sigmas[1]]
+    while not converged:
+        sigma, damping = krylov.improve(precision)
+        values.append(sigma)
+        # The values are those of left factors and their images. What is returned is a half step
+        # further on, which brings what is left down by the damping.
+        converged = settled(values, rtol / damping, precision, least=2)
+        if krylov.steps + 2 > max_steps:
+            break
+        if not converged:
+            krylov.extend()
+    found = krylov.pair(values[-1], converged)
+    return found or power_iteration(contraction, start, "left", rtol, max_steps)
+
+
+class _Krylov:
+    """Left factors with their images: `[x, A^T x]`, and `A A^T x` behind them where implicit.
+
+    Implicit representations need one image more than explicit ones for the same inner products.
+    """
+
+    def __init__(self, contraction: Contraction, start: Tensor) -> None:
+        self.contraction = contraction
+        self.length = 3 if contraction.implicit else 2
+        self.steps = 0
+        self.chain = self._images([start], self.length + 2)
+        self.basis: list[Tensor] = []  # per level, as rows: the current one, new, last change
+
+    def _images(self, chain: list[Tensor], length: int) -> list[Tensor]:
+        """The chain, which starts on the left, continued by half steps."""
+        while len(chain) < length:
+            side: Side = "left" if len(chain) % 2 else "right"
+            chain.append(self.contraction.advance(chain[-1], side))
+            self.steps += 1
+        return chain
+
+    def _norm(self, level: int) -> float:
+        other = self.chain[level + self.contraction.implicit]
+        return math.sqrt(max(torch.dot(self.chain[level].flatten(), other.flatten()).item(), 0.0))
+
+    def first_sigmas(self) -> list[float]:
+        """Sigma after the start and each of three half steps of the power iteration."""
+        norms = [self._norm(level) for level in range(4)]
+        return [norms[0], *(b / a if a else 0.0 for a, b in pairwise(norms))]
+
+    def first_pair(self, sigmas: list[float]) -> Iterate:
+        """What the power iteration ends with after three half steps."""
+        norm = self._norm(2) or 1.0
+        return Iterate(self.chain[2] / norm, self.chain[3] / norm, sigmas[-1], 3, True, "right")
+
+    def continued(self, sigmas: list[float], rtol: float, max_steps: int) -> Iterate:
+        """The power iteration, from where the chain ends."""
+        end = len(self.chain) - 1
+        side: Side = "right" if end % 2 else "left"
+        start = self.chain[end] / self._norm(end - 1)
+        return power_iteration(self.contraction, start, side, rtol, max_steps, history=sigmas[:end])
+
+    def improve(self, precision: float) -> tuple[float, float]:
+        """Make the Ritz vector the current one, of unit norm.
+
+        Returns:
+            its sigma, and the squared ratio of the second singular value to the first.
+        """
+        if not self.basis:
+            pairs = zip(self.chain[: self.length], self.chain[2:], strict=True)
+            self.basis = [torch.stack([x, new, torch.zeros_like(x)]).flatten(1) for x, new in pairs]
+        shares = self._products(0)[0].tolist()
+        for rows in self.basis:
+            rows[1].mul_(shares[0] / shares[1]).sub_(rows[0])
+        theta, second, weights = _ritz(self._products(0), self._products(1), precision)
+        both = torch.stack([weights, weights])
+        both[1, 0] = 0.0  # the change: what was added to the current one
+        for rows in self.basis:
+            rows[::2] = both.to(rows) @ rows
+        return math.sqrt(theta), max(second / theta, 0.1) if theta else 1.0
+
+    def _products(self, level: int) -> Tensor:
+        """Inner products of the basis, (3, 3), of the factors on one level."""
+        first, second = self.basis[level], self.basis[level + self.contraction.implicit]
+        # One by one: a matrix product is slow where all its sides but one are this short.
+        upper = [
+            torch.dot(first[a], second[b]) for a, b in combinations_with_replacement(range(3), 2)
+        ]
+        xx, xn, xc, nn, nc, cc = torch.stack(upper).tolist()
+        rows = [[xx, xn, xc], [xn, nn, nc], [xc, nc, cc]]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _current(self, level: int) -> Tensor:
+        return self.basis[level][0].view_as(self.chain[level % 2])
+
+    def extend(self) -> None:
+        """The next direction, `A A^T` of the current one: two half steps."""
+        if self.contraction.implicit:
+            image = self._current(2)
+        else:
+            image = self.contraction.advance(self._current(1), "right")
+            self.steps += 1
+        for rows, new in zip(self.basis, self._images([image], self.length), strict=True):
+            rows[1] = new.flatten()
+
+    def pair(self, sigma: float, converged: bool) -> Iterate | None:
+        """The current right factor, of unit norm, with its left image; None if it is not PSD."""
+        right = self._current(1) / sigma
+        if not self.contraction.positive(right, "right"):
+            return None
+        if self.contraction.implicit:
+            left = self._current(2) / sigma
+        else:
+            left = self.contraction.advance(right, "right")
+            sigma = left.norm().item()
+            self.steps += 1
+        return Iterate(left, right, sigma, self.steps, converged, "left")
+
+
+def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:
+    """The two largest `c^T image c` for `c^T gram c = 1`, and the first's c.
+
+    The first weight is not negative. With a single direction, its value stands for both.
+    Directions that have vanished in rounding get no weight.
+    """
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    kept = norms > math.sqrt(precision) * norms[0]
+    inverse = torch.where(kept, 1 / norms, 0.0)
+    values, vectors = torch.linalg.eigh(gram * inverse * inverse[:, None])
+    good = values > precision
+    whitened = inverse[:, None] * vectors[:, good] / values[good].sqrt()
+    thetas, rotation = torch.linalg.eigh(whitened.mT @ image @ whitened)
+    weights = whitened @ rotation[:, -1]
+    weights = -weights if weights[0] < 0 else weights
+    first, second = thetas[-1].item(), thetas[-min(2, len(thetas))].item()
+    return max(first, 0.0), max(second, 0.0), weights
+
+
+def fit_contraction(
+    contraction: Contraction,
+    *,
+    rtol: float,
+    max_steps: int,
+    certify: bool = True,
+    scale: float = 1.0,
+) -> KroneckerFit:
+    """Solve a contraction of positive semi-definite terms, from the deterministic start.
+
+    Args:
+        scale: what the sum is `scale` times the contraction of.
+    """
+    iterate = leading_pair(contraction, rtol, max_steps)
+    total = contraction.squared_norm() if certify else None
+    sigma = iterate.sigma
+    # The scale goes into the representations, which are small where the factors are large.
+    left_scale, right_scale = iterate.scales(sigma * scale)
+    return KroneckerFit(
+        contraction.factor(iterate.left * left_scale, "left"),
+        contraction.factor(iterate.right * right_scale, "right"),
+        sigma * scale,
+        relative_error(sigma, total),
+        iterate.steps,
+        iterate.converged,
+        contraction.plan,
+    )

@@ -1,0 +1,93 @@
+"""The accelerated solver against the rearranged Fisher and its SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfoc import kronecker, solver
+from kfoc.planner import contract
+from kfoc.samples import Rows, Samples
+from kfoc.solver import fit_contraction, leading_pair
+from oracle import assert_psd_and_symmetric, rearranged
+
+PLANS = ["primal", "positions", "position_gram", "gradients"]  # whose half steps are worth saving
+
+
+def slow(plan: str, seed: int) -> tuple[Samples, Tensor]:
+    """Samples of few, nearly orthogonal gradients, whose singular values are close; and their F."""
+    generator = torch.Generator().manual_seed(seed)
+    N, T, i, o = (9, 1, 7, 6) if plan == "primal" else (6, 4, 7, 6)
+    inputs = torch.randn(N, T, i, generator=generator)
+    grads = torch.randn(1, N, T, o, generator=generator)
+    x = torch.einsum("snto,nti->noi", grads, inputs).flatten(1)
+    return Samples(Rows(inputs), grads), x.mT @ x / N
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("seed", range(12))
+def test_slow_problems(plan: str, seed: int) -> None:
+    samples, fisher = slow(plan, seed)
+    contraction = contract(samples, plan=plan)
+    fit = fit_contraction(contraction, rtol=1e-9, max_steps=500, scale=1 / samples.num_samples)
+    matrix = rearranged(fisher, 6, 7)
+    sigma = torch.linalg.svdvals(matrix)[0].item()
+    assert fit.converged
+    assert fit.sigma == pytest.approx(sigma, rel=2e-8)
+    product = torch.outer(fit.left.flatten(), fit.right.flatten())
+    missed = (matrix - product).norm().square().item()
+    assert missed <= (matrix.norm().square().item() - sigma**2) * (1 + 1e-7)
+    assert_psd_and_symmetric(fit.left)
+    assert_psd_and_symmetric(fit.right)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_takes_fewer_half_steps_than_the_power_iteration(plan: str) -> None:
+    ours = theirs = 0
+    for seed in range(12):
+        contraction = contract(slow(plan, seed)[0], plan=plan)
+        ours += leading_pair(contraction, 1e-9, 5000).steps
+        start = contraction.start()
+        theirs += kronecker.power_iteration(contraction, start, "left", 1e-9, 5000).steps
+    assert ours < 0.6 * theirs
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_result_outside_the_cone_is_not_returned(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contraction = contract(slow(plan, 1)[0], plan=plan)
+    monkeypatch.setattr(contraction, "positive", lambda representation, side: False)
+    found = leading_pair(contraction, 1e-9, 5000)
+    start = contraction.start()
+    plain = kronecker.power_iteration(contraction, start, "left", 1e-9, 5000)
+    assert (found.sigma, found.steps) == (plain.sigma, plain.steps)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_large_factors_do_without_a_basis(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contraction = contract(slow(plan, 2)[0], plan=plan)
+    start = contraction.start()
+    plain = kronecker.power_iteration(contraction, start, "left", 1e-9, 5000)
+    monkeypatch.setattr(solver, "BASIS_LIMIT", 1)
+    found = leading_pair(contraction, 1e-9, 5000)
+    assert found.steps == plain.steps
+    assert found.sigma == pytest.approx(plain.sigma, rel=1e-12)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("limit", [1, 3, 5, 6, 7, 8])
+def test_keeps_to_the_step_limit(plan: str, limit: int) -> None:
+    contraction = contract(slow(plan, 3)[0], plan=plan)
+    found = leading_pair(contraction, 1e-14, limit)
+    assert found.steps <= limit
+    assert not found.converged
+
+
+def test_psd_check() -> None:
+    assert kronecker.positive(torch.eye(3))
+    assert kronecker.positive(torch.zeros(2, 3, 3))
+    assert kronecker.positive(torch.ones(3, 3))
+    assert not kronecker.positive(torch.diag(torch.tensor([1.0, -1e-6, 1.0])))
+    assert not kronecker.positive(torch.stack([torch.eye(3), -torch.eye(3)]))
