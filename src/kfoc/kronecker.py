@@ -106,6 +106,9 @@ class Contraction(ABC):
         """Inner product of a represented factor with `matrix`, whose half step is `image`."""
         return (self.factor(representation, side) * matrix).sum()
 
+    def forget(self) -> None:  # noqa: B027  (most keep nothing)
+        """Give back memory that can be formed anew: the steps are done."""
+
     def positive(self, representation: Tensor, side: Side) -> bool:
         """Whether the factor that a representation stands for is PSD, up to rounding."""
         return positive(self.factor(representation, side))

@@ -55,6 +55,9 @@ class _Coefficients(Contraction):
     def _image(self, representation: Tensor, side: Side) -> Tensor:
         return self.apply(self.factor(representation, side), side)
 
+    def forget(self) -> None:
+        self._last = None
+
     def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
         return (first * self.advance(second, side)).sum()
 
@@ -184,6 +187,10 @@ class Gram(Primal):
     def certifies(self) -> bool:
         return True
 
+    def forget(self) -> None:
+        super().forget()
+        self._kernels.clear()
+
     def _whole(self, side: Side) -> Tensor:
         if side not in self._kernels:
             vectors = self._vectors[side]
@@ -303,6 +310,10 @@ class PositionGram(Positions):
     @property
     def certifies(self) -> bool:
         return all(through_products(*rows.shape) for rows in self._rows.values())
+
+    def forget(self) -> None:
+        super().forget()
+        self._kernels.clear()
 
     def _whole(self, side: Side) -> Tensor:
         """(M, M, T, T): block (m, n) holds the products of n's positions (rows) with m's."""

@@ -199,6 +199,7 @@ def fit_contraction(
     """
     iterate = leading_pair(contraction, rtol, max_steps)
     total = contraction.squared_norm() if certify else None
+    contraction.forget()
     sigma = iterate.sigma
     # The scale goes into the representations, which are small where the factors are large.
     left_scale, right_scale = iterate.scales(sigma * scale)

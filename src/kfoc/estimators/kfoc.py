@@ -69,7 +69,7 @@ class KFOC(FactoredEstimator):
     max_steps: int = 1000
     passes: int = 20
     decay: float | None = None
-    buffer: int = 2**20
+    buffer: int = 2**19
     memory_limit: int = 2**30
     plan: str | None = None
 
