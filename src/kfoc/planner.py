@@ -15,6 +15,7 @@ from kfoc.plans import (
     Primal,
     by_factor,
     by_products,
+    of_pairs,
     through_products,
 )
 from kfoc.products import share
@@ -99,9 +100,8 @@ def _position_gram(z: Size) -> Cost:
     steps, memory = 0.0, z.N * z.T * (z.i + 2 * z.T)
     for directions, size in ((1, z.i), (z.S, z.o)):
         if through_products(directions, z.N, z.T, size):
-            rows = directions * z.N * z.T
-            setup += rows**2 * share(rows) * size
-            memory += rows**2
+            setup += of_pairs(directions * z.N, z.T, size)
+            memory += (directions * z.N * z.T) ** 2
             steps += by_products(directions, z.N, z.T)
         else:
             steps += by_factor(directions, z.N, z.T, size)

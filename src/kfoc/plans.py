@@ -30,6 +30,9 @@ from kfoc.samples import LayerSamples, Samples, gradient_chunks
 # enough that the matrix products run at full rate.
 CHUNK = 2**20
 
+# Columns of a matrix product that is one of many: fewer would run at a lower rate.
+COLUMNS = 256
+
 
 class _Coefficients(Contraction):
     """Plans that iterate on coefficients of the factors in the samples.
@@ -318,10 +321,7 @@ class PositionGram(Positions):
     def _whole(self, side: Side) -> Tensor:
         """(M, M, T, T): block (m, n) holds the products of n's positions (rows) with m's."""
         if side not in self._kernels:
-            rows = self._rows[side].flatten(0, 1)
-            count, positions, size = rows.shape
-            products = gram(rows.reshape(-1, size).mT).view(count, positions, count, positions)
-            self._kernels[side] = products.permute(2, 0, 1, 3).contiguous()
+            self._kernels[side] = _position_products(self._rows[side].flatten(0, 1))
         return self._kernels[side]
 
     def _image(self, representation: Tensor, side: Side) -> Tensor:
@@ -349,6 +349,32 @@ class PositionGram(Positions):
             for m in range(len(left))
         ]
         return torch.stack(products)
+
+
+def _position_products(rows: Tensor) -> Tensor:
+    """All products of the positions of rows (M, T, size), as blocks (M, M, T, T).
+
+    A few m at a time, with the n up to them: the other half are transposes.
+    """
+    count, positions, size = rows.shape
+    products = rows.new_empty(count, count, positions, positions)
+    for start, stop in _few(count, positions):
+        few = rows[start:stop].reshape(-1, size)
+        block = (rows[:stop].reshape(-1, size) @ few.mT).view(stop, positions, -1, positions)
+        products[start:stop, :stop] = block.permute(2, 0, 1, 3)
+        products[:start, start:stop] = products[start:stop, :start].transpose(0, 1).mT
+    return products
+
+
+def _few(count: int, positions: int) -> list[tuple[int, int]]:
+    step = max(1, COLUMNS // positions)
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def of_pairs(count: int, positions: int, size: int) -> float:
+    """Multiply-adds of the products between all positions of `count` samples and directions."""
+    pairs = sum((stop - start) * stop for start, stop in _few(count, positions))
+    return pairs * positions**2 * size
 
 
 class _Explicit(Contraction):

@@ -77,6 +77,7 @@ class _Krylov:
         self.length = 3 if contraction.implicit else 2
         self.steps = 0
         self.chain = self._images([start], self.length + 2)
+        self.shapes = [x.shape for x in self.chain[:2]]
         self.basis: list[Tensor] = []  # per level, as rows: the current one, new, last change
 
     def _images(self, chain: list[Tensor], length: int) -> list[Tensor]:
@@ -117,6 +118,7 @@ class _Krylov:
         if not self.basis:
             pairs = zip(self.chain[: self.length], self.chain[2:], strict=True)
             self.basis = [torch.stack([x, new, torch.zeros_like(x)]).flatten(1) for x, new in pairs]
+            self.chain = []
         shares = self._products(0)[0].tolist()
         for rows in self.basis:
             rows[1].mul_(shares[0] / shares[1]).sub_(rows[0])
@@ -139,7 +141,7 @@ class _Krylov:
         return torch.tensor(rows, dtype=torch.float64)
 
     def _current(self, level: int) -> Tensor:
-        return self.basis[level][0].view_as(self.chain[level % 2])
+        return self.basis[level][0].view(self.shapes[level % 2])
 
     def extend(self) -> None:
         """The next direction, `A A^T` of the current one: two half steps."""

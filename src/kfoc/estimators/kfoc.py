@@ -135,17 +135,18 @@ class _Aggregation(ABC):
     def __init__(self, config: KFOC, samples: Samples) -> None:
         self.config = config
         self.report = Report()
-        self._zeros = samples.grads.new_zeros
+        # An empty tensor for dtype and device: the samples themselves must not be kept alive.
+        self._like = samples.grads.new_empty(0)
         self._shape = samples.shape
 
     # Formed when first needed: a single batch that is solved at once does without sums.
     @cached_property
     def left(self) -> Tensor:
-        return self._zeros(self._shape[0], self._shape[0])
+        return self._like.new_zeros(self._shape[0], self._shape[0])
 
     @cached_property
     def right(self) -> Tensor:
-        return self._zeros(self._shape[1], self._shape[1])
+        return self._like.new_zeros(self._shape[1], self._shape[1])
 
     @abstractmethod
     def add(self, samples: Samples, alone: bool) -> None: ...
