@@ -55,6 +55,15 @@ class Inputs(Protocol):
         """Inputs of the same kind, kept as `tensor`."""
         ...
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether a Kronecker product's right factor is restricted to its diagonal, (i,)."""
+        ...
+
+    def silent(self, count: int) -> Inputs:
+        """The inputs of `count` samples without any position."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -92,6 +101,13 @@ class Rows:
 
     def with_tensor(self, tensor: Tensor) -> Rows:
         return Rows(tensor)
+
+    @property
+    def diagonal(self) -> bool:
+        return False
+
+    def silent(self, count: int) -> Rows:
+        return Rows(self.values.new_zeros(count, 0, self.size))
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,13 @@ class Patches:
     def with_tensor(self, tensor: Tensor) -> Patches:
         return replace(self, padded=tensor)
 
+    @property
+    def diagonal(self) -> bool:
+        return False
+
+    def silent(self, count: int) -> Rows:
+        return Rows(self.padded.new_zeros(count, 0, self.size))
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -205,6 +228,11 @@ class Samples:
     def shape(self) -> tuple[int, int]:
         """(o, i)."""
         return self.grads.shape[3], self.inputs.size
+
+    @property
+    def right_shape(self) -> tuple[int, ...]:
+        """Of a Kronecker product's right factor: (i, i), or (i,) where it is kept as diagonal."""
+        return (self.inputs.size,) * (1 if self.inputs.diagonal else 2)
 
     @cached_property
     def magnitudes(self) -> tuple[float, float]:
@@ -272,10 +300,8 @@ class Samples:
 
     def silent(self, count: int) -> Samples:
         """`count` samples of the same layer without any position, so without any gradient."""
-        o, i = self.shape
-        new_zeros = self.grads.new_zeros
-        rows = Rows(new_zeros(count, 0, i))
-        return Samples(rows, new_zeros(self.num_directions, count, 0, o))
+        grads = self.grads.new_zeros(self.num_directions, count, 0, self.shape[0])
+        return Samples(self.inputs.silent(count), grads)
 
 
 @dataclass(frozen=True)
@@ -371,7 +397,90 @@ class Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
 
 
-LayerSamples = Samples | Grouped | Direct
+@dataclass(frozen=True)
+class Tied:
+    """Samples of a weight (V, d) that is both an embedding's and a linear head's.
+
+    The per-sample gradient is the sum of the two uses, in the rows of the head.
+
+    Attributes:
+        head: of the head, (o, i) = (V, d).
+        embedding: of the embedding as it is by itself, (d, V), with its inputs one-hot.
+    """
+
+    head: Samples
+    embedding: Samples
+
+    @property
+    def num_samples(self) -> int:
+        return self.head.num_samples
+
+    @property
+    def num_positions(self) -> int:
+        return self.head.num_positions + self.embedding.num_positions
+
+    @property
+    def num_directions(self) -> int:
+        return self.head.num_directions
+
+    @property
+    def grads(self) -> Tensor:
+        """Of the head: for dtype and device."""
+        return self.head.grads
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.head.shape
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, float]:
+        inputs, grads = self.head.magnitudes
+        others = magnitude(self.embedding.grads)
+        # NaN where one is: max() would drop it.
+        return inputs, max(grads, others) if math.isfinite(grads + others) else grads + others
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return self.head.gradients(start, stop) + self.embedding.gradients(start, stop).mT
+
+    def rescaled(self) -> tuple[Tied, float]:
+        """As `Samples.rescaled`, for the gradients alone."""
+        scale = _power_of_two(self.magnitudes[1])
+        parts = (part.scaled_down(1.0, scale) for part in (self.head, self.embedding))
+        return Tied(*parts), scale**2
+
+    def silent(self, count: int) -> Tied:
+        return Tied(self.head.silent(count), self.embedding.silent(count))
+
+    def as_positions(self) -> Samples:
+        """The same per-sample gradients as sums of outer products.
+
+        An embedding's position adds `onehot e^T`, with its derivative e in the place of an input.
+        As e differs between directions, every direction has positions of its own, whose one-hot
+        rows are zero in the others. Where that takes more positions than the gradient has columns,
+        the outer products are those of its columns with unit vectors instead.
+        """
+        directions, width = self.num_directions, self.shape[1]
+        count, called = self.head.num_positions, self.embedding.num_positions
+        if count + directions * called > max(width, count + called):
+            units = torch.eye(width, dtype=self.grads.dtype, device=self.grads.device)
+            every = units.expand(self.num_samples, -1, -1)
+            return Samples(Rows(every), self.gradients(0, self.num_samples).mT)
+        # Scales move between the two factors of a position, so that both have usual magnitudes.
+        scale = _power_of_two(magnitude(self.embedding.grads))
+        tokens = self.embedding.inputs.rows(0, self.num_samples) * scale
+        rows = self.head.inputs.rows(0, self.num_samples)
+        inputs = [rows, *(self.embedding.grads / scale)]
+        grads = self.grads.new_zeros(
+            directions, self.num_samples, count + directions * called, self.shape[0]
+        )
+        grads[:, :, :count] = self.grads
+        for s in range(directions):
+            start = count + s * called
+            grads[s, :, start : start + called] = tokens
+        return Samples(Rows(torch.cat(inputs, 1)), grads)
+
+
+LayerSamples = Samples | Grouped | Direct | Tied
 
 
 def chunks(samples: LayerSamples, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfoc.blocks import KroneckerBlock, Report
+from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock, Report
 from kfoc.estimators.factored import FactoredEstimator
 from kfoc.kronecker import (
     Contraction,
@@ -108,9 +108,12 @@ class KFOC(FactoredEstimator):
     def next_pass_one(self, state: _Aggregation) -> tuple[_Aggregation, bool]:
         return state, state.next_pass()
 
-    def finish_one(self, state: _Aggregation, num_samples: int) -> KroneckerBlock:
+    def finish_one(
+        self, state: _Aggregation, num_samples: int
+    ) -> KroneckerBlock | KroneckerDiagonalBlock:
         left, right = state.result(num_samples)
-        return KroneckerBlock(left, right, report=state.report)
+        kind = KroneckerDiagonalBlock if right.ndim == 1 else KroneckerBlock
+        return kind(left, right, report=state.report)
 
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
         """The optimum of one batch, of the mean over its samples."""
@@ -137,6 +140,7 @@ class _Aggregation(ABC):
         self.report = Report()
         self._zeros = samples.grads.new_zeros
         self._shape = samples.shape
+        self._right_shape = samples.right_shape
 
     # Formed when first needed: a single batch that is solved at once does without sums.
     @cached_property
@@ -145,7 +149,7 @@ class _Aggregation(ABC):
 
     @cached_property
     def right(self) -> Tensor:
-        return self._zeros(self._shape[1], self._shape[1])
+        return self._zeros(self._right_shape)
 
     @abstractmethod
     def add(self, samples: Samples, alone: bool) -> None: ...
@@ -244,7 +248,7 @@ class _Online(_Aggregation):
         self.buffer = 0 if config.decay else config.buffer
         self.single: KroneckerFit | None = None
         self.fisher: Tensor | None = None  # of layers small enough: F itself
-        if sums_densely(Size.of(samples), config.buffer):
+        if not samples.inputs.diagonal and sums_densely(Size.of(samples), config.buffer):
             o, i = samples.shape
             self.fisher = samples.grads.new_zeros(o * i, o * i)
 

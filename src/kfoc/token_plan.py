@@ -1,0 +1,129 @@
+"""What is computed from the pairs (sample, token) of an embedding, without any (V, V) matrix.
+
+With large vocabularies the right factor is restricted to a diagonal: `F ~ left (x) diag(right)`,
+`right` of shape (V,). The closest product of that structure is, as in Lemma 3.2 of the paper, the
+leading singular triple of the rearranged F, of whose V^2 columns only the V of the diagonal are
+kept. Where every sample holds one token the others are zero, and the restriction costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kfoc.kronecker import Contraction, Side
+from kfoc.products import add_symmetric, half, mirrored, times_half
+from kfoc.samples import Samples, chunks
+from kfoc.tokens import Pairs, merged_pairs
+
+# Temporaries of a chunk hold at most so many numbers.
+CHUNK = 2**20
+
+
+class TokenPairs(Contraction):
+    """The half steps go through the pairs: P d^2 multiply-adds each.
+
+    `right[token] = sum_{p of that token} v_p^T left v_p` and
+    `left = sum_p right[token_p] v_p v_p^T`; `right` is a vector, of the diagonal.
+    """
+
+    plan = "tokens"
+
+    def __init__(self, samples: Samples) -> None:
+        pairs = merged_pairs(samples)
+        self._pairs = pairs
+        self._size = samples.inputs.size
+        self._samples = samples.num_samples
+        self._rows = pairs.vectors.flatten(0, 1)  # (S P, d)
+        self._tokens = pairs.tokens.repeat(len(pairs.vectors))
+
+    def start(self) -> Tensor:
+        ones = self._rows.new_ones(self._size)
+        return self.apply(ones / math.sqrt(self._size), "right")
+
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        if side == "left":
+            return self._to_right(half(matrix))
+        width = self._rows.shape[1]
+        left = self._rows.new_zeros(width, width)
+        # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
+        roots = matrix.clamp(min=0).sqrt()
+        for rows, tokens in self._parts():
+            scaled = rows * roots[tokens, None]
+            add_symmetric(left, scaled, scaled)
+        return mirrored(left)
+
+    def _to_right(self, upper: Tensor) -> Tensor:
+        right = self._rows.new_zeros(self._size)
+        for rows, tokens in self._parts():
+            values = torch.linalg.vecdot(times_half(rows, upper), rows)
+            right.index_add_(0, tokens, values, alpha=2)
+        # Clamped, as rounding must not make the diagonal negative.
+        return right.clamp_min_(0)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        step = max(256, CHUNK // self._rows.shape[1])
+        return zip(self._rows.split(step), self._tokens.split(step), strict=True)
+
+    def advance(self, representation: Tensor, side: Side) -> Tensor:
+        return self.apply(representation, side)
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        return representation
+
+    def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
+        return (first * second).sum()
+
+    @property
+    def certifies(self) -> bool:
+        # All inner products between pairs then cost no more than a few half steps.
+        return len(self._rows) <= 4 * self._rows.shape[1]
+
+    def squared_norm(self) -> float:
+        """`||F||^2 = sum_{k,l} <X_k, X_l>^2`, of F itself and not of its restriction.
+
+        sigma is the inner product of F with a product of unit norm in the structure, so
+        `||F - block||^2 = ||F||^2 - sigma^2` holds with the whole norm.
+        """
+        directions = len(self._pairs.vectors)
+        offsets = torch.arange(directions, device=self._tokens.device) * self._samples
+        owners = (self._pairs.owners + offsets[:, None]).flatten()
+        products = (self._rows @ self._rows.mT) * (self._tokens[:, None] == self._tokens)
+        count = directions * self._samples
+        by_sample = products.new_zeros(count, len(products)).index_add_(0, owners, products)
+        inner = products.new_zeros(count, count).index_add_(1, owners, by_sample)
+        return inner.square_().sum(dtype=torch.float64).item()
+
+
+def add_squares(total: Tensor, samples: Samples) -> None:
+    """`total += sum_{s,n} X^2`, elementwise, (d, V), of samples whose inputs are tokens."""
+    for _, pairs in _pairs_by_chunks(samples, samples.shape[0]):
+        total.index_add_(1, pairs.tokens, pairs.vectors.square().sum(0).mT)
+
+
+def add_counts(total: Tensor, samples: Samples, alpha: float) -> None:
+    """`total += alpha * sum_{n,t} a^2`, (V,): how often every token occurs."""
+    tokens = samples.inputs.tensor.flatten().long()
+    ones = total.new_full(tokens.shape, alpha * samples.inputs.magnitude() ** 2)
+    total.index_add_(0, tokens.clamp(min=0), ones * (tokens >= 0))
+
+
+def add_products(products: Tensor, vectors: Tensor, samples: Samples, scale: float) -> None:
+    """`products += scale * sum_{s,n} X <X, v>` for every v, both (m, d, V)."""
+    for count, pairs in _pairs_by_chunks(samples, len(vectors) * samples.shape[0]):
+        gathered = vectors[:, :, pairs.tokens]  # (m, d, P)
+        by_pair = torch.einsum("mdp,spd->msp", gathered, pairs.vectors)
+        inner = by_pair.new_zeros(*by_pair.shape[:2], count)
+        inner.index_add_(2, pairs.owners, by_pair)
+        step = torch.einsum("msp,spd->mdp", inner[:, :, pairs.owners], pairs.vectors)
+        products.index_add_(2, pairs.tokens, step, alpha=scale)
+
+
+def _pairs_by_chunks(samples: Samples, per_position: int) -> Iterator[tuple[int, Pairs]]:
+    """The pairs of ranges of samples, with their number of samples."""
+    per_sample = max(samples.num_directions * samples.shape[0], per_position)
+    for start, stop in chunks(samples, per_sample * max(1, samples.num_positions), CHUNK):
+        yield stop - start, merged_pairs(samples.part(start, stop))
