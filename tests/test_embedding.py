@@ -56,7 +56,7 @@ class Embedded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.embedding(x)).flatten(1).unflatten(1, (-1, 3))
-        weights = torch.arange(1.0, hidden.shape[1] + 1)[:, None]
+        weights = torch.arange(1.0, hidden.shape[1] + 1)[:, None].to(hidden)
         return self.head((hidden * weights).sum(1)).sin()
 
 
@@ -132,6 +132,7 @@ def test_large_vocabularies_by_diagonals(name: str, large: None) -> None:
     fisher = block_of(gradient)
     best, error = diagonal_optimum(fisher, 3, 7)
     block = fitted(model, [(x, None)], kfoc.KFOC(rtol=0))
+    assert oracle.relative_error(fisher, block.to_dense()) == pytest.approx(error, rel=1e-8)
     assert isinstance(block, kfoc.KroneckerDiagonalBlock)
     assert block.right.shape == (7,)
     assert (block.right >= 0).all()
@@ -145,7 +146,6 @@ def test_large_vocabularies_by_diagonals(name: str, large: None) -> None:
     diagonal = fitted(model, split(x, 4), kfoc.Diagonal())
     close(diagonal.to_dense(), torch.diag(fisher.diagonal()))
     close(fitted(model, split(x, 4), kfoc.BlockDiagonal()).to_dense(), fisher)
-    assert error < 1
 
 
 @pytest.mark.parametrize("aggregation", ["online", "running", "approx"])
@@ -161,17 +161,17 @@ def test_aggregations_of_diagonals(aggregation: str, size: int, large: None) -> 
     found = oracle.relative_error(fisher, block.to_dense())
     slack = {"online": 0.01, "running": 0.05, "approx": 0.5}[aggregation]
     assert error - 1e-9 <= found <= error + slack
-    block = fitted(model, split(x, size), kfoc.KFOC(aggregation, buffer=0, decay=None), seed=1)
     assert (block.right >= 0).all()
 
 
 def test_decay_over_diagonals(large: None) -> None:
     """Old batches fade: with a strong decay the last batch alone is left."""
     model, x = Embedded(), torch.randint(7, (24, 4))
+    cotangents = oracle.gaussian_exact(model(x).detach())
+    fisher = block_of(gradients(model, model.embedding.weight, x, cotangents)[:, -8:].mT)
+    _, error = diagonal_optimum(fisher, 3, 7)
     block = fitted(model, split(x, 8), kfoc.KFOC(decay=1e-9))
-    last = fitted(model, [(x[-8:], None)], kfoc.KFOC(decay=1e-9))
-    error = (block.to_dense() - last.to_dense()).norm() / last.to_dense().norm()
-    assert error < 0.1
+    assert error <= oracle.relative_error(fisher, block.to_dense()) < error + 0.02
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -215,9 +215,6 @@ def test_the_certificate_is_of_the_whole_block(large: None) -> None:
     """One small batch comes with its error for free, and probes estimate it for any."""
     model, x, gradient = case("sequence")
     fisher = block_of(gradient)
-    _, error = diagonal_optimum(fisher, 3, 7)
-    few = fitted(model, [(x[:1], None)], kfoc.KFOC(rtol=0))
-    assert few.relative_error is None  # 4 directions of up to 5 pairs: too many for free
     inputs = OneHot(x, 7, torch.float64)
     grads = torch.randn(1, 9, 5, 3)
     contraction = TokenPairs(Samples(inputs, grads))
@@ -231,20 +228,17 @@ def test_the_certificate_is_of_the_whole_block(large: None) -> None:
         true = oracle.relative_error(fisher, block.to_dense())
         assert block.relative_error == pytest.approx(true, abs=4 * block.report.standard_error)
         assert block.report.standard_error < 0.05
-    assert error < 1
 
 
 def test_probes_give_exact_products(large: None) -> None:
-    model, x, gradient = case("padding")
-    fisher = block_of(gradient)
-    samples = Samples(OneHot(x.masked_fill(x == 2, -1), 7, torch.float64), torch.randn(2, 9, 5, 3))
+    x = torch.randint(-1, 7, (9, 5))
+    samples = Samples(OneHot(x, 7, torch.float64), torch.randn(2, 9, 5, 3))
     dense = block_of(samples.gradients(0, 9)) * 9
     probes = kfoc.certificate.Probes(3, 0, "layer", samples)
     probes.add(samples.part(0, 4))
     probes.add(samples.part(4, 9))
     found = probes.products.flatten(1) * probes.unit
     close(found, probes.vectors.flatten(1) @ dense)
-    assert fisher.shape == dense.shape
 
 
 def test_a_certificate_for_free(large: None) -> None:
@@ -258,28 +252,15 @@ def test_a_certificate_for_free(large: None) -> None:
     assert block.relative_error == pytest.approx(error, rel=1e-8)
 
 
-def test_tiny_gradients_and_float32(large: None) -> None:
-    model, x, gradient = case("sequence")
-    best, _ = diagonal_optimum(block_of(gradient), 3, 7)
-    model.float()
-    model.head.weight.data *= 1e-12
-    model.head.bias.data.zero_()
-    block = fitted(model, [(x, None)], kfoc.KFOC())
-    assert block.to_dense().isfinite().all()
-    assert block.left.dtype == torch.float32
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_extreme_gradients_in_float32(scale: float, large: None) -> None:
     model, x, _ = case("sequence")
+    reference = fitted(model, split(x, 4), kfoc.KFOC())
     model.float()
-    for scale in (1e-9, 1e9):
-        scaled = [fitted_scaled(model, x, s) for s in (1.0, scale)]
-        ratio = scaled[1] / scale / scaled[0]
-        assert ratio == pytest.approx(1.0, rel=1e-4)
-    assert best.isfinite().all()
-
-
-def fitted_scaled(model: nn.Module, x: Tensor, scale: float) -> float:
-    """The norm of the root of the block of outputs times `scale`."""
     block = fitted(model, split(x, 4), kfoc.KFOC(), predict=lambda m, t: m(t) * scale)
-    return (block.left.double().norm() * block.right.double().norm()).sqrt().item()
+    assert block.left.dtype == block.right.dtype == torch.float32
+    for found, expected in ((block.left, reference.left), (block.right, reference.right)):
+        torch.testing.assert_close(found.double() / scale, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_vocabulary_of_fifty_thousand() -> None:
@@ -473,7 +454,7 @@ def test_ties_that_cannot_be_treated(large: None) -> None:
     for name in ("embedding", "head"):
         assert "6 tokens, and a full factor" in curvature.skipped[name]
     assert curvature.layers == ("mix",)
-    with pytest.raises(ValueError, match="layer 'embedding' cannot be treated: .*full factor"):
+    with pytest.raises(ValueError, match=r"'embedding' cannot be treated: .*full factor"):
         kfoc.fit(Tied(), [(x, None)], layers="embedding")
 
 
@@ -527,17 +508,7 @@ def test_one_use_of_a_tied_weight(use: str) -> None:
 
 
 def test_layers_with_enormous_factors_are_left_out_unless_named() -> None:
-    class Huge(nn.Linear):
-        """Stands in for 50,257 outputs: nothing of that size is formed before the choice."""
-
-        def __init__(self) -> None:
-            super().__init__(1, 1)
-            self.weight = nn.Parameter(torch.empty(50_257, 4, device="meta"))
-            self.bias = nn.Parameter(torch.empty(50_257, device="meta"))
-
-        forward = nn.Linear.forward
-
-    model = nn.Sequential(nn.Linear(4, 4), Huge())
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 50_257, device="meta"))
     chosen = kfoc.selection.select(model, None, kfoc.KFOC().largest_factor)
     assert "left factor would have 50257^2 entries" in chosen.skipped["1"]
     assert "1" in kfoc.selection.select(model, ["1"], kfoc.KFAC().largest_factor).modules

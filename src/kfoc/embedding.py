@@ -62,11 +62,11 @@ def tied_treatment(first: nn.Module, second: nn.Module) -> TiedTreatment:
     Raises:
         Unsupported: two modules of other kinds, or a vocabulary too large for a full factor.
     """
-    modules = {type(module): module for module in (first, second)}
-    embedding, head = modules.get(nn.Embedding), modules.get(nn.Linear)
-    if embedding is None or head is None or embedding.weight is not head.weight:
+    embedding, head = (first, second) if isinstance(first, nn.Embedding) else (second, first)
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise Unsupported(
-            "only an Embedding and a Linear layer that share their weight are treated"
+            "of layers that share a weight, an Embedding with a Linear head alone is treated, "
+            f"found {type(first).__name__} and {type(second).__name__}"
         )
     parts = checked_treatment(embedding), checked_treatment(head)
     if len(parts[1].parameters) > 1:
