@@ -12,7 +12,7 @@ import kfoc
 import oracle
 from kfoc import tokens
 from kfoc.samples import Samples
-from kfoc.token_plan import TokenPairs
+from kfoc.token_plan import TiedTokens, TokenPairs
 from kfoc.tokens import OneHot
 
 EXACT: dict[str, Any] = {"likelihood": "gaussian", "fisher": "exact"}
@@ -422,7 +422,7 @@ def test_tied_directions_with_positions_of_their_own() -> None:
         OneHot(torch.randint(6, (5, 2)), 6, torch.float64), 1e-4 * torch.randn(2, 5, 2, 9)
     )
     head = Samples(kfoc.Rows(torch.randn(5, 2, 9)), 1e-4 * torch.randn(2, 5, 2, 6))
-    tied = kfoc.samples.Tied(head, embedding)
+    tied = kfoc.tied.Tied(head, embedding)
     flat = tied.as_positions()
     assert flat.num_positions == 6
     onehot = nn.functional.one_hot(embedding.inputs.tensor, 6).double()
@@ -436,26 +436,75 @@ def test_tied_directions_with_positions_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("mc_samples", [1, 3])
-def test_kfac_of_tied_weights_is_closest_to_the_sum(mc_samples: int) -> None:
+@pytest.mark.parametrize("limit", [5, 1024])
+def test_kfac_of_tied_weights_is_closest_to_the_sum(
+    mc_samples: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The two uses, each as K-FAC has it when the weights are not shared."""
     model, x = Tied(), torch.randint(6, (7, 4))
+    data = split(x, 4)
     options: dict[str, Any] = {"estimator": kfoc.KFAC(), "mc_samples": mc_samples}
-    block = kfoc.fit(model, [(x, None)], **options)["embedding"]
-    model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
-    apart = kfoc.fit(model, [(x, None)], **options)
-    head, embedding = apart["head"], apart["embedding"]
-    total = torch.kron(head.left, head.right) + torch.kron(embedding.right, embedding.left)
-    close(block.to_dense(), oracle.optimum(total, 6, 3)[0])
+    apart = Tied()
+    apart.load_state_dict(model.state_dict())
+    apart.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
+    parts = kfoc.fit(apart, data, **options)
+    monkeypatch.setattr(tokens, "FULL_VOCABULARY", limit)
+    block = kfoc.fit(model, data, **options)["embedding"]
+    head, embedding = parts["head"], parts["embedding"]
+    if limit == 1024:
+        total = torch.kron(head.left, head.right) + torch.kron(embedding.right, embedding.left)
+        close(block.to_dense(), oracle.optimum(total, 6, 3)[0])
+        return
+    total = torch.kron(head.right, torch.diag(head.left.diagonal()))
+    total += torch.kron(embedding.left, embedding.right)
+    close(block.to_dense(), diagonal_optimum(total, 3, 6)[0])
 
 
-def test_ties_that_cannot_be_treated(large: None) -> None:
-    x = torch.randint(6, (5, 3))
-    curvature = kfoc.fit(Tied(), [(x, None)])
-    for name in ("embedding", "head"):
-        assert "6 tokens, and a full factor" in curvature.skipped[name]
-    assert curvature.layers == ("mix",)
-    with pytest.raises(ValueError, match=r"'embedding' cannot be treated: .*full factor"):
-        kfoc.fit(Tied(), [(x, None)], layers="embedding")
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_tied_weights_of_large_vocabularies(
+    name: str, steps: int, fisher: str, large: None
+) -> None:
+    """About weight^T, (d, V), with a diagonal over the vocabulary."""
+    build, first = TIED[name]
+    model, x, y = build(), torch.randint(6, (7, steps)), torch.randint(6, (7, steps))
+    outputs = model(x).detach()
+    cotangents = oracle.gaussian_exact(outputs)
+    options: dict[str, Any] = {"likelihood": "gaussian", "fisher": "exact"}
+    data: list[Any] = split(x, 3)
+    if fisher == "empirical":
+        cotangents = (nn.functional.one_hot(y, 6) - outputs.softmax(-1))[None]
+        options = {"likelihood": "categorical", "fisher": "empirical"}
+        data = list(zip(x.split(3), y.split(3), strict=True))
+    block = block_of(gradients(model, model.embedding.weight, x, cotangents).mT)
+    best, error = diagonal_optimum(block, 3, 6)
+
+    def found(estimator: kfoc.Estimator, **more: Any) -> kfoc.Block:
+        curvature = kfoc.fit(model, data, estimator=estimator, **options, **more)
+        assert curvature.layouts[first].shape == (3, 6)
+        return curvature[first]
+
+    close(found(kfoc.BlockDiagonal()).to_dense(), block)
+    close(found(kfoc.Diagonal()).to_dense(), torch.diag(block.diagonal()))
+    for estimator in (kfoc.KFOC(rtol=0), kfoc.KFOC("exact", rtol=0, buffer=0, passes=80)):
+        optimum = found(estimator)
+        assert isinstance(optimum, kfoc.KroneckerDiagonalBlock)
+        oracle.assert_psd_and_symmetric(optimum.left)
+        close(optimum.to_dense(), best)
+    for aggregation in ("online", "running", "approx"):
+        one = found(kfoc.KFOC(aggregation, buffer=0), probes=300)
+        true = oracle.relative_error(block, one.to_dense())
+        assert error - 1e-9 <= true < 1
+        assert one.relative_error == pytest.approx(true, abs=4 * one.report.standard_error)
+
+
+def test_the_norm_of_large_tied_weights(large: None) -> None:
+    head = Samples(kfoc.Rows(torch.randn(5, 2, 3)), torch.randn(2, 5, 2, 6))
+    tokens = OneHot(torch.randint(6, (5, 2)), 6, torch.float64)
+    tied = kfoc.tied.Tied(head, Samples(tokens, torch.randn(2, 5, 2, 3)))
+    whole = block_of(tied.gradients(0, 5)) * 5
+    assert TiedTokens(tied).squared_norm() == pytest.approx(whole.norm().item() ** 2)
 
 
 def test_ties_are_named_by_their_first_module() -> None:

@@ -36,7 +36,7 @@ class Probes:
         if scale > self.unit:
             self.products *= self.unit / scale
             self.unit = scale
-        if isinstance(rescaled, Samples) and rescaled.inputs.diagonal:
+        if isinstance(rescaled, Samples) and rescaled.diagonal:
             add_products(self.products, self.vectors, rescaled, scale / self.unit)
             return
         vectors, products = self.vectors.flatten(1), self.products.flatten(1)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kfoc import tokens as vocabularies
 from kfoc.layers import Treatment, Unsupported, checked_treatment, treatment
-from kfoc.samples import Inputs, Rows, Samples, Tied
+from kfoc.samples import Inputs, Rows, Samples
+from kfoc.tied import Tied
 from kfoc.tokens import OneHot
 
 
@@ -60,7 +61,7 @@ def tied_treatment(first: nn.Module, second: nn.Module) -> TiedTreatment:
     """The treatment of an embedding and a linear layer, in any order, with the same weight.
 
     Raises:
-        Unsupported: two modules of other kinds, or a vocabulary too large for a full factor.
+        Unsupported: modules of other kinds, or a bias.
     """
     embedding, head = (first, second) if isinstance(first, nn.Embedding) else (second, first)
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -71,15 +72,16 @@ def tied_treatment(first: nn.Module, second: nn.Module) -> TiedTreatment:
     parts = checked_treatment(embedding), checked_treatment(head)
     if len(parts[1].parameters) > 1:
         raise Unsupported("the linear layer with the same weight has a bias of its own")
-    size, limit = len(embedding.weight), vocabularies.FULL_VOCABULARY
-    if size > limit:
-        raise Unsupported(
-            f"the embedding and the linear layer that share it have {size} tokens, and a full "
-            f"factor of them is formed up to {limit} alone"
-        )
+    # A large vocabulary is the side of the diagonal factor, the right one.
+    large = len(embedding.weight) > vocabularies.FULL_VOCABULARY
     whole = parts[1]
     return TiedTreatment(
-        whole.inputs, whole.grads, whole.parameters, head=whole, embedding=parts[0]
+        whole.inputs,
+        whole.grads,
+        whole.parameters,
+        layout="columns" if large else "rows",
+        head=whole,
+        embedding=parts[0],
     )
 
 

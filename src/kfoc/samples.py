@@ -200,6 +200,48 @@ class Patches:
         return Rows(self.padded.new_zeros(count, 0, self.size))
 
 
+class LayerSamples(Protocol):
+    """What every kind of samples of one layer in one batch has."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_positions(self) -> int:
+        """How many outer products a per-sample gradient is the sum of; 0 where it is none."""
+        ...
+
+    @property
+    def num_directions(self) -> int: ...
+
+    @property
+    def grads(self) -> Tensor:
+        """For dtype and device."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        ...
+
+    @property
+    def magnitudes(self) -> tuple[float, float]:
+        """The largest absolute values of inputs and gradients; NaN where there is one."""
+        ...
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """Per-sample gradients X, (S, n, o, i), of samples `start` to `stop`."""
+        ...
+
+    def rescaled(self) -> tuple[LayerSamples, float]:
+        """The samples brought to a magnitude near one, and the factor that F then lacks."""
+        ...
+
+    def silent(self, count: int) -> LayerSamples:
+        """`count` samples of the same layer without any gradient."""
+        ...
+
+
 @dataclass(frozen=True)
 class Samples:
     """One layer's samples of one batch.
@@ -230,9 +272,14 @@ class Samples:
         return self.grads.shape[3], self.inputs.size
 
     @property
+    def diagonal(self) -> bool:
+        """Whether a Kronecker product's right factor is restricted to its diagonal."""
+        return self.inputs.diagonal
+
+    @property
     def right_shape(self) -> tuple[int, ...]:
         """Of a Kronecker product's right factor: (i, i), or (i,) where it is kept as diagonal."""
-        return (self.inputs.size,) * (1 if self.inputs.diagonal else 2)
+        return (self.inputs.size,) * (1 if self.diagonal else 2)
 
     @cached_property
     def magnitudes(self) -> tuple[float, float]:
@@ -287,7 +334,7 @@ class Samples:
         The plans square inner products, so gradients of 1e-11, as a converged float32 network has
         them, would vanish in them. Scales are powers of two: nothing is rounded.
         """
-        input_scale, grad_scale = (_power_of_two(largest) for largest in self.magnitudes)
+        input_scale, grad_scale = (power_of_two(largest) for largest in self.magnitudes)
         return self.scaled_down(input_scale, grad_scale), (input_scale * grad_scale) ** 2
 
     def scaled_down(self, input_scale: float, grad_scale: float) -> Samples:
@@ -347,7 +394,7 @@ class Grouped:
 
     def rescaled(self) -> tuple[Grouped, float]:
         """As `Samples.rescaled`, with the same scales for all groups."""
-        scales = [_power_of_two(largest) for largest in self.magnitudes]
+        scales = [power_of_two(largest) for largest in self.magnitudes]
         groups = tuple(group.scaled_down(*scales) for group in self.groups)
         return Grouped(groups), (scales[0] * scales[1]) ** 2
 
@@ -390,97 +437,11 @@ class Direct:
         return self.grads[:, start:stop]
 
     def rescaled(self) -> tuple[Direct, float]:
-        scale = _power_of_two(self.magnitudes[1])
+        scale = power_of_two(self.magnitudes[1])
         return (Direct(self.grads / scale) if scale != 1.0 else self), scale**2
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
-
-
-@dataclass(frozen=True)
-class Tied:
-    """Samples of a weight (V, d) that is both an embedding's and a linear head's.
-
-    The per-sample gradient is the sum of the two uses, in the rows of the head.
-
-    Attributes:
-        head: of the head, (o, i) = (V, d).
-        embedding: of the embedding as it is by itself, (d, V), with its inputs one-hot.
-    """
-
-    head: Samples
-    embedding: Samples
-
-    @property
-    def num_samples(self) -> int:
-        return self.head.num_samples
-
-    @property
-    def num_positions(self) -> int:
-        return self.head.num_positions + self.embedding.num_positions
-
-    @property
-    def num_directions(self) -> int:
-        return self.head.num_directions
-
-    @property
-    def grads(self) -> Tensor:
-        """Of the head: for dtype and device."""
-        return self.head.grads
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.head.shape
-
-    @cached_property
-    def magnitudes(self) -> tuple[float, float]:
-        inputs, grads = self.head.magnitudes
-        others = magnitude(self.embedding.grads)
-        # NaN where one is: max() would drop it.
-        return inputs, max(grads, others) if math.isfinite(grads + others) else grads + others
-
-    def gradients(self, start: int, stop: int) -> Tensor:
-        return self.head.gradients(start, stop) + self.embedding.gradients(start, stop).mT
-
-    def rescaled(self) -> tuple[Tied, float]:
-        """As `Samples.rescaled`, for the gradients alone."""
-        scale = _power_of_two(self.magnitudes[1])
-        parts = (part.scaled_down(1.0, scale) for part in (self.head, self.embedding))
-        return Tied(*parts), scale**2
-
-    def silent(self, count: int) -> Tied:
-        return Tied(self.head.silent(count), self.embedding.silent(count))
-
-    def as_positions(self) -> Samples:
-        """The same per-sample gradients as sums of outer products.
-
-        An embedding's position adds `onehot e^T`, with its derivative e in the place of an input.
-        As e differs between directions, every direction has positions of its own, whose one-hot
-        rows are zero in the others. Where that takes more positions than the gradient has columns,
-        the outer products are those of its columns with unit vectors instead.
-        """
-        directions, width = self.num_directions, self.shape[1]
-        count, called = self.head.num_positions, self.embedding.num_positions
-        if count + directions * called > max(width, count + called):
-            units = torch.eye(width, dtype=self.grads.dtype, device=self.grads.device)
-            every = units.expand(self.num_samples, -1, -1)
-            return Samples(Rows(every), self.gradients(0, self.num_samples).mT)
-        # Scales move between the two factors of a position, so that both have usual magnitudes.
-        scale = _power_of_two(magnitude(self.embedding.grads))
-        tokens = self.embedding.inputs.rows(0, self.num_samples) * scale
-        rows = self.head.inputs.rows(0, self.num_samples)
-        inputs = [rows, *(self.embedding.grads / scale)]
-        grads = self.grads.new_zeros(
-            directions, self.num_samples, count + directions * called, self.shape[0]
-        )
-        grads[:, :, :count] = self.grads
-        for s in range(directions):
-            start = count + s * called
-            grads[s, :, start : start + called] = tokens
-        return Samples(Rows(torch.cat(inputs, 1)), grads)
-
-
-LayerSamples = Samples | Grouped | Direct | Tied
 
 
 def chunks(samples: LayerSamples, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -507,7 +468,7 @@ def magnitude(values: Tensor) -> float:
     return torch.maximum(-low, high).item()
 
 
-def _power_of_two(largest: float) -> float:
+def power_of_two(largest: float) -> float:
     """A power of two near `largest`; 1 where that is harmless, to save the copy."""
     if largest == 0.0 or 2.0**-8 <= largest <= 2.0**8:
         return 1.0

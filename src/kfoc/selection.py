@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from kfoc.embedding import tied_treatment
+from kfoc.embedding import TiedTreatment, tied_treatment
 from kfoc.layers import Treatment, Unsupported, checked_treatment
 from kfoc.layout import Layout
 
@@ -124,7 +124,8 @@ def _partner(
 def _check_size(selection: Selection, name: str, largest: int) -> None:
     """Raise Unsupported for a layer with a factor that is too large to be formed unasked."""
     treatment, module = selection.treatments[name], selection.modules[name]
-    if treatment.direct is not None or isinstance(module, nn.Embedding):
+    tied = isinstance(treatment, TiedTreatment)
+    if treatment.direct is not None or isinstance(module, nn.Embedding) or tied:
         return  # without factors, or with a diagonal one
     o, i = selection.layout(name).shape
     sides = {"left": o // treatment.groups, "right": i}

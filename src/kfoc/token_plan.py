@@ -16,18 +16,32 @@ from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side
 from kfoc.products import add_symmetric, half, mirrored, times_half
-from kfoc.samples import Samples, chunks
+from kfoc.samples import Samples, chunks, gradient_chunks
+from kfoc.tied import Tied
 from kfoc.tokens import Pairs, merged_pairs
 
 # Temporaries of a chunk hold at most so many numbers.
 CHUNK = 2**20
 
 
-class TokenPairs(Contraction):
+class _Explicit(Contraction):
+    """Iterates on the factors themselves: `left` a matrix, `right` the vector of a diagonal."""
+
+    def advance(self, representation: Tensor, side: Side) -> Tensor:
+        return self.apply(representation, side)
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        return representation
+
+    def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
+        return (first * second).sum()
+
+
+class TokenPairs(_Explicit):
     """The half steps go through the pairs: P d^2 multiply-adds each.
 
     `right[token] = sum_{p of that token} v_p^T left v_p` and
-    `left = sum_p right[token_p] v_p v_p^T`; `right` is a vector, of the diagonal.
+    `left = sum_p right[token_p] v_p v_p^T`.
     """
 
     plan = "tokens"
@@ -68,15 +82,6 @@ class TokenPairs(Contraction):
         step = max(256, CHUNK // self._rows.shape[1])
         return zip(self._rows.split(step), self._tokens.split(step), strict=True)
 
-    def advance(self, representation: Tensor, side: Side) -> Tensor:
-        return self.apply(representation, side)
-
-    def factor(self, representation: Tensor, side: Side) -> Tensor:
-        return representation
-
-    def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
-        return (first * second).sum()
-
     @property
     def certifies(self) -> bool:
         # All inner products between pairs then cost no more than a few half steps.
@@ -96,6 +101,63 @@ class TokenPairs(Contraction):
         by_sample = products.new_zeros(count, len(products)).index_add_(0, owners, products)
         inner = products.new_zeros(count, count).index_add_(1, owners, by_sample)
         return inner.square_().sum(dtype=torch.float64).item()
+
+
+class TiedTokens(_Explicit):
+    """The half steps of an embedding that shares its weight with the head.
+
+    All V rows of a per-sample gradient are non-zero: with its outer products `q_t p_t^T`,
+    `right = sum_t (P left P^T Q)_t * Q_t` and `left = sum P^T Q diag(right) Q^T P`, by chunks.
+    That takes about T / d times what the head itself takes for T positions.
+    """
+
+    plan = "tied tokens"
+
+    def __init__(self, samples: Tied) -> None:
+        self._samples = samples
+
+    def start(self) -> Tensor:
+        size = self._samples.shape[1]
+        return self.apply(self._samples.grads.new_ones(size) / math.sqrt(size), "right")
+
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        width, size = self._samples.shape
+        shape = (size,) if side == "left" else (width, width)
+        image = self._samples.grads.new_zeros(shape)
+        if side == "left":
+            matrix = mirrored(matrix.clone())
+        for outer, inner in self._parts():  # (n, T, d) and (S, n, T, V)
+            if side == "left":
+                by_positions = outer @ matrix @ outer.mT
+                for grads in inner:
+                    image += torch.bmm(by_positions, grads).mul_(grads).sum((0, 1))
+                continue
+            weighted = sum(torch.bmm(grads * matrix, grads.mT) for grads in inner)
+            image += torch.bmm(outer.mT, torch.bmm(weighted, outer)).sum(0)
+        # Clamped, as rounding must not make the diagonal negative.
+        return image.clamp_min_(0) if side == "left" else (image + image.mT) / 2
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = self._samples
+        width, size = samples.shape
+        positions = max(1, min(samples.num_positions, width) * samples.num_directions)
+        for start, stop in chunks(samples, positions * size, CHUNK):
+            flat = samples.part(start, stop).as_positions()
+            yield flat.inputs.rows(0, stop - start), flat.grads
+
+    def squared_norm(self) -> float:
+        """`sum_{k,l} <X_k, X_l>^2`, of F itself and not of its restriction."""
+        total = 0.0
+        for first in gradient_chunks(self._samples, CHUNK):
+            for second in gradient_chunks(self._samples, CHUNK):
+                products = first.flatten(0, 1).flatten(1) @ second.flatten(0, 1).flatten(1).mT
+                total += products.square_().sum(dtype=torch.float64).item()
+        return total
+
+
+def contraction_of_diagonal(samples: Samples | Tied) -> Contraction:
+    """The contraction of samples whose right factor is a diagonal."""
+    return TiedTokens(samples) if isinstance(samples, Tied) else TokenPairs(samples)
 
 
 def add_squares(total: Tensor, samples: Samples) -> None:

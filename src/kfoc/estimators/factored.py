@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from kfoc.blocks import Block, GroupedBlock, Report
 from kfoc.estimators.base import Estimator
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
-from kfoc.samples import Direct, Grouped, LayerSamples, Samples, Tied
+from kfoc.samples import Direct, Grouped, LayerSamples, Samples
+from kfoc.tied import Tied
 
 # A factor of this many rows takes 1 GiB in float32; layers with larger ones are left out unless
 # they are named.
@@ -54,10 +55,10 @@ class FactoredEstimator(Estimator):
 
     def init_tied(self, layer: str, samples: Tied) -> Any:
         """As `init`, for an embedding and a head that share their weight."""
-        return self.init_one(layer, samples.as_positions())
+        return self.init_one(layer, _as_samples(samples))
 
     def update_tied(self, state: Any, samples: Tied, *, alone: bool) -> Any:
-        return self.update_one(state, samples.as_positions(), alone=alone)
+        return self.update_one(state, _as_samples(samples), alone=alone)
 
     def init(self, layer: str, samples: LayerSamples) -> Any:
         if isinstance(samples, Direct):
@@ -68,7 +69,7 @@ class FactoredEstimator(Estimator):
             return [self.init_one(layer, group) for group in samples.groups]
         if isinstance(samples, Tied):
             return self.init_tied(layer, samples)
-        return self.init_one(layer, samples)
+        return self.init_one(layer, cast(Samples, samples))
 
     def update(self, state: Any, samples: LayerSamples, *, alone: bool) -> Any:
         if isinstance(samples, Direct):
@@ -79,7 +80,7 @@ class FactoredEstimator(Estimator):
             return [self.update_one(one, group, alone=alone) for one, group in pairs]
         if isinstance(samples, Tied):
             return self.update_tied(state, samples, alone=alone)
-        return self.update_one(state, samples, alone=alone)
+        return self.update_one(state, cast(Samples, samples), alone=alone)
 
     def next_pass(self, state: Any) -> tuple[Any, bool]:
         if isinstance(state, _Other):
@@ -103,3 +104,8 @@ class FactoredEstimator(Estimator):
             plan=reports[0].plan,
         )
         return GroupedBlock(blocks, report=report)
+
+
+def _as_samples(samples: Tied) -> Samples:
+    # With a diagonal factor, contracted as they are: they have all that aggregations ask for.
+    return cast(Samples, samples) if samples.diagonal else samples.as_positions()

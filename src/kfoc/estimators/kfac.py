@@ -12,7 +12,8 @@ from kfoc.estimators.factored import FactoredEstimator
 from kfoc.kronecker import nearest_to_pair
 from kfoc.plans import CHUNK
 from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import Samples, Tied, chunks
+from kfoc.samples import Samples, chunks
+from kfoc.tied import Tied
 from kfoc.token_plan import add_counts
 
 
@@ -51,8 +52,11 @@ class KFAC(FactoredEstimator):
         grads = samples.grads.reshape(-1, samples.shape[0])
         # Averaged per batch, as the number of positions may differ between batches.
         left_share = share / max(1, samples.num_positions)
-        add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
-        if samples.inputs.diagonal:
+        if state.left.ndim == 1:
+            state.left.mul_(before).add_(grads.square().sum(0), alpha=left_share)
+        else:
+            add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
+        if samples.diagonal:
             add_counts(state.right.mul_(before), samples, share)
             return _State(state.left, state.right, count)
         per_sample = samples.num_positions * samples.shape[1]
@@ -63,9 +67,11 @@ class KFAC(FactoredEstimator):
         return _State(state.left, state.right, count)
 
     def init_tied(self, layer: str, samples: Tied) -> _TiedState:
-        return _TiedState(
-            self.init_one(layer, samples.head), self.init_one(layer, samples.embedding)
-        )
+        embedding = self.init_one(layer, samples.embedding)
+        (size, width), new_zeros = samples.head.shape, samples.grads.new_zeros
+        # Of a large vocabulary the diagonal alone, on both sides.
+        left = new_zeros(size) if samples.diagonal else new_zeros(size, size)
+        return _TiedState(_State(left, new_zeros(width, width), 0), embedding)
 
     def update_tied(self, state: _TiedState, samples: Tied, *, alone: bool) -> _TiedState:
         return _TiedState(
@@ -81,6 +87,11 @@ class KFAC(FactoredEstimator):
             of_head = mirrored(head.left), mirrored(head.right)
             # The embedding's weight is the head's transposed: its factors change sides.
             of_embedding = mirrored(embedding.right), mirrored(embedding.left)
-            return KroneckerBlock(*nearest_to_pair(of_head, of_embedding))
+            left, right = nearest_to_pair(of_head, of_embedding)
+            return (
+                KroneckerDiagonalBlock(right, left)
+                if left.ndim == 1
+                else KroneckerBlock(left, right)
+            )
         kind = KroneckerDiagonalBlock if state.right.ndim == 1 else KroneckerBlock
         return kind(mirrored(state.left), mirrored(state.right))

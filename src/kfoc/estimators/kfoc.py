@@ -248,7 +248,7 @@ class _Online(_Aggregation):
         self.buffer = 0 if config.decay else config.buffer
         self.single: KroneckerFit | None = None
         self.fisher: Tensor | None = None  # of layers small enough: F itself
-        if not samples.inputs.diagonal and sums_densely(Size.of(samples), config.buffer):
+        if not samples.diagonal and sums_densely(Size.of(samples), config.buffer):
             o, i = samples.shape
             self.fisher = samples.grads.new_zeros(o * i, o * i)
 
@@ -275,7 +275,7 @@ class _Online(_Aggregation):
         """Take in what is pending."""
         pending, self.pending = self.pending, []
         if pending:
-            self.take(Samples.merged(pending))
+            self.take(pending[0].merged(pending))
 
     def take(self, samples: Samples) -> None:
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
@@ -299,7 +299,7 @@ class _Online(_Aggregation):
                 )
             )
         if self.pending and not self.weight:
-            self.single = self.solved_alone(Samples.merged(self.pending))
+            self.single = self.solved_alone(self.pending[0].merged(self.pending))
             self.pending = []
         self.flush()
 
