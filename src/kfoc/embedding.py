@@ -18,7 +18,8 @@ from kfoc.tokens import OneHot
 def _embedding(module: nn.Embedding) -> Treatment:
     """`y = weight[token]`, as the linear map `weight^T` of one-hot rows.
 
-    Positions of `padding_idx` get zero rows: they do not train the weight.
+    Positions of `padding_idx` get zero rows, as they do not train the weight; in K-FAC's mean of
+    the output gradients they count like any other position without an input.
     """
     if module.max_norm is not None:
         raise Unsupported("its max_norm changes the weight in the forward pass")

@@ -108,7 +108,7 @@ class TiedTokens(_Explicit):
 
     All V rows of a per-sample gradient are non-zero: with its outer products `q_t p_t^T`,
     `right = sum_t (P left P^T Q)_t * Q_t` and `left = sum P^T Q diag(right) Q^T P`, by chunks.
-    That takes about T / d times what the head itself takes for T positions.
+    For T positions that takes min(T, d)^2 V multiply-adds a sample, where the head takes T d V.
     """
 
     plan = "tied tokens"
@@ -132,8 +132,9 @@ class TiedTokens(_Explicit):
                 for grads in inner:
                     image += torch.bmm(by_positions, grads).mul_(grads).sum((0, 1))
                 continue
-            weighted = sum(torch.bmm(grads * matrix, grads.mT) for grads in inner)
-            image += torch.bmm(outer.mT, torch.bmm(weighted, outer)).sum(0)
+            for grads in inner:
+                weighted = torch.bmm(grads * matrix, grads.mT)
+                image += torch.bmm(outer.mT, torch.bmm(weighted, outer)).sum(0)
         # Clamped, as rounding must not make the diagonal negative.
         return image.clamp_min_(0) if side == "left" else (image + image.mT) / 2
 

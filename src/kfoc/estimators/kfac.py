@@ -88,10 +88,8 @@ class KFAC(FactoredEstimator):
             # The embedding's weight is the head's transposed: its factors change sides.
             of_embedding = mirrored(embedding.right), mirrored(embedding.left)
             left, right = nearest_to_pair(of_head, of_embedding)
-            return (
-                KroneckerDiagonalBlock(right, left)
-                if left.ndim == 1
-                else KroneckerBlock(left, right)
-            )
+            if left.ndim == 1:  # the block is then about the embedding's weight, transposed
+                return KroneckerDiagonalBlock(right, left)
+            return KroneckerBlock(left, right)
         kind = KroneckerDiagonalBlock if state.right.ndim == 1 else KroneckerBlock
         return kind(mirrored(state.left), mirrored(state.right))
