@@ -235,7 +235,11 @@ def test_probes_give_exact_products(large: None) -> None:
     samples = Samples(OneHot(x, 7, torch.float64), torch.randn(2, 9, 5, 3))
     dense = block_of(samples.gradients(0, 9)) * 9
     probes = kfoc.certificate.Probes(3, 0, "layer", samples)
+    small = Samples(samples.inputs, samples.grads * 1e-4).part(0, 4)
+    dense += block_of(small.gradients(0, 4)) * 4
+    probes.add(small)  # its unit is another one
     probes.add(samples.part(0, 4))
+    probes.add(small.silent(3))
     probes.add(samples.part(4, 9))
     found = probes.products.flatten(1) * probes.unit
     close(found, probes.vectors.flatten(1) @ dense)
@@ -263,8 +267,13 @@ def test_extreme_gradients_in_float32(scale: float, large: None) -> None:
         torch.testing.assert_close(found.double() / scale, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_vocabulary_of_fifty_thousand() -> None:
-    """No (V, V) matrix and no (N, T, V) tensor: either would not fit in this test."""
+def test_a_vocabulary_of_fifty_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No (V, V) matrix, which would not fit in this test, and no one-hot row is ever formed."""
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("one-hot rows of a large vocabulary")
+
+    monkeypatch.setattr(OneHot, "rows", refuse)
     model = nn.Sequential(nn.Embedding(50_000, 8), nn.Flatten(), nn.Linear(8 * 16, 3)).float()
     data = split(torch.randint(50_000, (64, 16)), 32)
     for estimator in (kfoc.KFOC(), kfoc.KFAC(), kfoc.Diagonal(), kfoc.KFOC("exact", buffer=0)):
@@ -292,6 +301,22 @@ class Switching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.embedding(x) if x[0, 0] else torch.ones(*x.shape, 3)
         return self.head(hidden).sin().sum(1)
+
+
+@pytest.mark.parametrize("limit", [5, 1024])
+def test_an_embedding_out_of_the_outputs_reach(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "FULL_VOCABULARY", limit)
+
+    class Dead(Embedded):
+        def forward(self, x: Tensor) -> Tensor:
+            self.embedding(x)
+            return self.head(torch.ones(len(x), 3))
+
+    x = torch.randint(7, (6, 4))
+    for estimator in (kfoc.KFOC(), kfoc.KFAC(), kfoc.Diagonal(), kfoc.KFOC("running")):
+        block = fitted(Dead(), split(x, 3), estimator)
+        assert not block.to_dense().any()
+        assert block.to_dense().dtype == torch.float64
 
 
 @pytest.mark.parametrize("first", [0, 1])
