@@ -235,12 +235,13 @@ def test_probes_give_exact_products(large: None) -> None:
     samples = Samples(OneHot(x, 7, torch.float64), torch.randn(2, 9, 5, 3))
     dense = block_of(samples.gradients(0, 9)) * 9
     probes = kfoc.certificate.Probes(3, 0, "layer", samples)
-    small = Samples(samples.inputs, samples.grads * 1e-4).part(0, 4)
-    dense += block_of(small.gradients(0, 4)) * 4
+    small = Samples(samples.inputs, samples.grads * 1e-3).part(0, 4)
+    dense += 2 * block_of(small.gradients(0, 4)) * 4
     probes.add(small)  # its unit is another one
     probes.add(samples.part(0, 4))
     probes.add(small.silent(3))
     probes.add(samples.part(4, 9))
+    probes.add(small)
     found = probes.products.flatten(1) * probes.unit
     close(found, probes.vectors.flatten(1) @ dense)
 
