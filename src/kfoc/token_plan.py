@@ -31,7 +31,15 @@ class _Explicit(Contraction):
         return self.apply(representation, side)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
-        return representation
+        # Half steps are linear; rounding must not leave the diagonal negative in the end.
+        return representation.clamp(min=0) if side == "right" else representation
+
+    def positive(self, representation: Tensor, side: Side) -> bool:
+        """Whether the factor is positive semi-definite to rounding."""
+        if side == "right":
+            return representation.min().item() >= -1e-6 * representation.max().item()
+        values = torch.linalg.eigvalsh(representation)
+        return values[0].item() >= -1e-6 * values[-1].item()
 
     def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
         return (first * second).sum()
@@ -63,11 +71,8 @@ class TokenPairs(_Explicit):
             return self._to_right(half(matrix))
         width = self._rows.shape[1]
         left = self._rows.new_zeros(width, width)
-        # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
-        roots = matrix.clamp(min=0).sqrt()
         for rows, tokens in self._parts():
-            scaled = rows * roots[tokens, None]
-            add_symmetric(left, scaled, scaled)
+            add_symmetric(left, rows, rows * matrix[tokens, None])
         return mirrored(left)
 
     def _to_right(self, upper: Tensor) -> Tensor:
@@ -75,8 +80,7 @@ class TokenPairs(_Explicit):
         for rows, tokens in self._parts():
             values = torch.linalg.vecdot(times_half(rows, upper), rows)
             right.index_add_(0, tokens, values, alpha=2)
-        # Clamped, as rounding must not make the diagonal negative.
-        return right.clamp_min_(0)
+        return right
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         step = max(256, CHUNK // self._rows.shape[1])
@@ -135,8 +139,7 @@ class TiedTokens(_Explicit):
             for grads in inner:
                 weighted = torch.bmm(grads * matrix, grads.mT)
                 image += torch.bmm(outer.mT, torch.bmm(weighted, outer)).sum(0)
-        # Clamped, as rounding must not make the diagonal negative.
-        return image.clamp_min_(0) if side == "left" else (image + image.mT) / 2
+        return image if side == "left" else (image + image.mT) / 2
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         samples = self._samples
