@@ -138,6 +138,8 @@ def test_large_vocabularies_by_diagonals(name: str, large: None) -> None:
     assert (block.right >= 0).all()
     oracle.assert_psd_and_symmetric(block.left)
     close(block.to_dense(), best)
+    usual = fitted(model, [(x, None)], kfoc.KFOC())
+    assert oracle.relative_error(fisher, usual.to_dense()) == pytest.approx(error, rel=1e-5)
     if name == "one token":
         close(block.to_dense(), oracle.optimum(fisher, 3, 7)[0])
     exact = kfoc.KFOC("exact", rtol=0, buffer=0, passes=60)
@@ -518,6 +520,8 @@ def test_tied_weights_of_large_vocabularies(
         assert isinstance(optimum, kfoc.KroneckerDiagonalBlock)
         oracle.assert_psd_and_symmetric(optimum.left)
         close(optimum.to_dense(), best)
+    usual = oracle.relative_error(block, found(kfoc.KFOC()).to_dense())
+    assert usual == pytest.approx(error, rel=1e-5, abs=1e-7)
     for aggregation in ("online", "running", "approx"):
         one = found(kfoc.KFOC(aggregation, buffer=0), probes=300)
         true = oracle.relative_error(block, one.to_dense())
