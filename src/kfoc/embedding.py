@@ -76,8 +76,12 @@ def tied_treatment(first: nn.Module, second: nn.Module) -> TiedTreatment:
     # A large vocabulary is the side of the diagonal factor, the right one.
     large = len(embedding.weight) > vocabularies.FULL_VOCABULARY
     whole = parts[1]
+
+    def inputs(values: Tensor) -> Inputs:
+        return parts[int(values.is_floating_point())].inputs(values)
+
     return TiedTreatment(
-        whole.inputs,
+        inputs,
         whole.grads,
         whole.parameters,
         layout="columns" if large else "rows",
