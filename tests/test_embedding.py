@@ -139,7 +139,7 @@ def test_large_vocabularies_by_diagonals(name: str, large: None) -> None:
     oracle.assert_psd_and_symmetric(block.left)
     close(block.to_dense(), best)
     usual = fitted(model, [(x, None)], kfoc.KFOC())
-    assert oracle.relative_error(fisher, usual.to_dense()) == pytest.approx(error, rel=1e-5)
+    assert oracle.relative_error(fisher, usual.to_dense()) == pytest.approx(error, rel=1e-4)
     if name == "one token":
         close(block.to_dense(), oracle.optimum(fisher, 3, 7)[0])
     exact = kfoc.KFOC("exact", rtol=0, buffer=0, passes=60)
@@ -426,7 +426,7 @@ def test_tied_weights(name: str, steps: int, fisher: str) -> None:
     def found(estimator: kfoc.Estimator, **more: Any) -> kfoc.Block:
         curvature = kfoc.fit(model, data, estimator=estimator, **options, **more)
         other = ({"head", "embedding"} - {first}).pop()
-        assert "whose block is about both uses" in curvature.skipped[other]
+        assert "its parameters are in the block of" in curvature.skipped[other]
         assert curvature.parameters[first] == (f"{first}.weight",)
         assert curvature.layouts[first].shape == (6, 3)
         return curvature[first]
@@ -521,7 +521,7 @@ def test_tied_weights_of_large_vocabularies(
         oracle.assert_psd_and_symmetric(optimum.left)
         close(optimum.to_dense(), best)
     usual = oracle.relative_error(block, found(kfoc.KFOC()).to_dense())
-    assert usual == pytest.approx(error, rel=1e-5, abs=1e-7)
+    assert usual == pytest.approx(error, rel=1e-4)
     for aggregation in ("online", "running", "approx"):
         one = found(kfoc.KFOC(aggregation, buffer=0), probes=300)
         true = oracle.relative_error(block, one.to_dense())
@@ -540,7 +540,7 @@ def test_the_norm_of_large_tied_weights(large: None) -> None:
 def test_ties_are_named_by_their_first_module() -> None:
     model, x = Tied(), torch.randint(6, (5, 3))
     assert kfoc.fit(model, [(x, None)], layers="embedding").layers == ("embedding",)
-    with pytest.raises(ValueError, match="'head' cannot be treated: its weight is that of 'embed"):
+    with pytest.raises(ValueError, match="'head' cannot be treated: its parameters are in"):
         kfoc.fit(model, [(x, None)], layers="head")
     model.head = nn.Linear(3, 6)
     model.head.weight = model.embedding.weight

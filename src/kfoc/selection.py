@@ -116,7 +116,7 @@ def _partner(
             raise Unsupported(f"it shares its weight with {others}: more than two uses")
         if holders[0] != name:
             tied_treatment(*both)  # for the reason, where there is one against both
-            raise Unsupported(f"its weight is that of {others}, whose block is about both uses")
+            raise Unsupported(f"its parameters are in the block of {others}")
         return candidates[holders[1]]
     return None
 
