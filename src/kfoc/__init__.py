@@ -1,6 +1,14 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
-from kfoc.blocks import Block, DenseBlock, DiagonalBlock, GroupedBlock, KroneckerBlock, Report
+from kfoc.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    GroupedBlock,
+    KroneckerBlock,
+    KroneckerDiagonalBlock,
+    Report,
+)
 from kfoc.curvature import Curvature
 from kfoc.estimators import (
     KFAC,
@@ -11,6 +19,7 @@ from kfoc.estimators import (
     nearest_kronecker_of_samples,
 )
 from kfoc.fit import fit
+from kfoc.interop import transformers as _transformers  # noqa: F401  (registers its layers)
 from kfoc.kronecker import KroneckerFit, nearest_kronecker
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -31,6 +40,7 @@ __all__ = [
     "Gaussian",
     "GroupedBlock",
     "KroneckerBlock",
+    "KroneckerDiagonalBlock",
     "KroneckerFit",
     "Likelihood",
     "Report",

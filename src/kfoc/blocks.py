@@ -147,3 +147,26 @@ class DenseBlock(Block):
     def matvec(self, vectors: Tensor) -> Tensor:
         self._check_vectors(vectors)
         return (vectors.flatten(-2) @ self.matrix).view(vectors.shape)
+
+
+@dataclass(frozen=True)
+class KroneckerDiagonalBlock(Block):
+    """`kron(left, diag(right))`, with `left` (o, o) and `right` (i,), the diagonal alone.
+
+    An embedding with a large vocabulary has one: `left` (d, d) of output gradients, and in `right`
+    a weight per token.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[0]
+
+    def to_dense(self) -> Tensor:
+        return torch.kron(self.left, torch.diag(self.right))
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        self._check_vectors(vectors)
+        return (self.left @ vectors) * self.right

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfoc.embedding import TiedTreatment, tied_samples
 from kfoc.layers import Treatment, joined
-from kfoc.samples import Direct, Inputs, LayerSamples, magnitude
+from kfoc.samples import Direct, Inputs, LayerSamples, Samples, magnitude
 
 
 @dataclass
@@ -57,12 +58,17 @@ def _problem(layer: str, what: str) -> ValueError:
 
 
 @contextmanager
-def captured(modules: dict[str, nn.Module]) -> Iterator[Record]:
-    """Watch `modules` while the context lasts; every hook is gone when it ends, however it ends."""
+def captured(
+    modules: dict[str, nn.Module], partners: Mapping[str, nn.Module] | None = None
+) -> Iterator[Record]:
+    """Watch `modules` while the context lasts; every hook is gone when it ends, however it ends.
+
+    Calls of `partners`, which share the weight of the layer they are named by, count as its calls.
+    """
     record = Record()
     handles = []
     try:
-        for name, module in modules.items():
+        for name, module in (*modules.items(), *(partners or {}).items()):
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
             hook = _recorder(record, name)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -78,7 +84,7 @@ def _checker(name: str) -> Callable[..., None]:
         value = args[0] if args else kwargs.get("input")
         if not isinstance(value, Tensor):
             raise _problem(name, f"its input must be a tensor, found {type(value).__name__}")
-        if not value.is_floating_point():
+        if not value.is_floating_point() and not isinstance(module, nn.Embedding):
             raise _problem(
                 name,
                 f"its input is {value.dtype}, not floating point: convert it, e.g. by .float()",
@@ -126,8 +132,9 @@ def used_elsewhere(
 def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
     """Layers whose first dimension has the size of the batch, but is not the samples.
 
-    Only shapes that leave it open are tried, such as (N, N, features): one backward pass from the
-    first sample's outputs alone must leave the other rows of a layer's derivative at zero.
+    Only shapes that leave it open are tried, such as (N, N, features), or (N,) tokens, which may be
+    the positions of a sequence: one backward pass from the first sample's outputs alone must leave
+    the other rows of a layer's derivative at zero.
 
     Returns:
         layer name -> the reason not to treat it.
@@ -136,7 +143,7 @@ def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
     doubtful = {
         name: calls
         for name, calls in record.calls.items()
-        if count > 1 and any(call.value.shape[:2] == (count, count) for call in calls)
+        if count > 1 and any(call.value.shape[:2] in ((count, count), (count,)) for call in calls)
     }
     if not doubtful:
         return {}
@@ -211,6 +218,15 @@ def take_samples(
         ValueError: the layer's first dimension is not the batch, its input was changed in place
             after the call, or there are values that are not finite.
     """
+    if isinstance(treatment, TiedTreatment):
+
+        def taken(part: Treatment, floating: bool) -> Samples | None:
+            chosen = [k for k, c in enumerate(calls) if c.value.is_floating_point() == floating]
+            theirs = [calls[k] for k in chosen], [grads[k] for k in chosen]
+            found = take_samples(name, part, *theirs, num_samples) if chosen else None
+            return found if isinstance(found, Samples) else None
+
+        return tied_samples(taken(treatment.head, True), taken(treatment.embedding, False))
     parts: list[tuple[Inputs, Tensor]] = []
     direct: list[Tensor] = []
     for call, directions in zip(calls, grads, strict=True):
@@ -256,7 +272,5 @@ def _accumulable(tensor: Tensor) -> Tensor:
 
 def _present(grad: Tensor | None, call: Call) -> Tensor:
     if grad is None:  # the outputs do not depend on this call
-        return call.value.new_zeros(call.output_shape, dtype=call.output_dtype).to(
-            _accumulable(call.value).dtype
-        )
+        return _accumulable(call.value.new_zeros(call.output_shape, dtype=call.output_dtype))
     return _accumulable(grad)

@@ -10,7 +10,8 @@ import torch
 
 from kfoc.blocks import Block
 from kfoc.plans import CHUNK
-from kfoc.samples import LayerSamples, gradient_chunks
+from kfoc.samples import LayerSamples, Samples, gradient_chunks
+from kfoc.token_plan import add_products
 
 
 class Probes:
@@ -35,6 +36,9 @@ class Probes:
         if scale > self.unit:
             self.products *= self.unit / scale
             self.unit = scale
+        if isinstance(rescaled, Samples) and rescaled.diagonal:
+            add_products(self.products, self.vectors, rescaled, scale / self.unit)
+            return
         vectors, products = self.vectors.flatten(1), self.products.flatten(1)
         for gradients in gradient_chunks(rescaled, CHUNK):
             rows = gradients.reshape(-1, o * i)

@@ -78,7 +78,7 @@ def fit(
     estimator = KFOC() if estimator is None else estimator
     _check_options(estimator, fisher, mc_samples, probes, seed)
     chosen = _likelihood(likelihood)
-    selection = select(model, layers)
+    selection = select(model, layers, estimator.largest_factor)
     _check_independent(model)
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
@@ -86,7 +86,7 @@ def fit(
             "pass a list or a DataLoader"
         )
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
-    with _undisturbed(model), captured(selection.modules) as record:
+    with _undisturbed(model), captured(selection.modules, selection.partners) as record:
         while True:
             run.one_pass(data, record, progress)
             if run.done():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfoc.samples import Grouped, Inputs, LayerSamples, Patches, Rows, Samples
+from kfoc.tokens import OneHot
 
 
 class Unsupported(Exception):  # noqa: N818  (a reason, not a failure)
@@ -38,6 +39,10 @@ class Treatment:
     groups: int = 1
     layout: str = "rows"
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+# Rules of classes in libraries that are not imported for it: their qualified name -> the rule.
+BY_NAME: dict[str, Callable[[Any], Treatment]] = {}
 
 
 @singledispatch
@@ -75,6 +80,10 @@ def checked_treatment(module: nn.Module) -> Treatment:
     A subclass may compute anything, and a reparametrised weight is not a parameter: both would
     get wrong numbers from the rule of their base class.
     """
+    for cls in type(module).__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in BY_NAME and cls not in treatment.registry:
+            treatment.register(cls, BY_NAME[name])
     rule = treatment.dispatch(type(module))
     family: Any = next((cls for cls in type(module).__mro__ if cls in treatment.registry), object)
     if family is not object and type(module).forward is not getattr(family, "forward", None):
@@ -271,5 +280,9 @@ def joined(parts: list[tuple[Inputs, Tensor]], groups: int = 1) -> LayerSamples:
 def _side_by_side(parts: Sequence[tuple[Inputs, Tensor]]) -> Samples:
     if len(parts) == 1:
         return Samples(*parts[0])
+    first = parts[0][0]
+    if isinstance(first, OneHot):
+        tokens = first.with_tensor(torch.cat([part.tensor for part, _ in parts], 1))
+        return Samples(tokens, torch.cat([grads for _, grads in parts], 2))
     rows = [part.rows(0, part.num_samples) for part, _ in parts]
     return Samples(Rows(torch.cat(rows, 1)), torch.cat([grads for _, grads in parts], 2))

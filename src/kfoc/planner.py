@@ -20,6 +20,8 @@ from kfoc.plans import (
 )
 from kfoc.products import share
 from kfoc.samples import Samples
+from kfoc.tied import Tied
+from kfoc.token_plan import contraction_of_diagonal
 
 # What a solve takes as a rule, beyond its start; the measured counts are 3 to 5 half steps.
 HALF_STEPS = 4
@@ -164,7 +166,14 @@ def sums_densely(size: Size, budget: int) -> bool:
     return size.T > 1 and few
 
 
-def contract(samples: Samples, memory_limit: int = 2**30, plan: str | None = None) -> Contraction:
-    """The contraction of `samples` by the named plan, or by the cheapest that fits the memory."""
+def contract(
+    samples: Samples | Tied, memory_limit: int = 2**30, plan: str | None = None
+) -> Contraction:
+    """The contraction of `samples` by the named plan, or by the cheapest that fits the memory.
+
+    Tokens of a large vocabulary have a plan of their own, and no other.
+    """
+    if isinstance(samples, Tied) or samples.diagonal:
+        return contraction_of_diagonal(samples)
     name = plan or choose(Size.of(samples), memory_limit, samples.grads.element_size())
     return PLANS[name](samples, memory_limit)

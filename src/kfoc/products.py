@@ -48,7 +48,12 @@ def add_symmetric(
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """Complete, in place, the symmetric matrix of which `add_symmetric` holds the upper part."""
+    """Complete, in place, the symmetric matrix of which `add_symmetric` holds the upper part.
+
+    A vector stands for a diagonal matrix, and is complete.
+    """
+    if total.ndim == 1:
+        return total
     size = total.shape[0]
     if size <= TILE:
         upper = total.triu()

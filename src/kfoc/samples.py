@@ -55,6 +55,15 @@ class Inputs(Protocol):
         """Inputs of the same kind, kept as `tensor`."""
         ...
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether a Kronecker product's right factor is restricted to its diagonal, (i,)."""
+        ...
+
+    def silent(self, count: int) -> Inputs:
+        """The inputs of `count` samples without any position."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -92,6 +101,13 @@ class Rows:
 
     def with_tensor(self, tensor: Tensor) -> Rows:
         return Rows(tensor)
+
+    @property
+    def diagonal(self) -> bool:
+        return False
+
+    def silent(self, count: int) -> Rows:
+        return Rows(self.values.new_zeros(count, 0, self.size))
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,55 @@ class Patches:
     def with_tensor(self, tensor: Tensor) -> Patches:
         return replace(self, padded=tensor)
 
+    @property
+    def diagonal(self) -> bool:
+        return False
+
+    def silent(self, count: int) -> Rows:
+        return Rows(self.padded.new_zeros(count, 0, self.size))
+
+
+class LayerSamples(Protocol):
+    """What every kind of samples of one layer in one batch has."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_positions(self) -> int:
+        """How many outer products a per-sample gradient is the sum of; 0 where it is none."""
+        ...
+
+    @property
+    def num_directions(self) -> int: ...
+
+    @property
+    def grads(self) -> Tensor:
+        """For dtype and device."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        ...
+
+    @property
+    def magnitudes(self) -> tuple[float, float]:
+        """The largest absolute values of inputs and gradients; NaN where there is one."""
+        ...
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """Per-sample gradients X, (S, n, o, i), of samples `start` to `stop`."""
+        ...
+
+    def rescaled(self) -> tuple[LayerSamples, float]:
+        """The samples brought to a magnitude near one, and the factor that F then lacks."""
+        ...
+
+    def silent(self, count: int) -> LayerSamples:
+        """`count` samples of the same layer without any gradient."""
+        ...
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -205,6 +270,16 @@ class Samples:
     def shape(self) -> tuple[int, int]:
         """(o, i)."""
         return self.grads.shape[3], self.inputs.size
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether a Kronecker product's right factor is restricted to its diagonal."""
+        return self.inputs.diagonal
+
+    @property
+    def right_shape(self) -> tuple[int, ...]:
+        """Of a Kronecker product's right factor: (i, i), or (i,) where it is kept as diagonal."""
+        return (self.inputs.size,) * (1 if self.diagonal else 2)
 
     @cached_property
     def magnitudes(self) -> tuple[float, float]:
@@ -259,7 +334,7 @@ class Samples:
         The plans square inner products, so gradients of 1e-11, as a converged float32 network has
         them, would vanish in them. Scales are powers of two: nothing is rounded.
         """
-        input_scale, grad_scale = (_power_of_two(largest) for largest in self.magnitudes)
+        input_scale, grad_scale = (power_of_two(largest) for largest in self.magnitudes)
         return self.scaled_down(input_scale, grad_scale), (input_scale * grad_scale) ** 2
 
     def scaled_down(self, input_scale: float, grad_scale: float) -> Samples:
@@ -272,10 +347,8 @@ class Samples:
 
     def silent(self, count: int) -> Samples:
         """`count` samples of the same layer without any position, so without any gradient."""
-        o, i = self.shape
-        new_zeros = self.grads.new_zeros
-        rows = Rows(new_zeros(count, 0, i))
-        return Samples(rows, new_zeros(self.num_directions, count, 0, o))
+        grads = self.grads.new_zeros(self.num_directions, count, 0, self.shape[0])
+        return Samples(self.inputs.silent(count), grads)
 
 
 @dataclass(frozen=True)
@@ -321,7 +394,7 @@ class Grouped:
 
     def rescaled(self) -> tuple[Grouped, float]:
         """As `Samples.rescaled`, with the same scales for all groups."""
-        scales = [_power_of_two(largest) for largest in self.magnitudes]
+        scales = [power_of_two(largest) for largest in self.magnitudes]
         groups = tuple(group.scaled_down(*scales) for group in self.groups)
         return Grouped(groups), (scales[0] * scales[1]) ** 2
 
@@ -364,14 +437,11 @@ class Direct:
         return self.grads[:, start:stop]
 
     def rescaled(self) -> tuple[Direct, float]:
-        scale = _power_of_two(self.magnitudes[1])
+        scale = power_of_two(self.magnitudes[1])
         return (Direct(self.grads / scale) if scale != 1.0 else self), scale**2
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
-
-
-LayerSamples = Samples | Grouped | Direct
 
 
 def chunks(samples: LayerSamples, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -398,7 +468,7 @@ def magnitude(values: Tensor) -> float:
     return torch.maximum(-low, high).item()
 
 
-def _power_of_two(largest: float) -> float:
+def power_of_two(largest: float) -> float:
     """A power of two near `largest`; 1 where that is harmless, to save the copy."""
     if largest == 0.0 or 2.0**-8 <= largest <= 2.0**8:
         return 1.0

@@ -39,3 +39,8 @@ class Estimator(ABC):
     def pass_limit(self) -> int:
         """At most so many passes over the data."""
         return 1
+
+    @property
+    def largest_factor(self) -> int | None:
+        """Layers that would need a larger factor are treated by name alone; None: no limit."""
+        return None

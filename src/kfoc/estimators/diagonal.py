@@ -10,6 +10,8 @@ from kfoc.blocks import DiagonalBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import CHUNK
 from kfoc.samples import LayerSamples, Samples, gradient_chunks
+from kfoc.token_plan import add_squares
+from kfoc.tokens import OneHot
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Diagonal(Estimator):
         return samples.grads.new_zeros(samples.shape)
 
     def update(self, state: Tensor, samples: LayerSamples, *, alone: bool) -> Tensor:
+        if isinstance(samples, Samples) and isinstance(samples.inputs, OneHot):
+            add_squares(state, samples)
+            return state
         if samples.num_positions == 1 and isinstance(samples, Samples):
             # X = g a^T squares to g^2 (a^2)^T: one product, and no per-sample gradient.
             inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from kfoc.blocks import Block, GroupedBlock, Report
 from kfoc.estimators.base import Estimator
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
 from kfoc.samples import Direct, Grouped, LayerSamples, Samples
+from kfoc.tied import Tied
+
+# A factor of this many rows takes 1 GiB in float32; layers with larger ones are left out unless
+# they are named.
+LARGEST_FACTOR = 2**14
 
 # Layers without a Kronecker structure get their exact block up to this many parameters.
 DENSE_LIMIT = 1024
@@ -31,6 +36,10 @@ class FactoredEstimator(Estimator):
     diagonal beyond.
     """
 
+    @property
+    def largest_factor(self) -> int:
+        return LARGEST_FACTOR
+
     @abstractmethod
     def init_one(self, layer: str, samples: Samples) -> Any:
         """As `init`, for one group or a layer without groups; and so the three below."""
@@ -44,6 +53,13 @@ class FactoredEstimator(Estimator):
     @abstractmethod
     def finish_one(self, state: Any, num_samples: int) -> Block: ...
 
+    def init_tied(self, layer: str, samples: Tied) -> Any:
+        """As `init`, for an embedding and a head that share their weight."""
+        return self.init_one(layer, _as_samples(samples))
+
+    def update_tied(self, state: Any, samples: Tied, *, alone: bool) -> Any:
+        return self.update_one(state, _as_samples(samples), alone=alone)
+
     def init(self, layer: str, samples: LayerSamples) -> Any:
         if isinstance(samples, Direct):
             o, i = samples.shape
@@ -51,7 +67,9 @@ class FactoredEstimator(Estimator):
             return _Other(other, other.init(layer, samples))
         if isinstance(samples, Grouped):
             return [self.init_one(layer, group) for group in samples.groups]
-        return self.init_one(layer, samples)
+        if isinstance(samples, Tied):
+            return self.init_tied(layer, samples)
+        return self.init_one(layer, cast(Samples, samples))
 
     def update(self, state: Any, samples: LayerSamples, *, alone: bool) -> Any:
         if isinstance(samples, Direct):
@@ -60,7 +78,9 @@ class FactoredEstimator(Estimator):
         if isinstance(samples, Grouped):
             pairs = zip(state, samples.groups, strict=True)
             return [self.update_one(one, group, alone=alone) for one, group in pairs]
-        return self.update_one(state, samples, alone=alone)
+        if isinstance(samples, Tied):
+            return self.update_tied(state, samples, alone=alone)
+        return self.update_one(state, cast(Samples, samples), alone=alone)
 
     def next_pass(self, state: Any) -> tuple[Any, bool]:
         if isinstance(state, _Other):
@@ -84,3 +104,8 @@ class FactoredEstimator(Estimator):
             plan=reports[0].plan,
         )
         return GroupedBlock(blocks, report=report)
+
+
+def _as_samples(samples: Tied) -> Samples:
+    # With a diagonal factor, contracted as they are: they have all that aggregations ask for.
+    return cast(Samples, samples) if samples.diagonal else samples.as_positions()

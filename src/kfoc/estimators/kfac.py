@@ -7,17 +7,27 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kfoc.blocks import KroneckerBlock
+from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators.factored import FactoredEstimator
+from kfoc.kronecker import nearest_to_pair
 from kfoc.plans import CHUNK
 from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples, chunks
+from kfoc.tied import Tied
+from kfoc.token_plan import add_counts
 
 
 class _State(NamedTuple):
     left: Tensor  # means over the samples so far, on and above the diagonal
     right: Tensor
     samples: int
+
+
+class _TiedState(NamedTuple):
+    """Of an embedding and a head that share their weight: of each by itself."""
+
+    head: _State
+    embedding: _State
 
 
 @dataclass(frozen=True)
@@ -27,12 +37,14 @@ class KFAC(FactoredEstimator):
     `right` is the second moment of the inputs summed over positions, `left` that of the output
     gradients averaged over positions (Martens & Grosse 2015; Grosse & Martens 2016, KFC, for
     convolutions and shared linear layers). One multiplication of the two gives the block.
+    Where an embedding and a head share their weight, each has its product, their uses count as
+    uncorrelated too, and the block is the Kronecker product closest to the sum.
     """
 
     def init_one(self, layer: str, samples: Samples) -> _State:
-        o, i = samples.shape
-        new_empty = samples.grads.new_empty
-        return _State(new_empty(o, o), new_empty(i, i), 0)
+        o = samples.shape[0]
+        new_zeros = samples.grads.new_zeros
+        return _State(new_zeros(o, o), new_zeros(samples.right_shape), 0)
 
     def update_one(self, state: _State, samples: Samples, *, alone: bool) -> _State:
         count = state.samples + samples.num_samples
@@ -40,7 +52,13 @@ class KFAC(FactoredEstimator):
         grads = samples.grads.reshape(-1, samples.shape[0])
         # Averaged per batch, as the number of positions may differ between batches.
         left_share = share / max(1, samples.num_positions)
-        add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
+        if state.left.ndim == 1:
+            state.left.mul_(before).add_(grads.square().sum(0), alpha=left_share)
+        else:
+            add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
+        if samples.diagonal:
+            add_counts(state.right.mul_(before), samples, share)
+            return _State(state.left, state.right, count)
         per_sample = samples.num_positions * samples.shape[1]
         for start, stop in chunks(samples, per_sample, CHUNK):
             rows = samples.inputs.columns(start, stop).flatten(1).mT
@@ -48,5 +66,30 @@ class KFAC(FactoredEstimator):
             add_symmetric(state.right, rows, rows, alpha=share, beta=beta)
         return _State(state.left, state.right, count)
 
-    def finish_one(self, state: _State, num_samples: int) -> KroneckerBlock:
-        return KroneckerBlock(mirrored(state.left), mirrored(state.right))
+    def init_tied(self, layer: str, samples: Tied) -> _TiedState:
+        embedding = self.init_one(layer, samples.embedding)
+        (size, width), new_zeros = samples.head.shape, samples.grads.new_zeros
+        # Of a large vocabulary the diagonal alone, on both sides.
+        left = new_zeros(size) if samples.diagonal else new_zeros(size, size)
+        return _TiedState(_State(left, new_zeros(width, width), 0), embedding)
+
+    def update_tied(self, state: _TiedState, samples: Tied, *, alone: bool) -> _TiedState:
+        return _TiedState(
+            self.update_one(state.head, samples.head, alone=alone),
+            self.update_one(state.embedding, samples.embedding, alone=alone),
+        )
+
+    def finish_one(
+        self, state: _State | _TiedState, num_samples: int
+    ) -> KroneckerBlock | KroneckerDiagonalBlock:
+        if isinstance(state, _TiedState):
+            head, embedding = state
+            of_head = mirrored(head.left), mirrored(head.right)
+            # The embedding's weight is the head's transposed: its factors change sides.
+            of_embedding = mirrored(embedding.right), mirrored(embedding.left)
+            left, right = nearest_to_pair(of_head, of_embedding)
+            if left.ndim == 1:  # the block is then about the embedding's weight, transposed
+                return KroneckerDiagonalBlock(right, left)
+            return KroneckerBlock(left, right)
+        kind = KroneckerDiagonalBlock if state.right.ndim == 1 else KroneckerBlock
+        return kind(mirrored(state.left), mirrored(state.right))

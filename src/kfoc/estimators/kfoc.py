@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfoc.blocks import KroneckerBlock, Report
+from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock, Report
 from kfoc.estimators.factored import FactoredEstimator
 from kfoc.kronecker import (
     Contraction,
@@ -108,9 +108,12 @@ class KFOC(FactoredEstimator):
     def next_pass_one(self, state: _Aggregation) -> tuple[_Aggregation, bool]:
         return state, state.next_pass()
 
-    def finish_one(self, state: _Aggregation, num_samples: int) -> KroneckerBlock:
+    def finish_one(
+        self, state: _Aggregation, num_samples: int
+    ) -> KroneckerBlock | KroneckerDiagonalBlock:
         left, right = state.result(num_samples)
-        return KroneckerBlock(left, right, report=state.report)
+        kind = KroneckerDiagonalBlock if right.ndim == 1 else KroneckerBlock
+        return kind(left, right, report=state.report)
 
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
         """The optimum of one batch, of the mean over its samples."""
@@ -138,6 +141,7 @@ class _Aggregation(ABC):
         # An empty tensor for dtype and device: the samples themselves must not be kept alive.
         self._like = samples.grads.new_empty(0)
         self._shape = samples.shape
+        self._right_shape = samples.right_shape
 
     # Formed when first needed: a single batch that is solved at once does without sums.
     @cached_property
@@ -146,7 +150,7 @@ class _Aggregation(ABC):
 
     @cached_property
     def right(self) -> Tensor:
-        return self._like.new_zeros(self._shape[1], self._shape[1])
+        return self._like.new_zeros(self._right_shape)
 
     @abstractmethod
     def add(self, samples: Samples, alone: bool) -> None: ...
@@ -245,7 +249,7 @@ class _Online(_Aggregation):
         self.buffer = 0 if config.decay else config.buffer
         self.single: KroneckerFit | None = None
         self.fisher: Tensor | None = None  # of layers small enough: F itself
-        if sums_densely(Size.of(samples), config.buffer):
+        if not samples.diagonal and sums_densely(Size.of(samples), config.buffer):
             o, i = samples.shape
             self.fisher = samples.grads.new_zeros(o * i, o * i)
 
@@ -272,7 +276,7 @@ class _Online(_Aggregation):
         """Take in what is pending."""
         pending, self.pending = self.pending, []
         if pending:
-            self.take(Samples.merged(pending))
+            self.take(pending[0].merged(pending))
 
     def take(self, samples: Samples) -> None:
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
@@ -296,7 +300,7 @@ class _Online(_Aggregation):
                 )
             )
         if self.pending and not self.weight:
-            self.single = self.solved_alone(Samples.merged(self.pending))
+            self.single = self.solved_alone(self.pending[0].merged(self.pending))
             self.pending = []
         self.flush()
 

@@ -1,0 +1,1 @@
+"""What other libraries bring: their layers, and their forms of a curvature."""
