@@ -1,12 +1,24 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
-from kfoc.blocks import Block, DenseBlock, DiagonalBlock, GroupedBlock, KroneckerBlock, Report
+from kfoc.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    GroupedBlock,
+    KroneckerBlock,
+    KroneckerDiagonalBlock,
+    LowRankBlock,
+    Report,
+)
 from kfoc.curvature import Curvature
+from kfoc.damped import DampedCurvature
 from kfoc.estimators import (
     KFAC,
     KFOC,
     BlockDiagonal,
     Diagonal,
+    EigenCorrected,
     Estimator,
     nearest_kronecker_of_samples,
 )
@@ -14,6 +26,7 @@ from kfoc.fit import fit
 from kfoc.kronecker import KroneckerFit, nearest_kronecker
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfoc.merge import Comparison
 from kfoc.samples import Rows
 
 __all__ = [
@@ -23,16 +36,22 @@ __all__ = [
     "Block",
     "BlockDiagonal",
     "Categorical",
+    "Comparison",
     "Curvature",
+    "DampedCurvature",
     "DenseBlock",
     "Diagonal",
     "DiagonalBlock",
+    "EigenBlock",
+    "EigenCorrected",
     "Estimator",
     "Gaussian",
     "GroupedBlock",
     "KroneckerBlock",
+    "KroneckerDiagonalBlock",
     "KroneckerFit",
     "Likelihood",
+    "LowRankBlock",
     "Report",
     "Rows",
     "Treatment",
