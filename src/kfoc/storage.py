@@ -45,10 +45,13 @@ def write(path: str | os.PathLike[str], stored: Stored) -> None:
     """Write the file as a whole, or leave what was there.
 
     Raises:
+        FileNotFoundError: the folder does not exist.
         ImportError: safetensors is not installed.
     """
     torch_format = _safetensors()
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write into")
     tensors: dict[str, Tensor] = {}
     layers = []
     for number, (name, block) in enumerate(stored.blocks.items()):
@@ -117,7 +120,8 @@ def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Ten
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"{str(path)!r} is damaged (truncated or altered), or no safetensors file: {error}"
@@ -149,7 +153,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -222,7 +226,7 @@ def _explain(
 ) -> None:
     """Raise with the tensor that is missing or of another shape than described, if one is."""
     for part in _described_tensors(content):
-        name = part.get("tensor")
+        name = str(part["tensor"])
         if name not in tensors:
             raise ValueError(f"{str(path)!r} is damaged: the tensor {name!r} is missing")
         found = list(tensors[name].shape), str(tensors[name].dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,10 @@ class Singular:
     steps: int = 0
     converged: bool = True
 
+    def exchanged(self) -> Singular:
+        """With the two sides exchanged."""
+        return replace(self, lefts=self.rights, rights=self.lefts)
+
     def terms(self, rank: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The leading `rank` terms, times `scale`, as balanced factors with a common sign."""
         roots = (self.sigmas[:rank] * scale).clamp_min(0).sqrt()[:, None, None]
@@ -133,19 +137,29 @@ def leading(
     Subspace iteration with `count` columns for each symmetry; more of them than `rank` make it
     faster. It stops as the power iteration does, by the norm of the leading sigmas.
     """
-    found = []
-    for sign in (1,) if steps.symmetric else (1, -1):
-        begin = starts(steps.shape, count, sign, like)
-        if len(begin):
-            found.append(_iterated(steps, begin, sign, rank, rtol, max_steps))
-    return combined(found, count)
+    found = [
+        leading_of(steps, sign, rank, count, rtol=rtol, max_steps=max_steps, like=like)
+        for sign in ((1,) if steps.symmetric else (1, -1))
+    ]
+    return combined([part for part in found if part is not None], count)
 
 
-def _iterated(
-    steps: HalfSteps, rights: Tensor, sign: int, rank: int, rtol: float, max_steps: int
-) -> Singular:
-    o, i = steps.shape
-    precision = 4 * torch.finfo(rights.dtype).eps
+def leading_of(
+    steps: HalfSteps,
+    sign: int,
+    rank: int,
+    count: int,
+    *,
+    rtol: float,
+    max_steps: int,
+    like: Tensor,
+) -> Singular | None:
+    """As `leading`, of one symmetry; None where there are no matrices of it."""
+    o = steps.shape[0]
+    rights = starts(steps.shape, count, sign, like)
+    if not len(rights):
+        return None
+    precision = 4 * torch.finfo(like.dtype).eps
     norms: list[float] = []
     while True:
         images = coordinates(steps.to_left(rights), sign)

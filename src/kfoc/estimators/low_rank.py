@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import LowRankBlock, Report
-from kfoc.kronecker import settled
+from kfoc.kronecker import Side, opposite, settled
 from kfoc.plans import CHUNK, add_fisher
 from kfoc.products import mirrored
 from kfoc.samples import Samples, gradient_chunks
@@ -31,9 +31,14 @@ from kfoc.subspace import (
     combined,
     coordinates,
     leading,
+    leading_of,
     matrices,
     refined,
 )
+
+
+# Half steps on the first buffer, whose triples are test matrices and need not be accurate.
+FIRST_STEPS = 12
 
 
 class Config(Protocol):
@@ -146,7 +151,7 @@ class LowRank:
         if (o * i) ** 2 <= config.buffer:
             self.fisher = samples.grads.new_zeros(o * i, o * i)
         self.found: Singular | None = None  # of the sums, in `unit`
-        self.fixed: list[Fixed] = []
+        self.fixed: list[Sketch | Fixed] = []
         self.norms: list[float] = []
 
     @property
@@ -169,54 +174,51 @@ class LowRank:
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
         if self.found is None:
-            self._close()
+            self.found = self._close()
             # Without sketches all data was at hand, and the triples are final.
             if not self.fixed or self.config.aggregation != "exact":
                 return True
-            self._fix_lefts()
+            self.fixed = [sketch.begin() for sketch in self.fixed if isinstance(sketch, Sketch)]
             return False
-        found = combined([fixed.refined() for fixed in self.fixed], self.count)
+        passes = [fixed for fixed in self.fixed if isinstance(fixed, Fixed)]
+        found = combined([fixed.refined() for fixed in passes], self.count)
         self.norms.append(found.sigmas[: self.config.rank].norm().item())
         precision = 4 * torch.finfo(self.like.dtype).eps
         converged = not self.norms[-1] or settled(self.norms, self.config.rtol, precision)
         steps = len(self.norms)
-        self.found = found if self.fixed[0].side == "left" else _exchanged(found)
+        self.found = found if passes[0].side == "left" else found.exchanged()
         self.report = Report(steps=steps, converged=converged, plan="subspace")
         if converged or steps + 1 >= self.config.passes:
             return True
-        self.fixed = [fixed.turned() for fixed in self.fixed]
+        self.fixed = [fixed.turned() for fixed in passes]
         return False
 
     def block(self, num_samples: int) -> LowRankBlock:
-        if self.found is None:
-            self._close()
-        assert self.found is not None
-        lefts, rights = self.found.terms(self.config.rank, self.unit / num_samples)
+        found = self._close() if self.found is None else self.found
+        lefts, rights = found.terms(self.config.rank, self.unit / num_samples)
         return LowRankBlock(lefts, rights, report=self.report)
 
-    def _close(self) -> None:
+    def _close(self) -> Singular:
         """Triples of what the first pass collected."""
         if self.fisher is not None:
             o, i = self.shape
             matrix = mirrored(self.fisher).view(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)
-            self.found = self._solved(Matrix(matrix, self.shape))
-            self.fisher = None
-        elif self.fixed:
-            found = [sketch.joined() for sketch in self.fixed if isinstance(sketch, Sketch)]
-            self.found = combined(found, self.count)
+            return self._solved(Matrix(matrix, self.shape))
+        if self.fixed:
             self.report = Report(plan="sketch")
-        else:
-            self.found = self._solved(self._pending_steps())
+            sketches = [sketch for sketch in self.fixed if isinstance(sketch, Sketch)]
+            return combined([sketch.joined() for sketch in sketches], self.count)
+        return self._solved(self._pending_steps())
 
     def _pending_steps(self) -> HalfSteps:
         """The half steps of all pending samples, in `unit`."""
-        pending, self.pending = _joined(self.pending), []
+        pending, self.pending = _merged(self.pending), []
         rescaled = [samples.rescaled() for samples in pending]
         for _, scale in rescaled:
             self._rescale(scale)
         limit = self.config.memory_limit // max(1, len(rescaled))
         parts = [(SampleSteps(part, limit), scale / self.unit) for part, scale in rescaled]
-        return _Sum(parts)
+        return _Weighted(parts)
 
     def _solved(self, steps: HalfSteps) -> Singular:
         found = leading(
@@ -234,12 +236,22 @@ class LowRank:
     def _begin(self) -> None:
         """Test matrices from the samples so far, which are then the first of the sums."""
         steps = self._pending_steps()
-        for sign in (1,) if steps.symmetric and not self._positions_may_come(steps) else (1, -1):
-            self.fixed.append(Sketch.begun(steps, self.config, self.count, sign, self.like))
-
-    @staticmethod
-    def _positions_may_come(steps: HalfSteps) -> bool:
-        return not (isinstance(steps, _Sum) and steps.one_position)
+        for sign in (1,) if steps.symmetric else (1, -1):
+            found = leading_of(
+                steps,
+                sign,
+                self.config.rank,
+                self.count,
+                rtol=max(self.config.rtol, 1e-4),
+                max_steps=FIRST_STEPS,
+                like=self.like,
+            )
+            if found is None:
+                continue
+            fewer = max(1, len(found.lefts) * 2 // 3)
+            sketch = Sketch(sign, found.lefts, found.rights[:fewer])
+            sketch.add(steps, 1.0)
+            self.fixed.append(sketch)
 
     def _absorb(self, samples: Samples) -> None:
         rescaled, scale = samples.rescaled()
@@ -258,4 +270,97 @@ class LowRank:
                 fixed.rescale(factor)
         self.unit = unit
 
-    def _fix_lefts(self) -> None: ...
+
+@dataclass
+class Sketch:
+    """`A rights` and `A^T lefts` for fixed test matrices."""
+
+    sign: int
+    lefts: Tensor  # (l, o, o), orthonormal
+    rights: Tensor  # (k, i, i), orthonormal; fewer, so that the small inverse is well-conditioned
+
+    def __post_init__(self) -> None:
+        o, i = self.lefts.shape[-1], self.rights.shape[-1]
+        self.left_sum = self.lefts.new_zeros(len(self.rights), o, o)
+        self.right_sum = self.lefts.new_zeros(len(self.lefts), i, i)
+
+    def add(self, steps: HalfSteps, scale: float) -> None:
+        self.left_sum += steps.to_left(self.rights) * scale
+        self.right_sum += steps.to_right(self.lefts) * scale
+
+    def rescale(self, factor: float) -> None:
+        self.left_sum *= factor
+        self.right_sum *= factor
+
+    def begin(self) -> Fixed:
+        """The first half step of the iteration proper."""
+        lefts = self.joined().lefts
+        image = torch.zeros_like(self.right_sum[: len(lefts)])
+        return Fixed(self.sign, "left", lefts, image)
+
+    def joined(self) -> Singular:
+        """Of `A ~ Q (lefts^T Q)^+ (A^T lefts)^T`, with Q the orthonormal basis of `A rights`."""
+        sign = self.sign
+        basis = torch.linalg.qr(coordinates(self.left_sum, sign))[0]
+        core = torch.linalg.pinv(coordinates(self.lefts, sign).mT @ basis)  # (k, l)
+        images = coordinates(self.right_sum, sign) @ core.mT
+        o, i = self.lefts.shape[-1], self.rights.shape[-1]
+        return refined(matrices(basis, o, sign), matrices(images, i, sign), sign)
+
+
+@dataclass
+class Fixed:
+    """The half step from orthonormal factors on one side."""
+
+    sign: int
+    side: Side
+    factors: Tensor  # (k, n, n)
+    image: Tensor  # (k, m, m)
+
+    def add(self, steps: HalfSteps, scale: float) -> None:
+        step = steps.to_right if self.side == "left" else steps.to_left
+        self.image += step(self.factors) * scale
+
+    def rescale(self, factor: float) -> None:
+        self.image *= factor
+
+    def refined(self) -> Singular:
+        """The triples, with this side's factors as `lefts`."""
+        return refined(self.factors, self.image, self.sign)
+
+    def turned(self) -> Fixed:
+        """The next half step, back from the image."""
+        image = self.refined().rights
+        return Fixed(self.sign, opposite(self.side), image, torch.zeros_like(self.factors))
+
+
+@dataclass(frozen=True)
+class _Weighted(HalfSteps):
+    """A sum of operators, each with a weight."""
+
+    parts: list[tuple[SampleSteps, float]]
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return all(part.symmetric for part, _ in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0][0].shape
+
+    def to_left(self, rights: Tensor) -> Tensor:
+        return torch.stack([part.to_left(rights) * scale for part, scale in self.parts]).sum(0)
+
+    def to_right(self, lefts: Tensor) -> Tensor:
+        return torch.stack([part.to_right(lefts) * scale for part, scale in self.parts]).sum(0)
+
+
+def _merged(pending: list[Samples]) -> list[Samples]:
+    """Batches that can be one, as one."""
+    groups: list[list[Samples]] = []
+    for samples in pending:
+        if groups and groups[-1][0].joins(samples):
+            groups[-1].append(samples)
+        else:
+            groups.append([samples])
+    return [Samples.merged(group) for group in groups]
