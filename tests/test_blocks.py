@@ -189,7 +189,7 @@ def test_singular_blocks_need_damping(kind: str) -> None:
         lambda: found.logdet(0.0),
         lambda: found.sample(1, 0.0),
     ):
-        with pytest.raises(ValueError, match="layer '1': .*damping must"):
+        with pytest.raises(ValueError, match=r"layer '1': .*damping must"):
             operation()
     result = flat(found, found.solve(v, 1e-6))
     assert result.isfinite().all()
@@ -255,7 +255,7 @@ def test_matrices_that_are_not_semi_definite_are_refused() -> None:
         kfoc.DenseBlock(torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.5])), (2, 2)),
         kfoc.EigenBlock(torch.eye(2), torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, -0.5]])),
     ):
-        with pytest.raises(ValueError, match="layer '0': .*not positive semi-definite"):
+        with pytest.raises(ValueError, match=r"layer '0': .*not positive semi-definite"):
             curvature(bad).damped(1.0)
     with pytest.raises(ValueError, match="values that are not finite"):
         curvature(kfoc.KroneckerBlock(torch.full((2, 2), math.nan), torch.eye(2))).damped(1.0)

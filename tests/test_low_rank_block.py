@@ -64,7 +64,7 @@ def test_indefinite_directions_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     smallest = torch.linalg.eigvalsh(dense(found))[0].item()
     solved = found.damped(-smallest * 0.5)
     for operation in (solved.solve, solved.sqrt_matvec):
-        with pytest.raises(ValueError, match="layer '0': .*not positive definite"):
+        with pytest.raises(ValueError, match=r"layer '0': .*not positive definite"):
             operation(vector(found))
     with pytest.raises(ValueError, match="not positive definite"):
         solved.logdet()

@@ -62,7 +62,7 @@ def test_eigen_blocks_need_the_same_basis() -> None:
     second = kfoc.EigenBlock(first.left_vectors, first.right_vectors, torch.rand(4, 3))
     a, b = curvature(first), curvature(second)
     torch.testing.assert_close(dense(a + b), (dense(a) + dense(b)) / 2)
-    with pytest.raises(ValueError, match="layer '0': .*different eigenbases"):
+    with pytest.raises(ValueError, match=r"layer '0': .*different eigenbases"):
         a + curvature(block("EigenBlock"))
 
 

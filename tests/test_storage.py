@@ -91,9 +91,7 @@ def test_layer_names_of_any_kind(path: Path) -> None:
     same(renamed, kfoc.Curvature.load(path))
 
 
-def test_a_failed_save_leaves_what_was_there(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_what_was_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = everything()
     found.save(path)
     before = path.read_bytes()
@@ -195,7 +193,7 @@ def rewritten(path: Path, **changes: object) -> None:
 def test_newer_versions(path: Path) -> None:
     everything().save(path)
     rewritten(path, version=2)
-    with pytest.raises(ValueError, match="has version 2 of the format, .* up to 1: update kfoc"):
+    with pytest.raises(ValueError, match=r"has version 2 of the format, .* up to 1: update kfoc"):
         kfoc.Curvature.load(path)
 
 

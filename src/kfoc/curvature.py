@@ -209,9 +209,7 @@ class Curvature(Mapping[str, Block]):
         write(path, Stored(self.blocks, self.layouts, meta))
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
-    ) -> Curvature:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Curvature:
         """Read what `save` wrote: equal bit by bit. Nothing is unpickled.
 
         Raises:

@@ -56,7 +56,9 @@ def write(path: str | os.PathLike[str], stored: Stored) -> None:
     layers = []
     for number, (name, block) in enumerate(stored.blocks.items()):
         layout = asdict(stored.layouts[name])
-        layers.append({"name": name, "layout": layout, "block": _taken(block, f"{number}", tensors)})
+        layers.append(
+            {"name": name, "layout": layout, "block": _taken(block, f"{number}", tensors)}
+        )
     content = {"version": VERSION, "layers": layers, **stored.metadata}
     text = json.dumps(content)
     header = {KEY: text, "checksum": _checksum(text, tensors)}

@@ -8,6 +8,7 @@ with it the sum symmetric.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ class Singular:
 
     def terms(self, rank: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The leading `rank` terms, times `scale`, as balanced factors with a common sign."""
-        roots = (self.sigmas[:rank] * scale).clamp_min(0).sqrt()[:, None, None]
+        # Roots one by one, so that small scales do not underflow.
+        roots = (self.sigmas[:rank].clamp_min(0).sqrt() * math.sqrt(scale))[:, None, None]
         lefts, rights = self.lefts[:rank], self.rights[:rank]
         traces = lefts.diagonal(dim1=1, dim2=2).sum(1)
         signs = torch.where(traces < 0, -1.0, 1.0)[:, None, None].to(roots)

@@ -43,5 +43,3 @@ def eigen(factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
     if wide.numel() and wide.min() < 0:
         raise ValueError(f"{what} is not positive semi-definite: it has {wide.min().item():.3g}")
     return wide, None
-
-

@@ -36,7 +36,6 @@ from kfoc.subspace import (
     refined,
 )
 
-
 # Half steps on the first buffer, whose triples are test matrices and need not be accurate.
 FIRST_STEPS = 12
 
@@ -97,7 +96,7 @@ class SampleSteps(HalfSteps):
             grads = self._grads
             weights = [((grads @ left) * grads).sum(-1).sum(0) for left in lefts]
             return torch.stack([self._weighted(self._inputs[None], w) for w in weights])
-        o, i = self.shape
+        _o, i = self.shape
         rights = lefts.new_zeros(len(lefts), i, i)
         for gradients in self._chunks():
             rows = gradients.flatten(0, 1)
