@@ -66,12 +66,13 @@ def write(path: str | os.PathLike[str], stored: Stored) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         torch_format.save_file(tensors, str(temporary), metadata=header)
-        _synchronised(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
-        _synchronised(target.parent)
+        _synchronised_folder(target.parent)
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
@@ -140,9 +141,9 @@ def _content(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
     return content
 
 
-def _synchronised(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _synchronised_folder(folder: Path) -> None:
+    """Have the system write to the disk which files a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -25,6 +25,7 @@ class _State:
     basis: tuple[Tensor, Tensor] | None = None  # (o, o), (i, i)
     sums: Tensor | None = None  # (o, i)
     report: Report = field(default_factory=Report)
+    uncorrected: Block | None = None  # a base block without two eigenbases
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class EigenCorrected(FactoredEstimator):
     With U and V the eigenvectors of the base's factors, `eigenvalues = mean (U^T X V)^2` over the
     per-sample gradients X: among all blocks with these eigenvectors, the closest to F in Frobenius
     norm, and so never farther than the base itself (George et al. 2018, EKFAC, for `KFAC`). It
-    takes one more pass over the same data than the base.
+    takes one more pass over the same data than the base. Layers to which the base gives no product
+    of two dense factors (normalisation layers, large embeddings) keep the base's block.
 
     `fit(..., probes=16)` puts the relative error of every block into its report: fits of `KFAC()`,
     `KFOC()` and both eigen-corrected, compared by it, say which is the closest for each layer.
@@ -74,7 +76,7 @@ class EigenCorrected(FactoredEstimator):
         return state
 
     def next_pass_one(self, state: _State) -> tuple[_State, bool]:
-        if state.basis is not None:
+        if state.basis is not None or state.uncorrected is not None:
             return state, True
         state.base, done = self.base.next_pass_one(state.base)
         if not done:
@@ -82,10 +84,8 @@ class EigenCorrected(FactoredEstimator):
             return state, False
         block = self.base.finish_one(state.base, state.samples)
         if not isinstance(block, KroneckerBlock) or block.right.ndim != 2:
-            raise ValueError(
-                f"{self.base!r} gives blocks of the kind {type(block).__name__}, which have no "
-                "eigenbasis to correct"
-            )
+            state.uncorrected = block
+            return state, True
         _, left = eigh(block.left, "the left factor")
         _, right = eigh(block.right, "the right factor")
         report = block.report
@@ -96,6 +96,8 @@ class EigenCorrected(FactoredEstimator):
         return state, False
 
     def finish_one(self, state: _State, num_samples: int) -> Block:
+        if state.uncorrected is not None:
+            return state.uncorrected
         if state.basis is None or state.sums is None:
             raise ValueError("the eigenvalues take a pass over the data after the base's")
         return EigenBlock(*state.basis, state.sums / num_samples, report=state.report)

@@ -228,7 +228,7 @@ class LowRank:
             max_steps=self.config.max_steps,
             like=self.like,
         )
-        plan = "dense" if isinstance(steps, Matrix) else "gradients"
+        plan = "dense" if isinstance(steps, Matrix) else "samples"
         self.report = Report(steps=found.steps, converged=found.converged, plan=plan)
         return found
 
