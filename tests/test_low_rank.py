@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from kfoc.samples import Rows, Samples
 from kfoc.subspace import Matrix, coordinates, leading, matrices, recompressed
 from models import batches, convolutional, images, trained
 
@@ -119,6 +120,68 @@ def test_coordinates_are_orthonormal(sign: int) -> None:
     columns = coordinates(stack, sign)
     torch.testing.assert_close(columns.norm(dim=0), part.flatten(1).norm(dim=1))
     torch.testing.assert_close(matrices(columns, 4, sign), part)
+
+
+def streamed(estimator: kfoc.KFOC, parts: list[Samples]) -> kfoc.Block:
+    """The block of a layer with these batches of samples, over as many passes as it asks for."""
+    state = estimator.init("layer", parts[0])
+    for _ in range(estimator.pass_limit):
+        for part in parts:
+            state = estimator.update(state, part, alone=False)
+        state, done = estimator.next_pass(state)
+        if done:
+            break
+    return estimator.finish(state, sum(part.num_samples for part in parts))
+
+
+def dense_of(parts: list[Samples]) -> Tensor:
+    rows = [
+        torch.einsum("snto,nti->snoi", part.grads, part.inputs.rows(0, part.num_samples))
+        for part in parts
+    ]
+    flat = torch.cat([gradient.flatten(0, 1).flatten(1) for gradient in rows])
+    return flat.mT @ flat / sum(part.num_samples for part in parts)
+
+
+def test_antisymmetric_factors_are_found_in_samples() -> None:
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    covariance = 2 * torch.eye(4) + 1.9 * torch.kron(turn, turn)
+    values = torch.linalg.cholesky(covariance) @ torch.randn(4, 60)
+    gradients = values.mT.view(60, 2, 2)  # X = sum_t g_t a_t^T with a_t = e_t
+    parts = [
+        Samples(Rows(torch.eye(2).expand(len(part), 2, 2)), part.mT[None])
+        for part in gradients.split(20)
+    ]
+    fisher = dense_of(parts)
+    torch.testing.assert_close(fisher, values @ values.mT / 60)
+    for estimator in (
+        kfoc.KFOC("exact", rank=2, buffer=0, rtol=0, passes=200),
+        kfoc.KFOC(rank=2, buffer=0),  # all directions there are fit the sketch
+        kfoc.KFOC(rank=2),
+    ):
+        block = streamed(estimator, parts)
+        assert isinstance(block, kfoc.LowRankBlock)
+        assert torch.equal(block.lefts[1], -block.lefts[1].mT)
+        torch.testing.assert_close(block.to_dense(), best(fisher, 2, 2, 2)[0])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("aggregation", ["online", "exact"])
+@pytest.mark.parametrize("buffer", [0, 130, 10_000])
+def test_batches_of_different_scales_and_positions(
+    buffer: int, aggregation: str, order: int
+) -> None:
+    """Sums change their unit on the way, whether batches come streaming, held back, or as F."""
+    parts = [
+        Samples(Rows(scale * torch.randn(3, t, 4)), torch.randn(1, 3, t, 3))
+        for scale, t in ((1e-3, 2), (1.0, 1), (300.0, 2))
+    ][::order]
+    fisher = dense_of(parts)
+    estimator = kfoc.KFOC(aggregation, rank=3, buffer=buffer, rtol=0, passes=300)
+    block = streamed(estimator, parts)  # so small that the sketch of "online" is exact
+    expected, _ = best(fisher, 3, 4, 3)
+    assert block.report.converged
+    assert oracle.relative_error(expected, block.to_dense()) < 1e-7
 
 
 def test_groups_and_more_products_than_there_are() -> None:

@@ -247,7 +247,9 @@ class LowRank:
             )
             if found is None:
                 continue
-            fewer = max(1, len(found.lefts) * 2 // 3)
+            columns = len(found.lefts)
+            # As many as there are directions at all make the sketch exact.
+            fewer = columns if columns < self.count else columns * 2 // 3
             sketch = Sketch(sign, found.lefts, found.rights[:fewer])
             sketch.add(steps, 1.0)
             self.fixed.append(sketch)
