@@ -70,9 +70,10 @@ class LowRankBlock(Block):
     def damped(self, damping: Damping) -> DampedBlock:
         o, i = self.shape
         if o * i > EIGEN_LIMIT:
-            wide = self.to(dtype=torch.float32) if self.lefts.element_size() < 4 else self
-            leading = DampedSpectrum(self._leading(), replace(damping, method="exact"))
-            return DampedLowRank(wide, leading, damping)
+            wide = self.to(dtype=torch.float64)
+            leading = DampedSpectrum(wide._leading(), replace(damping, method="exact"))
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            return DampedLowRank(wide, leading, damping, dtype)
         values, vectors = symmetric_eigh(self.to_dense(), "the sum of Kronecker products")
         return DampedSpectrum(Spectrum(DenseBasis(vectors), values.view(o, i)), damping)
 
@@ -102,17 +103,19 @@ class LowRankBlock(Block):
 class DampedLowRank(DampedBlock):
     """Solved with iteratively, with the damped leading product as preconditioner.
 
-    Conjugate gradients and Lanczos stop at a relative residual (change) of `eps ** 0.75`: 2e-12 in
-    float64, 6e-6 in float32.
+    In float64 throughout, whatever `dtype` vectors come in: in float32, rounding would make the
+    smallest eigenvalues negative, and pass for indefinite. Conjugate gradients and Lanczos stop at a
+    relative residual (change) of 2e-12, `eps ** 0.75`.
     """
 
     block: LowRankBlock
     leading: DampedSpectrum
     damping: Damping
+    vector_dtype: torch.dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.block.dtype
+        return self.vector_dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,7 +126,7 @@ class DampedLowRank(DampedBlock):
         return self.block.lefts.device
 
     def power(self, vectors: Tensor, exponent: float) -> Tensor:
-        flat = vectors.reshape(-1, *self.shape)
+        flat = vectors.reshape(-1, *self.shape).double()
         if exponent == 1:
             product = self._times(flat)
         elif exponent == -1:
@@ -132,12 +135,13 @@ class DampedLowRank(DampedBlock):
             )
         else:
             product = iterative.matrix_power(self._times, flat, exponent)
-        return product.view(vectors.shape)
+        return product.view(vectors.shape).to(vectors.dtype)
 
     def draw(self, noise: Tensor) -> Tensor:
         # P^-1/2 S^-1/2 z has the covariance P^-1/2 S^-1 P^-1/2 = B^-1, and S is near the identity.
-        whitened = iterative.matrix_power(self._whitened, noise.reshape(-1, *self.shape), -0.5)
-        return self.leading.power(whitened, -0.5).view(noise.shape)
+        flat = noise.reshape(-1, *self.shape).double()
+        whitened = iterative.matrix_power(self._whitened, flat, -0.5)
+        return self.leading.power(whitened, -0.5).view(noise.shape).to(noise.dtype)
 
     def logdet(self) -> float:
         """Exact up to `CHOLESKY_LIMIT` parameters; beyond, by stochastic Lanczos quadrature.
@@ -154,14 +158,14 @@ class DampedLowRank(DampedBlock):
             return self.leading.logdet() + rest
         dense = self.block.to_dense() * self.damping.scale
         dense.diagonal().add_(self.damping.damping)
-        root, failed = torch.linalg.cholesky_ex(dense.double())
+        root, failed = torch.linalg.cholesky_ex(dense)
         if failed:
             raise ValueError(iterative.INDEFINITE)
         return 2 * root.diagonal().log().sum().item()
 
     def redamped(self, damping: Damping) -> DampedLowRank:
         leading = self.leading.redamped(replace(damping, method="exact"))
-        return DampedLowRank(self.block, leading, damping)
+        return DampedLowRank(self.block, leading, damping, self.vector_dtype)
 
     @property
     def _whitened(self) -> Callable[[Tensor], Tensor]:
