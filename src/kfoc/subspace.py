@@ -58,6 +58,51 @@ class Matrix(HalfSteps):
 
 
 @dataclass(frozen=True)
+class Terms(HalfSteps):
+    """`A = sum_k vec(lefts[k]) vec(rights[k])^T`, each symmetric or antisymmetric."""
+
+    lefts: Tensor
+    rights: Tensor
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return torch.equal(self.lefts, self.lefts.mT)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.lefts.shape[-1], self.rights.shape[-1]
+
+    def to_left(self, rights: Tensor) -> Tensor:
+        products = rights.flatten(1) @ self.rights.flatten(1).mT
+        return (products @ self.lefts.flatten(1)).view(-1, *self.lefts.shape[1:])
+
+    def to_right(self, lefts: Tensor) -> Tensor:
+        products = lefts.flatten(1) @ self.lefts.flatten(1).mT
+        return (products @ self.rights.flatten(1)).view(-1, *self.rights.shape[1:])
+
+
+@dataclass(frozen=True)
+class Weighted(HalfSteps):
+    """A sum of operators, each with a weight."""
+
+    parts: Sequence[tuple[HalfSteps, float]]
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return all(part.symmetric for part, _ in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0][0].shape
+
+    def to_left(self, rights: Tensor) -> Tensor:
+        return torch.stack([part.to_left(rights) * scale for part, scale in self.parts]).sum(0)
+
+    def to_right(self, lefts: Tensor) -> Tensor:
+        return torch.stack([part.to_right(lefts) * scale for part, scale in self.parts]).sum(0)
+
+
+@dataclass(frozen=True)
 class Singular:
     """Singular triples of A.
 

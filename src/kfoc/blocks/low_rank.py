@@ -104,8 +104,8 @@ class DampedLowRank(DampedBlock):
     """Solved with iteratively, with the damped leading product as preconditioner.
 
     In float64 throughout, whatever `dtype` vectors come in: in float32, rounding would make the
-    smallest eigenvalues negative, and pass for indefinite. Conjugate gradients and Lanczos stop at a
-    relative residual (change) of 2e-12, `eps ** 0.75`.
+    smallest eigenvalues negative, and pass for indefinite. Conjugate gradients and Lanczos stop at
+    a relative residual (change) of 2e-12, `eps ** 0.75`.
     """
 
     block: LowRankBlock

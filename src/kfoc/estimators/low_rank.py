@@ -3,16 +3,16 @@
 The leading r singular triples of the rearranged F. A data set that fits `buffer`, and any layer
 whose F does, gets them exactly, in one pass. Otherwise:
 
-- `"online"`: the triples of the first buffer give fixed test matrices, and one pass collects the
-  two sketches `A rights` and `A^T lefts`; a generalised Nystrom approximation (Nakatsukasa 2020)
-  joins them. Both are sums over samples, so that batches after the buffer need no order.
-- `"exact"`: then one half step of the subspace iteration per pass, until the sigmas settle.
+- `"online"`: one pass. Each buffer is merged with the leading triples so far, of which more are
+  kept than asked for, by a few steps of the subspace iteration on the two.
+- `"exact"`: then one half step of the iteration over the whole data set per pass, until the sigmas
+  settle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -28,16 +28,16 @@ from kfoc.subspace import (
     HalfSteps,
     Matrix,
     Singular,
+    Terms,
+    Weighted,
     combined,
-    coordinates,
     leading,
-    leading_of,
-    matrices,
     refined,
 )
 
-# Half steps on the first buffer, whose triples are test matrices and need not be accurate.
-FIRST_STEPS = 12
+# Half steps of a merge, and its tolerance: what is dropped then costs more than their errors.
+MERGE_STEPS = 12
+MERGE_RTOL = 1e-4
 
 
 class Config(Protocol):
@@ -150,7 +150,7 @@ class LowRank:
         if (o * i) ** 2 <= config.buffer:
             self.fisher = samples.grads.new_zeros(o * i, o * i)
         self.found: Singular | None = None  # of the sums, in `unit`
-        self.fixed: list[Sketch | Fixed] = []
+        self.fixed: list[Fixed] = []
         self.norms: list[float] = []
 
     @property
@@ -163,33 +163,35 @@ class LowRank:
             rescaled, scale = samples.rescaled()
             self._rescale(scale)
             add_fisher(self.fisher, rescaled, scale / self.unit)
-        elif self.fixed:
+            return
+        if self.fixed:
             self._absorb(samples)
-        else:
-            self.pending.append(samples if alone else samples.detached_copy())
-            if sum(part.numel for part in self.pending) > self.config.buffer and not alone:
-                self._begin()
+            return
+        held = sum(part.numel for part in self.pending)
+        if self.pending and held + samples.numel > self.config.buffer:
+            self.found = self._merged()
+        self.pending.append(samples if alone else samples.detached_copy())
 
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
-        if self.found is None:
+        if not self.fixed:
+            streamed = self.found is not None
             self.found = self._close()
-            # Without sketches all data was at hand, and the triples are final.
-            if not self.fixed or self.config.aggregation != "exact":
+            # Otherwise all data was at hand at once, and the triples are final.
+            if not streamed or self.config.aggregation != "exact":
                 return True
-            self.fixed = [sketch.begin() for sketch in self.fixed if isinstance(sketch, Sketch)]
+            self.fixed = Fixed.begin(self.found)
             return False
-        passes = [fixed for fixed in self.fixed if isinstance(fixed, Fixed)]
-        found = combined([fixed.refined() for fixed in passes], self.count)
+        found = combined([fixed.refined() for fixed in self.fixed], self.count)
         self.norms.append(found.sigmas[: self.config.rank].norm().item())
         precision = 4 * torch.finfo(self.like.dtype).eps
         converged = not self.norms[-1] or settled(self.norms, self.config.rtol, precision)
         steps = len(self.norms)
-        self.found = found if passes[0].side == "left" else found.exchanged()
+        self.found = found if self.fixed[0].side == "left" else found.exchanged()
         self.report = Report(steps=steps, converged=converged, plan="subspace")
         if converged or steps + 1 >= self.config.passes:
             return True
-        self.fixed = [fixed.turned() for fixed in passes]
+        self.fixed = [fixed.turned() for fixed in self.fixed]
         return False
 
     def block(self, num_samples: int) -> LowRankBlock:
@@ -202,111 +204,54 @@ class LowRank:
         if self.fisher is not None:
             o, i = self.shape
             matrix = mirrored(self.fisher).view(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)
-            return self._solved(Matrix(matrix, self.shape))
-        if self.fixed:
-            self.report = Report(plan="sketch")
-            sketches = [sketch for sketch in self.fixed if isinstance(sketch, Sketch)]
-            return combined([sketch.joined() for sketch in sketches], self.count)
-        return self._solved(self._pending_steps())
+            dense = Matrix(matrix, self.shape)
+            return self._solved(dense, "dense", self.config.rtol, self.config.max_steps)
+        if self.found is None:
+            steps = Weighted(self._taken())
+            return self._solved(steps, "samples", self.config.rtol, self.config.max_steps)
+        return self._merged() if self.pending else self.found
 
-    def _pending_steps(self) -> HalfSteps:
-        """The half steps of all pending samples, in `unit`."""
-        pending, self.pending = _merged(self.pending), []
+    def _merged(self) -> Singular:
+        """Triples of those so far and of what is pending."""
+        parts = self._taken()
+        if self.found is not None:
+            parts.append((Terms(*self.found.terms(self.count)), 1.0))
+        return self._solved(
+            Weighted(parts), "merged", max(self.config.rtol, MERGE_RTOL), MERGE_STEPS
+        )
+
+    def _taken(self) -> list[tuple[HalfSteps, float]]:
+        """The pending samples, no longer pending, with their weights in `unit`."""
+        pending, self.pending = joined(self.pending), []
         rescaled = [samples.rescaled() for samples in pending]
         for _, scale in rescaled:
             self._rescale(scale)
         limit = self.config.memory_limit // max(1, len(rescaled))
-        parts = [(SampleSteps(part, limit), scale / self.unit) for part, scale in rescaled]
-        return _Weighted(parts)
+        return [(SampleSteps(part, limit), scale / self.unit) for part, scale in rescaled]
 
-    def _solved(self, steps: HalfSteps) -> Singular:
+    def _solved(self, steps: HalfSteps, plan: str, rtol: float, max_steps: int) -> Singular:
         found = leading(
-            steps,
-            self.config.rank,
-            self.count,
-            rtol=self.config.rtol,
-            max_steps=self.config.max_steps,
-            like=self.like,
+            steps, self.config.rank, self.count, rtol=rtol, max_steps=max_steps, like=self.like
         )
-        plan = "dense" if isinstance(steps, Matrix) else "samples"
         self.report = Report(steps=found.steps, converged=found.converged, plan=plan)
         return found
 
-    def _begin(self) -> None:
-        """Test matrices from the samples so far, which are then the first of the sums."""
-        steps = self._pending_steps()
-        for sign in (1,) if steps.symmetric else (1, -1):
-            found = leading_of(
-                steps,
-                sign,
-                self.config.rank,
-                self.count,
-                rtol=max(self.config.rtol, 1e-4),
-                max_steps=FIRST_STEPS,
-                like=self.like,
-            )
-            if found is None:
-                continue
-            columns = len(found.lefts)
-            # As many as there are directions at all make the sketch exact.
-            fewer = columns if columns < self.count else columns * 2 // 3
-            sketch = Sketch(sign, found.lefts, found.rights[:fewer])
-            sketch.add(steps, 1.0)
-            self.fixed.append(sketch)
-
     def _absorb(self, samples: Samples) -> None:
         rescaled, scale = samples.rescaled()
-        self._rescale(scale)
         steps = SampleSteps(rescaled, self.config.memory_limit)
         for fixed in self.fixed:
             fixed.add(steps, scale / self.unit)
 
     def _rescale(self, scale: float) -> None:
+        """Make room for a batch of this scale; after the first pass there is room for all."""
         unit = max(self.unit, scale)
         if self.unit and unit != self.unit:
             factor = self.unit / unit
             if self.fisher is not None:
                 self.fisher *= factor
-            for fixed in self.fixed:
-                fixed.rescale(factor)
+            if self.found is not None:
+                self.found = replace(self.found, sigmas=self.found.sigmas * factor)
         self.unit = unit
-
-
-@dataclass
-class Sketch:
-    """`A rights` and `A^T lefts` for fixed test matrices."""
-
-    sign: int
-    lefts: Tensor  # (l, o, o), orthonormal
-    rights: Tensor  # (k, i, i), orthonormal; fewer, so that the small inverse is well-conditioned
-
-    def __post_init__(self) -> None:
-        o, i = self.lefts.shape[-1], self.rights.shape[-1]
-        self.left_sum = self.lefts.new_zeros(len(self.rights), o, o)
-        self.right_sum = self.lefts.new_zeros(len(self.lefts), i, i)
-
-    def add(self, steps: HalfSteps, scale: float) -> None:
-        self.left_sum += steps.to_left(self.rights) * scale
-        self.right_sum += steps.to_right(self.lefts) * scale
-
-    def rescale(self, factor: float) -> None:
-        self.left_sum *= factor
-        self.right_sum *= factor
-
-    def begin(self) -> Fixed:
-        """The first half step of the iteration proper."""
-        lefts = self.joined().lefts
-        image = torch.zeros_like(self.right_sum[: len(lefts)])
-        return Fixed(self.sign, "left", lefts, image)
-
-    def joined(self) -> Singular:
-        """Of `A ~ Q (lefts^T Q)^+ (A^T lefts)^T`, with Q the orthonormal basis of `A rights`."""
-        sign = self.sign
-        basis = torch.linalg.qr(coordinates(self.left_sum, sign))[0]
-        core = torch.linalg.pinv(coordinates(self.lefts, sign).mT @ basis)  # (k, l)
-        images = coordinates(self.right_sum, sign) @ core.mT
-        o, i = self.lefts.shape[-1], self.rights.shape[-1]
-        return refined(matrices(basis, o, sign), matrices(images, i, sign), sign)
 
 
 @dataclass
@@ -318,12 +263,20 @@ class Fixed:
     factors: Tensor  # (k, n, n)
     image: Tensor  # (k, m, m)
 
+    @staticmethod
+    def begin(found: Singular) -> list[Fixed]:
+        """The first half step of the iteration proper, for each symmetry there is."""
+        symmetric = (found.lefts * found.lefts.mT).sum((1, 2)) > 0
+        chosen = [(1, symmetric), (-1, ~symmetric)]
+        return [
+            Fixed(sign, "left", found.lefts[which], torch.zeros_like(found.rights[which]))
+            for sign, which in chosen
+            if which.any()
+        ]
+
     def add(self, steps: HalfSteps, scale: float) -> None:
         step = steps.to_right if self.side == "left" else steps.to_left
         self.image += step(self.factors) * scale
-
-    def rescale(self, factor: float) -> None:
-        self.image *= factor
 
     def refined(self) -> Singular:
         """The triples, with this side's factors as `lefts`."""
@@ -335,28 +288,7 @@ class Fixed:
         return Fixed(self.sign, opposite(self.side), image, torch.zeros_like(self.factors))
 
 
-@dataclass(frozen=True)
-class _Weighted(HalfSteps):
-    """A sum of operators, each with a weight."""
-
-    parts: list[tuple[SampleSteps, float]]
-
-    @property
-    def symmetric(self) -> bool:  # type: ignore[override]
-        return all(part.symmetric for part, _ in self.parts)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.parts[0][0].shape
-
-    def to_left(self, rights: Tensor) -> Tensor:
-        return torch.stack([part.to_left(rights) * scale for part, scale in self.parts]).sum(0)
-
-    def to_right(self, lefts: Tensor) -> Tensor:
-        return torch.stack([part.to_right(lefts) * scale for part, scale in self.parts]).sum(0)
-
-
-def _merged(pending: list[Samples]) -> list[Samples]:
+def joined(pending: list[Samples]) -> list[Samples]:
     """Batches that can be one, as one."""
     groups: list[list[Samples]] = []
     for samples in pending:
