@@ -248,6 +248,18 @@ def test_vectors_keep_their_dtype() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32(kind: str) -> None:
+    found = curvature(block(kind), block(kind, 2, 5))
+    single, v = found.to(dtype=torch.float32), vector(found, 2)
+    for name in POWERS:
+        wide, narrow = (flat(c, getattr(c.damped(DAMPING), name)(v)) for c in (found, single))
+        assert narrow.dtype == torch.float64
+        torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-4)
+    assert single.logdet(DAMPING) == pytest.approx(found.logdet(DAMPING), rel=1e-5)
+    assert single.frobenius_norm() == pytest.approx(found.frobenius_norm(), rel=1e-6)
+
+
 def test_matrices_that_are_not_semi_definite_are_refused() -> None:
     for bad in (
         kfoc.KroneckerBlock(torch.diag(torch.tensor([1.0, -0.5])), torch.eye(2)),

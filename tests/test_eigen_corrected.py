@@ -144,6 +144,22 @@ def test_refuses_bases_without_an_eigenbasis() -> None:
         kfoc.fit(nn.Linear(3, 2), iter(data), "gaussian", estimator=kfoc.EigenCorrected())
 
 
+class WithDiagonals(kfoc.KFAC):
+    """Gives what has no eigenbasis on the right, as estimators do for large embeddings."""
+
+    def finish_one(self, state: object, num_samples: int) -> kfoc.KroneckerDiagonalBlock:
+        block = super().finish_one(state, num_samples)
+        return kfoc.KroneckerDiagonalBlock(block.left, block.right.diagonal())
+
+
+def test_blocks_without_two_eigenbases_are_kept() -> None:
+    model, data = nn.Linear(3, 2), [(torch.randn(4, 3), None)] * 2
+    base = kfoc.fit(model, data, "gaussian", estimator=WithDiagonals())[""]
+    found = kfoc.fit(model, data, "gaussian", estimator=kfoc.EigenCorrected(WithDiagonals()))[""]
+    assert isinstance(found, kfoc.KroneckerDiagonalBlock)
+    assert torch.equal(found.to_dense(), base.to_dense())
+
+
 def test_dead_layers() -> None:
     class Dead(nn.Module):
         def __init__(self) -> None:

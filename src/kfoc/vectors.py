@@ -25,7 +25,7 @@ def matrices(vector: Vector, layouts: Mapping[str, Layout]) -> dict[str, Tensor]
     """
     covered = [name for layout in layouts.values() for name in layout.names]
     missing = [name for name in covered if name not in vector]
-    extra = [name for name in vector if name not in set(covered)]
+    extra = sorted(vector.keys() - set(covered))
     if missing or extra:
         problems = [f"lacks {', '.join(missing)}"] if missing else []
         problems += [f"has {', '.join(extra)} besides"] if extra else []
