@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Threads cost more than they bring on tensors of this size, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -16,3 +17,8 @@ def _float64() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+# The same cases in every run of the suite.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")

@@ -15,7 +15,7 @@ ALLOWED = {
     "tokens": {"samples"},
     "tied": {"samples"},
     "likelihoods": set(),
-    "blocks": set(),
+    "blocks": {"blocks"},  # a package of kinds, which know of nothing else
     "products": set(),
     "layout": set(),
     "plans": {"kronecker", "products", "samples"},
@@ -28,11 +28,16 @@ ALLOWED = {
     "interop": {"layers"},
     "capture": {"embedding", "layers", "samples"},
     "selection": {"embedding", "layers", "layout"},
-    "curvature": {"blocks", "layout"},
+    "vectors": {"layout"},
+    "subspace": {"kronecker"},
+    # Adding two Kronecker products is Algorithm 1 on two terms.
+    "merge": {"blocks", "kronecker", "subspace"},
+    "damped": {"blocks", "layout", "vectors"},
+    "storage": {"blocks", "layout"},
+    "curvature": {"blocks", "damped", "layout", "merge", "storage", "vectors"},
     "estimators": {
-        "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators",
-        "solver",
-        "tied", "token_plan", "tokens",
+        "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
+        "solver", "tied", "token_plan", "tokens",
     },
     "fit": {
         "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
@@ -84,6 +89,7 @@ def test_core_imports_torch_and_little_else() -> None:
         "typer",
         "mlxtend",
         "sklearn",
+        "safetensors",
     ]
     code = f"import sys, kfoc; print([m for m in {heavy} if m in sys.modules])"
     # torch may import some of them by itself where they are installed: compare with torch alone.

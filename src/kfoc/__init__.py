@@ -4,17 +4,21 @@ from kfoc.blocks import (
     Block,
     DenseBlock,
     DiagonalBlock,
+    EigenBlock,
     GroupedBlock,
     KroneckerBlock,
     KroneckerDiagonalBlock,
+    LowRankBlock,
     Report,
 )
 from kfoc.curvature import Curvature
+from kfoc.damped import DampedCurvature
 from kfoc.estimators import (
     KFAC,
     KFOC,
     BlockDiagonal,
     Diagonal,
+    EigenCorrected,
     Estimator,
     nearest_kronecker_of_samples,
 )
@@ -23,6 +27,7 @@ from kfoc.interop import transformers as _transformers  # noqa: F401  (registers
 from kfoc.kronecker import KroneckerFit, nearest_kronecker
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfoc.merge import Comparison
 from kfoc.samples import Rows
 
 __all__ = [
@@ -32,10 +37,14 @@ __all__ = [
     "Block",
     "BlockDiagonal",
     "Categorical",
+    "Comparison",
     "Curvature",
+    "DampedCurvature",
     "DenseBlock",
     "Diagonal",
     "DiagonalBlock",
+    "EigenBlock",
+    "EigenCorrected",
     "Estimator",
     "Gaussian",
     "GroupedBlock",
@@ -43,6 +52,7 @@ __all__ = [
     "KroneckerDiagonalBlock",
     "KroneckerFit",
     "Likelihood",
+    "LowRankBlock",
     "Report",
     "Rows",
     "Treatment",

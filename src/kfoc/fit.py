@@ -301,7 +301,8 @@ class _Run:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block
         layouts = {name: self.selection.layout(name) for name in blocks}
-        return Curvature(blocks, self.num_samples, layouts, self.selection.skipped)
+        origin = repr(self.estimator), self.fisher, self.seed
+        return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
 
 
 _END = object()

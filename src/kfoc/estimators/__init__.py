@@ -3,6 +3,7 @@
 from kfoc.estimators.base import Estimator
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
+from kfoc.estimators.eigen_corrected import EigenCorrected
 from kfoc.estimators.kfac import KFAC
 from kfoc.estimators.kfoc import KFOC, nearest_kronecker_of_samples
 
@@ -11,6 +12,7 @@ __all__ = [
     "KFOC",
     "BlockDiagonal",
     "Diagonal",
+    "EigenCorrected",
     "Estimator",
     "nearest_kronecker_of_samples",
 ]

@@ -27,6 +27,13 @@ class _Other(NamedTuple):
     state: Any
 
 
+class _Groups(NamedTuple):
+    """The states of a grouped layer's groups, and which of them need no further pass."""
+
+    states: list[Any]
+    settled: list[bool]
+
+
 class FactoredEstimator(Estimator):
     """Estimators of Kronecker blocks, which give a grouped layer one block per group.
 
@@ -66,7 +73,8 @@ class FactoredEstimator(Estimator):
             other = BlockDiagonal() if o * i <= DENSE_LIMIT else Diagonal()
             return _Other(other, other.init(layer, samples))
         if isinstance(samples, Grouped):
-            return [self.init_one(layer, group) for group in samples.groups]
+            states = [self.init_one(layer, group) for group in samples.groups]
+            return _Groups(states, [False] * len(states))
         if isinstance(samples, Tied):
             return self.init_tied(layer, samples)
         return self.init_one(layer, cast(Samples, samples))
@@ -76,8 +84,12 @@ class FactoredEstimator(Estimator):
             updated = state.estimator.update(state.state, samples, alone=alone)
             return _Other(state.estimator, updated)
         if isinstance(samples, Grouped):
-            pairs = zip(state, samples.groups, strict=True)
-            return [self.update_one(one, group, alone=alone) for one, group in pairs]
+            # A settled group must not see the passes that another one still needs.
+            states = [
+                one if settled else self.update_one(one, group, alone=alone)
+                for one, settled, group in zip(*state, samples.groups, strict=True)
+            ]
+            return _Groups(states, state.settled)
         if isinstance(samples, Tied):
             return self.update_tied(state, samples, alone=alone)
         return self.update_one(state, cast(Samples, samples), alone=alone)
@@ -85,17 +97,21 @@ class FactoredEstimator(Estimator):
     def next_pass(self, state: Any) -> tuple[Any, bool]:
         if isinstance(state, _Other):
             return state, True
-        if not isinstance(state, list):
+        if not isinstance(state, _Groups):
             return self.next_pass_one(state)
-        each = [self.next_pass_one(one) for one in state]
-        return [one for one, _ in each], all(done for _, done in each)
+        each = [
+            (one, True) if settled else self.next_pass_one(one)
+            for one, settled in zip(*state, strict=True)
+        ]
+        groups = _Groups([one for one, _ in each], [done for _, done in each])
+        return groups, all(groups.settled)
 
     def finish(self, state: Any, num_samples: int) -> Block:
         if isinstance(state, _Other):
             return state.estimator.finish(state.state, num_samples)
-        if not isinstance(state, list):
+        if not isinstance(state, _Groups):
             return self.finish_one(state, num_samples)
-        blocks = tuple(self.finish_one(one, num_samples) for one in state)
+        blocks = tuple(self.finish_one(one, num_samples) for one in state.states)
         reports = [block.report for block in blocks]
         # The groups' own errors say nothing of what lies between the groups: no error of the whole.
         report = Report(

@@ -11,8 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock, Report
+from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock, Report
 from kfoc.estimators.factored import FactoredEstimator
+from kfoc.estimators.low_rank import LowRank
 from kfoc.kronecker import (
     Contraction,
     KroneckerFit,
@@ -62,6 +63,9 @@ class KFOC(FactoredEstimator):
             optimum of any data set. 0 turns both off.
         memory_limit: bytes that a contraction may take for what it keeps between half steps.
         plan: the contraction to use (see `kfoc.planner`); None chooses the cheapest.
+        rank: how many Kronecker products to add up. With more than one the blocks are
+            `LowRankBlock`s, closer to F and possibly indefinite; see `kfoc.estimators.low_rank`.
+            For `"online"` and `"exact"`, without `decay` and `plan`.
     """
 
     aggregation: str = "online"
@@ -72,6 +76,7 @@ class KFOC(FactoredEstimator):
     buffer: int = 2**19
     memory_limit: int = 2**30
     plan: str | None = None
+    rank: int = 1
 
     def check(self) -> None:
         if self.aggregation not in AGGREGATIONS:
@@ -93,24 +98,36 @@ class KFOC(FactoredEstimator):
                 f'decay must lie in (0, 1] and goes with aggregation="online", found {self.decay} '
                 f"with {self.aggregation!r}"
             )
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, found {self.rank}")
+        many = self.rank > 1
+        if many and (self.aggregation in ("running", "approx") or self.decay or self.plan):
+            raise ValueError(
+                f'rank={self.rank} goes with aggregation="online" or "exact", and without decay '
+                f"and plan, found {self}"
+            )
 
     @property
     def pass_limit(self) -> int:
         return self.passes if self.aggregation == "exact" else 1
 
-    def init_one(self, layer: str, samples: Samples) -> _Aggregation:
+    def init_one(self, layer: str, samples: Samples) -> _Aggregation | LowRank:
+        if self.rank > 1 and not samples.diagonal:
+            return LowRank(self, samples)
         return _STRATEGIES[self.aggregation](self, samples)
 
-    def update_one(self, state: _Aggregation, samples: Samples, *, alone: bool) -> _Aggregation:
+    def update_one(
+        self, state: _Aggregation | LowRank, samples: Samples, *, alone: bool
+    ) -> _Aggregation | LowRank:
         state.add(samples, alone)
         return state
 
-    def next_pass_one(self, state: _Aggregation) -> tuple[_Aggregation, bool]:
+    def next_pass_one(self, state: _Aggregation | LowRank) -> tuple[_Aggregation | LowRank, bool]:
         return state, state.next_pass()
 
-    def finish_one(
-        self, state: _Aggregation, num_samples: int
-    ) -> KroneckerBlock | KroneckerDiagonalBlock:
+    def finish_one(self, state: _Aggregation | LowRank, num_samples: int) -> Block:
+        if isinstance(state, LowRank):
+            return state.block(num_samples)
         left, right = state.result(num_samples)
         kind = KroneckerDiagonalBlock if right.ndim == 1 else KroneckerBlock
         return kind(left, right, report=state.report)

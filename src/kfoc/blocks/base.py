@@ -1,0 +1,168 @@
+"""What every kind of block can do, and the few primitives that it follows from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
+from kfoc.blocks.spectrum import Spectrum
+
+AnyBlock = TypeVar("AnyBlock", bound="Block")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of how a block came about.
+
+    Attributes:
+        relative_error: `||F - block||_F / ||F||_F` against the exact block of the data seen, or
+            None where nobody asked for it (`fit(..., probes=16)`) and it did not come for free.
+        standard_error: the standard error of `relative_error`; 0 where it is exact.
+        steps: half steps of the power iteration in the last solve (0: none).
+        converged: False where an iteration ended at its step or pass limit.
+        plan: the contraction used last, with what it was chosen by; "" where there is no choice.
+    """
+
+    relative_error: float | None = None
+    standard_error: float | None = None
+    steps: int = 0
+    converged: bool = True
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class Block(ABC):
+    """A symmetric matrix of size o * i, in one of several structures.
+
+    All are positive semi-definite but `LowRankBlock`, which says so.
+    """
+
+    report: Report = field(default_factory=Report, kw_only=True)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(o, i): the shape of the extended weight that the block is about."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The block as a matrix, (o * i, o * i), row-major over (o, i)."""
+
+    @abstractmethod
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """The block times `vectors`, (..., o, i), of the same shape."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of the diagonal."""
+
+    @abstractmethod
+    def scaled(self: AnyBlock, factor: float) -> AnyBlock:
+        """`factor` times the block; the factor is not negative."""
+
+    @abstractmethod
+    def inner(self, other: Block) -> float:
+        """The Frobenius inner product `<block, other>`, for any two kinds of the same shape."""
+
+    @abstractmethod
+    def inner_kronecker(self, left: Tensor, right: Tensor) -> Tensor:
+        """`<block, kron(left, right)>`, a scalar; `right` (i, i), or (i,) for a diagonal."""
+
+    @abstractmethod
+    def diagonal_in(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """The block's diagonal in a basis: `w^T block w` for `w = kron(left[:, p], right[:, q])`.
+
+        Args:
+            left, right: (o, p) and (i, q); None is the identity.
+
+        Returns:
+            (p, q).
+        """
+
+    @abstractmethod
+    def damped(self, damping: Damping) -> DampedBlock:
+        """`scale * block + damping * identity`, factorised: to solve with as often as wanted.
+
+        Raises:
+            ValueError: a matrix that is not finite, or not positive semi-definite.
+        """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.tensors()).dtype
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that the block holds."""
+        for value in self.parts().values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, tuple):
+                for item in value:
+                    if isinstance(item, Block):
+                        yield from item.tensors()
+
+    def parts(self) -> dict[str, Any]:
+        """The fields that make the block, by name: tensors, tuples of blocks, numbers."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "report"}
+
+    def mapped(self: AnyBlock, function: Callable[[Tensor], Tensor]) -> AnyBlock:
+        """The block with `function` applied to every tensor that it holds."""
+        changes: dict[str, Any] = {}
+        for name, value in self.parts().items():
+            if isinstance(value, Tensor):
+                changes[name] = function(value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Block):
+                changes[name] = tuple(item.mapped(function) for item in value)
+        return replace(self, **changes)
+
+    def to(
+        self: AnyBlock,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AnyBlock:
+        """The block on another device or in another floating-point dtype."""
+        return self.mapped(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def frobenius_norm(self) -> float:
+        """`||block||_F`, computed in float64."""
+        wide = self.to(dtype=torch.float64)
+        return max(wide.inner(wide), 0.0) ** 0.5
+
+    @property
+    def relative_error(self) -> float | None:
+        """See `Report.relative_error`."""
+        return self.report.relative_error
+
+    @property
+    def relative_error_standard_error(self) -> float | None:
+        """See `Report.standard_error`."""
+        return self.report.standard_error
+
+    def _check_vectors(self, vectors: Tensor) -> None:
+        if tuple(vectors.shape[-2:]) != self.shape:
+            raise ValueError(
+                f"vectors must end in the shape {self.shape} of the block's weight, found "
+                f"{tuple(vectors.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class SpectralBlock(Block):
+    """A block whose eigendecomposition is affordable."""
+
+    @abstractmethod
+    def spectrum(self) -> Spectrum:
+        """The eigendecomposition, in the dtype that it is computed in (float32 at least).
+
+        Raises:
+            ValueError: a matrix that is not finite, or not positive semi-definite.
+        """
+
+    def damped(self, damping: Damping) -> DampedSpectrum:
+        return DampedSpectrum(self.spectrum(), damping)

@@ -1,0 +1,148 @@
+"""Blocks with damping, factorised: what can be solved with."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kfoc.blocks.spectrum import Spectrum
+
+METHODS = ("exact", "pi")
+
+
+@dataclass(frozen=True)
+class Damping:
+    """`scale * F + damping * identity`, or its factored stand-in.
+
+    Attributes:
+        damping: not negative.
+        scale: positive: the number of samples makes the sum of F, the mean.
+        method: "exact", or "pi" for the factored Tikhonov damping of Martens & Grosse (2015):
+            `kron(left + sqrt(damping) / pi, right + pi * sqrt(damping))`, with pi^2 the ratio of
+            the factors' mean eigenvalues, right by left. It is for Kronecker products; other kinds
+            of block are damped exactly under it too.
+    """
+
+    damping: float
+    scale: float = 1.0
+    method: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, found {self.method!r}")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be finite and not negative, found {self.damping}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be finite and positive, found {self.scale}")
+
+    def values(self, spectrum: Spectrum) -> Tensor:
+        """The damped eigenvalues, (o, i)."""
+        if self.method == "exact" or spectrum.factors is None:
+            return spectrum.values * self.scale + self.damping
+        left, right = spectrum.factors
+        means = left.double().mean().item(), right.double().mean().item()
+        pi = math.sqrt(means[1] / means[0]) if min(means) > 0 else 1.0
+        root, scale = math.sqrt(self.damping), math.sqrt(self.scale)
+        return (left * scale + root / pi)[:, None] * (right * scale + pi * root)
+
+
+class DampedBlock(ABC):
+    """`B = scale * F + damping * identity` for one layer, ready to be solved with."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """That of the computation: vectors come and go in it."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where vectors must be."""
+
+    @abstractmethod
+    def power(self, vectors: Tensor, exponent: float) -> Tensor:
+        """`B^exponent` times vectors (..., o, i), for an exponent of 1, 1/2, -1/2 or -1.
+
+        Raises:
+            ValueError: B is singular (or indefinite) and the exponent does not allow that.
+        """
+
+    @abstractmethod
+    def logdet(self) -> float:
+        """`ln det B`."""
+
+    @abstractmethod
+    def redamped(self, damping: Damping) -> DampedBlock:
+        """The same F with another damping, reusing the factorisation."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Samples of N(0, B^-1) from standard normal noise (..., o, i)."""
+        return self.power(noise, -0.5)
+
+
+@dataclass(frozen=True)
+class DampedSpectrum(DampedBlock):
+    """From the eigendecomposition of F."""
+
+    spectrum: Spectrum
+    damping: Damping
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spectrum.values.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.spectrum.values.shape[0], self.spectrum.values.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.spectrum.values.device
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The eigenvalues of B, (o, i)."""
+        return self.damping.values(self.spectrum)
+
+    def power(self, vectors: Tensor, exponent: float) -> Tensor:
+        if exponent != 1:
+            self._check(exponent)
+        basis = self.spectrum.basis
+        return basis.back(basis.to(vectors) * self.values**exponent)
+
+    def logdet(self) -> float:
+        self._check(-1)
+        return self.values.double().log().sum().item()
+
+    def redamped(self, damping: Damping) -> DampedSpectrum:
+        return DampedSpectrum(self.spectrum, damping)
+
+    def _check(self, exponent: float) -> None:
+        """Raise where B has no such power.
+
+        With damping, a semi-definite F always has one, as its eigenvalues are clamped at zero: the
+        largest may exceed the damping by more than the precision.
+        """
+        low, high = (value.item() for value in torch.aminmax(self.spectrum.values))
+        rounding = self.values.numel() * torch.finfo(self.dtype).eps * abs(high)
+        scale, damping = self.damping.scale, self.damping.damping
+        if low < 0 and scale * (low - rounding) + damping <= 0:
+            raise ValueError(
+                f"the block is indefinite (smallest eigenvalue {scale * low:.3g}): damping must "
+                f"exceed {-scale * low:.3g}, found {damping}"
+            )
+        if exponent < 0 and not damping and low <= rounding:
+            raise ValueError(
+                f"the block is singular (eigenvalues from {scale * low:.3g} to "
+                f"{scale * high:.3g}): damping must be positive, found {damping}"
+            )

@@ -1,0 +1,142 @@
+"""A model's curvature with damping, factorised: what can be solved with and sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfoc.blocks import DampedBlock, Damping
+from kfoc.layout import Layout
+from kfoc.vectors import Vector, applied, joined, naming, quadratic
+
+Dampings = float | Mapping[str, float]
+
+
+def dampings(
+    layers: tuple[str, ...], damping: Dampings, scale: float, method: str
+) -> dict[str, Damping]:
+    """One `Damping` per layer, from a number for all or one for each.
+
+    Raises:
+        ValueError: layers that are missing or unknown, or a number that makes no sense.
+    """
+    if isinstance(damping, Mapping):
+        missing = [layer for layer in layers if layer not in damping]
+        unknown = [layer for layer in damping if layer not in layers]
+        if missing or unknown:
+            raise ValueError(
+                f"damping by layer must have a number for each of {list(layers)}; missing: "
+                f"{missing}, unknown: {unknown}"
+            )
+        return {layer: Damping(damping[layer], scale, method) for layer in layers}
+    return dict.fromkeys(layers, Damping(damping, scale, method))
+
+
+@dataclass(frozen=True, repr=False)
+class DampedCurvature:
+    """`B = scale * F + damping * I`, block by block; made by `Curvature.damped`.
+
+    Vectors are dicts parameter name -> tensor, with any leading dimensions that all share. They
+    are computed with in the blocks' dtype, and come back in their own.
+
+    Attributes:
+        blocks: the factorised blocks by layer name.
+        layouts: layer name -> the parameters of the block.
+    """
+
+    blocks: dict[str, DampedBlock]
+    layouts: dict[str, Layout]
+
+    def matvec(self, vector: Vector) -> dict[str, Tensor]:
+        """`B v`."""
+        return self._power(vector, 1)
+
+    def solve(self, vector: Vector) -> dict[str, Tensor]:
+        """`B^-1 v`."""
+        return self._power(vector, -1)
+
+    def sqrt_matvec(self, vector: Vector) -> dict[str, Tensor]:
+        """`B^1/2 v`, with the symmetric root."""
+        return self._power(vector, 0.5)
+
+    def inverse_sqrt_matvec(self, vector: Vector) -> dict[str, Tensor]:
+        """`B^-1/2 v`, with the symmetric root."""
+        return self._power(vector, -0.5)
+
+    def quadratic_form(self, vector: Vector) -> Tensor:
+        """`v^T B v`, of the leading dimensions of v."""
+        return self._quadratic(vector, 1)
+
+    def inverse_quadratic_form(self, vector: Vector) -> Tensor:
+        """`v^T B^-1 v`: with a stack of Jacobian rows, the variances of a linearised model."""
+        return self._quadratic(vector, -1)
+
+    def logdet(self) -> float:
+        """`ln det B`."""
+        total = 0.0
+        for layer, block in self.blocks.items():
+            with naming(layer):
+                total += block.logdet()
+        return total
+
+    def sample(
+        self, num: int = 1, *, seed: int = 0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Draws from N(0, B^-1), (num, *shape) by parameter name, in the blocks' dtype.
+
+        Args:
+            num: how many.
+            seed: of the draws; the global random state is neither read nor changed.
+            generator: in place of the seed, to go on from where the last call ended.
+        """
+        if num < 1:
+            raise ValueError(f"num must be at least 1, found {num}")
+        generator = torch.Generator().manual_seed(seed) if generator is None else generator
+        parts = {}
+        for layer, block in self.blocks.items():
+            with naming(layer):
+                noise = torch.randn(
+                    num,
+                    *block.shape,
+                    generator=generator,
+                    dtype=block.dtype,
+                    device=generator.device,
+                )
+                parts[layer] = block.draw(noise.to(block.device))
+        return joined(parts, self.layouts)
+
+    def redamped(
+        self, damping: Dampings, *, method: str = "exact", scale: float = 1.0
+    ) -> DampedCurvature:
+        """The same F with another damping and scale, without another factorisation."""
+        chosen = dampings(tuple(self.blocks), damping, scale, method)
+        blocks = {layer: block.redamped(chosen[layer]) for layer, block in self.blocks.items()}
+        return DampedCurvature(blocks, self.layouts)
+
+    def __repr__(self) -> str:
+        return f"DampedCurvature of {len(self.blocks)} layers: {', '.join(self.blocks)}"
+
+    def _power(self, vector: Vector, exponent: float) -> dict[str, Tensor]:
+        return applied(vector, self.layouts, self._operators(exponent), self._dtypes)
+
+    def _quadratic(self, vector: Vector, exponent: float) -> Tensor:
+        return quadratic(vector, self.layouts, self._operators(exponent), self._dtypes)
+
+    def _operators(self, exponent: float) -> dict[str, _Power]:
+        return {layer: _Power(block, exponent) for layer, block in self.blocks.items()}
+
+    @property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {layer: block.dtype for layer, block in self.blocks.items()}
+
+
+@dataclass(frozen=True)
+class _Power:
+    block: DampedBlock
+    exponent: float
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return self.block.power(vectors, self.exponent)

@@ -1,0 +1,237 @@
+"""Files: bit-identical, and every kind of damage is told."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kfoc
+from curvatures import block, curvature
+from kfoc.blocks import KINDS
+from models import batches, convolutional, images
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+def everything() -> kfoc.Curvature:
+    return curvature(*[block(kind) for kind in KINDS])
+
+
+def same(first: kfoc.Curvature, second: kfoc.Curvature) -> None:
+    assert list(first) == list(second)
+    for layer, one in first.items():
+        other = second[layer]
+        assert type(one) is type(other)
+        assert one.report == other.report
+        assert one.shape == other.shape
+        pairs = list(zip(one.tensors(), other.tensors(), strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    for name in ("num_samples", "layouts", "skipped", "estimator", "fisher", "seed"):
+        assert getattr(first, name) == getattr(second, name)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "c.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip(path: Path, dtype: torch.dtype) -> None:
+    found = everything().to(dtype=dtype)
+    found.save(path)
+    again = kfoc.Curvature.load(str(path))
+    same(found, again)
+    assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_round_trip_of_a_fit(path: Path) -> None:
+    model, (x, y) = convolutional(), images(10)
+    found = kfoc.fit(model, batches(x, y, 5), probes=1, layers=["0", "3"], seed=3)
+    found.save(path)
+    again = kfoc.Curvature.load(path)
+    assert again.estimator == repr(kfoc.KFOC())
+    assert (again.fisher, again.seed, again.num_samples) == ("mc", 3, 10)
+    assert again.skipped == found.skipped
+    assert repr(again) == repr(found)  # reports with NaN do not compare equal
+    v = {n: torch.randn(p.shape) for n, p in model.named_parameters() if n[0] in "03"}
+    for name, tensor in found.solve(v).items():
+        assert torch.equal(tensor, again.solve(v)[name])
+
+
+def test_tensors_that_share_memory_or_are_not_contiguous(path: Path) -> None:
+    factor = torch.randn(4, 3).mT @ torch.randn(4, 3)
+    found = curvature(kfoc.KroneckerBlock(factor.mT, factor), kfoc.KroneckerBlock(factor, factor))
+    found.save(path)
+    again = kfoc.Curvature.load(path)
+    for layer in found:
+        assert torch.equal(again[layer].left, found[layer].left)
+        assert torch.equal(again[layer].right, found[layer].right)
+
+
+def test_layer_names_of_any_kind(path: Path) -> None:
+    found = everything()
+    names = ["", "a.b", "ü/\n\0", "x" * 300, "0", "kfoc", "__metadata__"]
+    renamed = kfoc.Curvature(
+        dict(zip(names, found.blocks.values(), strict=True)),
+        3,
+        dict(zip(names, found.layouts.values(), strict=True)),
+        {"ä": "ß"},
+    )
+    renamed.save(path)
+    same(renamed, kfoc.Curvature.load(path))
+
+
+def test_a_failed_save_leaves_what_was_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = everything()
+    found.save(path)
+    before = path.read_bytes()
+
+    def failing(tensors: object, name: str, metadata: object) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors, "save_file", failing)
+    with pytest.raises(OSError, match="no space left"):
+        (2 * found).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        kfoc.Curvature.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        everything().save(tmp_path / "no folder" / "c.safetensors")
+
+
+def test_without_safetensors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install kfoc\[io\]"):
+        everything().save(path)
+    with pytest.raises(ImportError, match=r"pip install kfoc\[io\]"):
+        kfoc.Curvature.load(path)
+
+
+def test_truncated_anywhere(path: Path) -> None:
+    everything().save(path)
+    whole = path.read_bytes()
+    for size in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged"):
+            kfoc.Curvature.load(path)
+
+
+def test_any_flipped_bit(path: Path) -> None:
+    """In the size, the header and the numbers: at every so many bytes, one bit."""
+    found = everything()
+    found.save(path)
+    whole = path.read_bytes()
+    places = [*range(16), *range(16, len(whole), 41), len(whole) - 1]
+    for place in places:
+        for bit in (0, 6):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"damaged|not of a curvature|version"):
+                kfoc.Curvature.load(path)
+
+
+def test_other_files(path: Path) -> None:
+    safetensors.save_file({"weight": torch.ones(2)}, str(path), metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="a safetensors file, but not of a curvature"):
+        kfoc.Curvature.load(path)
+    safetensors.save_file({"weight": torch.ones(2)}, str(path))
+    with pytest.raises(ValueError, match="a safetensors file, but not of a curvature"):
+        kfoc.Curvature.load(path)
+    path.write_bytes(b"not a file of tensors at all")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        kfoc.Curvature.load(path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("a file was unpickled",))
+
+
+def test_pickles_are_not_run(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="no safetensors file"):
+        kfoc.Curvature.load(path)
+    torch.save({"a": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="no safetensors file"):
+        kfoc.Curvature.load(path)
+
+
+def rewritten(path: Path, **changes: object) -> None:
+    """The file with its description or tensors changed, but the old checksum."""
+    tensors = safetensors.load_file(str(path))
+    header_size = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    header = json.loads(path.read_bytes()[8 : 8 + header_size])["__metadata__"]
+    content = json.loads(header["kfoc"])
+    for name, change in changes.items():
+        if name in tensors or name.startswith("0"):
+            if change is None:
+                del tensors[name]
+            else:
+                tensors[name] = change
+        else:
+            content[name] = change
+    header["kfoc"] = json.dumps(content)
+    safetensors.save_file(tensors, str(path), metadata=header)
+
+
+def test_newer_versions(path: Path) -> None:
+    everything().save(path)
+    rewritten(path, version=2)
+    with pytest.raises(ValueError, match=r"has version 2 of the format, .* up to 1: update kfoc"):
+        kfoc.Curvature.load(path)
+
+
+def test_tensors_that_are_missing_or_changed(path: Path) -> None:
+    found = curvature(block("KroneckerBlock"))
+    found.save(path)
+    rewritten(path, **{"0.left": None})
+    with pytest.raises(ValueError, match=r"the tensor '0\.left' is missing"):
+        kfoc.Curvature.load(path)
+    found.save(path)
+    rewritten(path, **{"0.left": torch.ones(3, 3)})
+    with pytest.raises(ValueError, match=r"'0\.left' should have the shape \[4, 4\] .* found \[3"):
+        kfoc.Curvature.load(path)
+    found.save(path)
+    rewritten(path, **{"0.left": found["0"].left.float()})
+    with pytest.raises(ValueError, match=r"in torch\.float64, found .* in torch\.float32"):
+        kfoc.Curvature.load(path)
+    found.save(path)
+    rewritten(path, **{"0.left": found["0"].left + 1e-9})
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        kfoc.Curvature.load(path)
+    found.save(path)
+    rewritten(path, num_samples=11)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        kfoc.Curvature.load(path)
+
+
+INCONSISTENT = {
+    "block of another shape": lambda: kfoc.KroneckerBlock(torch.eye(3), torch.eye(3)),
+    "factor that is not square": lambda: kfoc.KroneckerBlock(torch.ones(4, 2), torch.eye(3)),
+    "matrix of another size": lambda: kfoc.DenseBlock(torch.eye(5), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", INCONSISTENT)
+def test_tensors_that_do_not_fit_each_other(path: Path, case: str) -> None:
+    good = curvature(block("KroneckerBlock"))
+    bad = kfoc.Curvature({"0": INCONSISTENT[case]()}, 1, good.layouts, {})
+    bad.save(path)
+    with pytest.raises(ValueError, match=r"has a block of shape|do not fit each other"):
+        kfoc.Curvature.load(path)
