@@ -20,13 +20,16 @@ ALLOWED = {
     "planner": {"kronecker", "plans", "products", "samples"},
     "certificate": {"blocks", "plans", "samples"},
     "layers": {"samples"},
-    "capture": {"layers", "samples"},
-    "selection": {"layers", "layout"},
+    "graph": set(),
+    "attention": {"layers"},
+    "per_sample": {"graph", "layers", "samples"},
+    "selection": {"attention", "layers", "layout"},
+    "capture": {"attention", "graph", "layers", "per_sample", "samples", "selection"},
     "curvature": {"blocks", "layout"},
     "estimators": {"kronecker", "samples", "plans", "planner", "products", "blocks", "estimators"},
     "fit": {
-        "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
-        "selection",
+        "capture", "certificate", "curvature", "estimators", "graph", "layers", "likelihoods",
+        "per_sample", "samples", "selection",
     },
 }  # fmt: skip
 

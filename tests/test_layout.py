@@ -13,6 +13,7 @@ CASES = [
     Layout(("w", "b"), ((3, 4), (4,)), "columns"),
     Layout(("w", "b"), ((6, 2, 3), (4,)), "transposed_convolution", 2),
     Layout(("w", "b"), ((2, 3), (2, 3)), "stacked"),
+    Layout(("w", "b", "c"), ((2, 3), (), (4,)), "flat"),
 ]
 
 

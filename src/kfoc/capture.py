@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfoc.layers import Treatment, joined
-from kfoc.samples import Direct, Inputs, LayerSamples, magnitude
+from kfoc.attention import Inlined, part_name
+from kfoc.graph import Graph, used_elsewhere
+from kfoc.layers import Treatment, Unsupported, first_argument, joined, side_by_side
+from kfoc.per_sample import Region
+from kfoc.samples import Direct, Grouped, Inputs, LayerSamples, magnitude
+from kfoc.selection import Selection
 
 
 @dataclass
@@ -26,21 +29,56 @@ class Call:
     weight gradients.
     """
 
+    treatment: Treatment
     value: Tensor
     version: int
     edge: GradientEdge
     output_shape: torch.Size
     output_dtype: torch.dtype
+    group: int | None = None  # of the layer's outputs, where calls make up one group each
 
 
 @dataclass
 class Record:
-    """The calls of every watched layer since the last `clear`, in order."""
+    """What a forward pass left: the calls of every watched layer, in order, and more.
+
+    Attributes:
+        calls: layer name -> its calls.
+        regions: block name -> where the parameters that no treatment covers met the samples.
+        problems: layer name -> what was wrong with a call that could not be recorded.
+        closed: after the forward pass. Checkpointed layers run again in the backward pass.
+    """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    closed: bool = False
 
     def clear(self) -> None:
+        """Forget everything, and record."""
         self.calls.clear()
+        self.regions.clear()
+        self.problems.clear()
+        self.closed = False
+
+    def add(
+        self, name: str, treatment: Treatment, value: Any, output: Any, group: int | None = None
+    ) -> None:
+        """Record one call, or why that is impossible."""
+        if self.closed:
+            return
+        for what, found in (("input", value), ("output", output)):
+            if not isinstance(found, Tensor):
+                self.problems[name] = f"its {what} must be a tensor, found {type(found).__name__}"
+                return
+        if output.grad_fn is None:
+            # Nothing is missed, as its gradient is zero; but if that is all, it has no block.
+            self.problems.setdefault(name, "its output carries no gradient (torch.no_grad()?)")
+            return
+        edge = get_gradient_edge(output)
+        version = value._version
+        call = Call(treatment, value.detach(), version, edge, output.shape, output.dtype, group)
+        self.calls.setdefault(name, []).append(call)
 
     def first_not_finite(self) -> str | None:
         """What is wrong with the first watched layer whose input is not finite, if there is one."""
@@ -57,15 +95,22 @@ def _problem(layer: str, what: str) -> ValueError:
 
 
 @contextmanager
-def captured(modules: dict[str, nn.Module]) -> Iterator[Record]:
-    """Watch `modules` while the context lasts; every hook is gone when it ends, however it ends."""
+def captured(selection: Selection) -> Iterator[Record]:
+    """Watch the selected layers while the context lasts.
+
+    Every hook is gone when it ends, however it ends.
+    """
     record = Record()
     handles = []
     try:
-        for name, module in modules.items():
+        for name, module in selection.modules.items():
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
-            hook = _recorder(record, name)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if name not in selection.inlined:
+                hook = _recorder(record, name, selection.treatments[name])
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for name, whole in selection.inlined.items():
+            hook = _replayer(record, selection, name, whole)
+            handles.append(whole.module.register_forward_hook(hook, with_kwargs=True))
         yield record
     finally:
         for handle in handles:
@@ -75,10 +120,8 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[Record]:
 
 def _checker(name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        value = args[0] if args else kwargs.get("input")
-        if not isinstance(value, Tensor):
-            raise _problem(name, f"its input must be a tensor, found {type(value).__name__}")
-        if not value.is_floating_point():
+        value = first_argument(args, kwargs)
+        if isinstance(value, Tensor) and not value.is_floating_point():
             raise _problem(
                 name,
                 f"its input is {value.dtype}, not floating point: convert it, e.g. by .float()",
@@ -87,43 +130,127 @@ def _checker(name: str) -> Callable[..., None]:
     return hook
 
 
-def _recorder(record: Record, name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        value = args[0] if args else kwargs["input"]
-        if output.grad_fn is None:
-            raise _problem(
-                name,
-                "its output carries no gradient: the model must not run under torch.no_grad() or "
-                "torch.inference_mode()",
-            )
-        call = Call(
-            value.detach(), value._version, get_gradient_edge(output), output.shape, output.dtype
-        )
-        record.calls.setdefault(name, []).append(call)
+def _recorder(record: Record, name: str, treatment: Treatment) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        record.add(name, treatment, treatment.value(args, kwargs), output)
 
     return hook
 
 
-def used_elsewhere(
-    outputs: Tensor, record: Record, modules: dict[str, nn.Module]
-) -> dict[str, str]:
-    """Layers whose parameters take part in the outputs more often than the layers were called.
+def _replayer(
+    record: Record, selection: Selection, name: str, whole: Inlined
+) -> Callable[..., Any]:
+    """A hook that puts a module's replayed output in the place of its own, if they agree.
 
-    What other uses contribute to the gradient would be missed without a word.
+    It takes the same steps again when a checkpointed region runs again, as that has to.
+    """
+    names = {part: part_name(name, part) for part in whole.parts}
+    treatments = {part: selection.treatments.get(full) for part, full in names.items()}
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        steps: list[tuple[str, int | None, Tensor, Tensor]] = []
+        try:
+            replayed = whole.replay(args, kwargs, lambda *step: steps.append(step))
+            agree = _agree(replayed, output)
+            reason = "its output is not what its parameters give (is there another hook?)"
+        except Unsupported as unsupported:
+            agree, reason = False, str(unsupported)
+        for part, full in names.items():
+            if treatments[part] is not None and not agree:
+                record.problems[full] = reason
+        if not agree:
+            return None
+        for part, group, value, result in steps:
+            treatment = treatments[part]
+            if treatment is not None:
+                record.add(names[part], treatment, value, result, group)
+        return replayed
+
+    return hook
+
+
+@torch.no_grad()
+def _agree(replayed: Any, output: Any) -> bool:
+    """Whether two tensors, or tuples of tensors and None, are the same to rounding."""
+    if isinstance(output, Tensor):
+        tolerance = 100 * torch.finfo(output.dtype).eps
+        size = output.nan_to_num().abs().max().item() if output.numel() else 0.0
+        return torch.allclose(replayed, output, rtol=0, atol=tolerance * size, equal_nan=True)
+    if isinstance(output, tuple):
+        return all(_agree(a, b) for a, b in zip(replayed, output, strict=True))
+    return replayed is None and output is None
+
+
+def untreatable(
+    outputs: Tensor,
+    graph: Graph,
+    record: Record,
+    selection: Selection,
+    known: Container[str],
+) -> dict[str, str]:
+    """Layers that this forward pass shows to have no treatment.
+
+    Args:
+        known: layers of which all but the use of their parameters was looked at in earlier batches.
 
     Returns:
         layer name -> the reason not to treat it.
+
+    Raises:
+        ValueError: a graph of which no layer's derivatives can be had.
     """
-    uses = Counter(_leaves(outputs))
-    reasons = {}
-    for name, calls in record.calls.items():
-        for parameter_name, parameter in modules[name].named_parameters(recurse=False):
-            if uses[id(parameter)] > len(calls):
-                reasons[name] = f"its {parameter_name} is used outside of it as well"
-    return reasons
+    for name in graph.names():
+        if name in NO_DERIVATIVES:
+            raise ValueError(NO_DERIVATIVES[name])
+    reasons = {
+        name: reason
+        for name, reason in record.problems.items()
+        if name not in record.calls or not reason.startswith("its output carries no gradient")
+    }
+    new = {name: calls for name, calls in record.calls.items() if name not in known}
+    for name, calls in new.items():
+        unfit = next(filter(None, (_unfit(call, len(outputs)) for call in calls)), None)
+        if unfit:
+            reasons[name] = unfit
+    reasons |= not_by_sample(outputs, new)
+    called = {name: len(calls) for name, calls in record.calls.items()}
+    return reasons | used_elsewhere(graph, called, selection.parameters())
 
 
-def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
+# Operations in the graph that torch.autograd.grad does not get past.
+NO_DERIVATIVES = {
+    "CheckpointFunctionBackward": (
+        "the model uses torch.utils.checkpoint with use_reentrant=True, which gives no derivatives "
+        "by layers: pass use_reentrant=False"
+    ),
+    "CompiledFunctionBackward": (
+        "the model runs compiled, and its layers cannot be seen: pass the module that "
+        "torch.compile was given"
+    ),
+}
+
+
+def _unfit(call: Call, num_samples: int) -> str | None:
+    """Why a call does not fit its treatment, judged by shapes and a first sample."""
+    if call.value.shape[:1] != (num_samples,) or call.output_shape[:1] != (num_samples,):
+        wrong = call.value.shape if call.value.shape[:1] != (num_samples,) else call.output_shape
+        found = wrong[0] if wrong else "missing"
+        return (
+            f"its first dimension is {found} in a batch of {num_samples} samples: it must run over "
+            "the samples"
+        )
+    value, treatment = _accumulable(call.value[:1]), call.treatment
+    grad = value.new_zeros(1, *call.output_shape[1:])
+    try:
+        if treatment.direct is not None:
+            treatment.direct(value, grad)
+            return None
+        return _misfit(treatment.inputs(value), treatment.grads(grad)[None])
+    except ValueError as error:
+        return str(error)
+
+
+def not_by_sample(outputs: Tensor, called: dict[str, list[Call]]) -> dict[str, str]:
     """Layers whose first dimension has the size of the batch, but is not the samples.
 
     Only shapes that leave it open are tried, such as (N, N, features): one backward pass from the
@@ -135,7 +262,7 @@ def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
     count = len(outputs)
     doubtful = {
         name: calls
-        for name, calls in record.calls.items()
+        for name, calls in called.items()
         if count > 1 and any(call.value.shape[:2] == (count, count) for call in calls)
     }
     if not doubtful:
@@ -155,30 +282,20 @@ def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
     return reasons
 
 
-def _leaves(outputs: Tensor) -> Iterator[int]:
-    """Identities of the leaf tensors that the graph of `outputs` ends in, one for every use."""
-    waiting: list[Any] = [outputs.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if hasattr(node, "variable"):
-                yield id(node.variable)
-            elif node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-
-
 def output_gradients(
     outputs: Tensor, cotangents: Iterable[Tensor], record: Record
 ) -> dict[str, list[list[Tensor | None]]]:
-    """Derivatives by every recorded output, for each cotangent.
+    """Derivatives by every recorded output and every region's edges, for each cotangent.
 
     Returns:
-        layer name -> per call, per direction, the derivative, or None where there is no path.
+        layer name -> per call (or edge), per direction, the derivative, or None where there is no
+        path.
     """
-    edges = [call.edge for calls in record.calls.values() for call in calls]
+    places = {name: [call.edge for call in calls] for name, calls in record.calls.items()}
+    places |= {name: region.edges for name, region in record.regions.items()}
+    edges = [edge for each in places.values() for edge in each]
     found: dict[str, list[list[Tensor | None]]] = {
-        name: [[] for _ in calls] for name, calls in record.calls.items()
+        name: [[] for _ in each] for name, each in places.items()
     }
     if not edges:
         return found
@@ -186,9 +303,11 @@ def output_gradients(
     cotangent = next(pending, None)
     while cotangent is not None:
         following = next(pending, None)
-        # The last backward pass is known as such, and frees the graph as it goes.
+        # The last backward pass is known as such, and frees the graph as it goes, unless regions
+        # still need theirs.
+        retain = following is not None or bool(record.regions)
         grads = torch.autograd.grad(
-            outputs, edges, cotangent, retain_graph=following is not None, allow_unused=True
+            outputs, edges, cotangent, retain_graph=retain, allow_unused=True
         )
         remaining = iter(grads)
         for per_call in found.values():
@@ -199,54 +318,80 @@ def output_gradients(
 
 
 def take_samples(
-    name: str,
-    treatment: Treatment,
-    calls: list[Call],
-    grads: list[list[Tensor | None]],
-    num_samples: int,
+    name: str, record: Record, grads: list[list[Tensor | None]], num_samples: int
 ) -> LayerSamples:
     """One layer's samples of the batch; consumes `grads`, so that each tensor lives no longer.
 
     Raises:
+        Unsupported: per-sample gradients that do not add up.
         ValueError: the layer's first dimension is not the batch, its input was changed in place
             after the call, or there are values that are not finite.
     """
-    parts: list[tuple[Inputs, Tensor]] = []
-    direct: list[Tensor] = []
-    for call, directions in zip(calls, grads, strict=True):
-        if call.value._version != call.version:
-            raise _problem(
-                name, "its input was changed in place after the layer had used it: clone it first"
-            )
-        if len(call.value) != num_samples or call.output_shape[0] != num_samples:
-            raise _problem(
-                name,
-                f"its first dimension is {call.output_shape[0]} in a batch of {num_samples} "
-                "samples: it must run over the samples",
-            )
-        if treatment.direct is not None:
-            value = _accumulable(call.value)
-            present = [_present(grad, call) for grad in directions]
-            direct.append(torch.stack([treatment.direct(value, grad) for grad in present]))
-            directions.clear()
-            continue
-        try:
-            inputs = treatment.inputs(_accumulable(call.value))
-        except ValueError as error:
-            raise _problem(name, str(error)) from None
-        shaped = [treatment.grads(_present(grad, call)) for grad in directions]
-        directions.clear()
-        parts.append((inputs, shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)))
-        shaped.clear()
     samples: LayerSamples
     try:
-        samples = Direct(sum(direct[1:], direct[0])) if direct else joined(parts, treatment.groups)
+        if name in record.regions:
+            samples = record.regions.pop(name).samples(grads, num_samples)
+        else:
+            samples = _of_calls(record.calls.pop(name), grads, num_samples)
     except ValueError as error:
         raise _problem(name, str(error)) from None
     for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):
             raise _problem(name, f"its {what} has values not finite ({largest})")
     return samples
+
+
+def _of_calls(
+    calls: list[Call], grads: list[list[Tensor | None]], num_samples: int
+) -> LayerSamples:
+    parts: dict[int | None, list[tuple[Inputs, Tensor]]] = {}
+    direct: list[Tensor] = []
+    for call, directions in zip(calls, grads, strict=True):
+        if call.value._version != call.version:
+            raise ValueError(
+                "its input was changed in place after the layer had used it: clone it first"
+            )
+        treatment = call.treatment
+        if call.value.shape[:1] != (num_samples,) or call.output_shape[:1] != (num_samples,):
+            raise ValueError(_unfit(call, num_samples))
+        value = _accumulable(call.value)
+        present = [_present(grad, call) for grad in directions]
+        directions.clear()
+        if treatment.direct is not None:
+            direct.append(torch.stack([treatment.direct(value, grad) for grad in present]))
+            continue
+        inputs = treatment.inputs(value)
+        shaped = [treatment.grads(grad) for grad in present]
+        stacked = shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)
+        parts.setdefault(call.group, []).append((inputs, stacked))
+        present.clear()
+        shaped.clear()
+    if direct:
+        return Direct(sum(direct[1:], direct[0]))
+    return _joined(parts, calls[0].treatment.groups)
+
+
+def _joined(parts: dict[int | None, list[tuple[Inputs, Tensor]]], groups: int) -> LayerSamples:
+    """The samples of a layer, from those of its calls, by the group that the calls are of."""
+    for inputs, grads in [part for each in parts.values() for part in each]:
+        misfit = _misfit(inputs, grads)
+        if misfit:
+            raise ValueError(misfit)
+    if None in parts:
+        if len(parts) > 1:
+            raise ValueError("it is called as self-attention and as cross-attention")
+        return joined(parts[None], groups)
+    return Grouped(tuple(side_by_side(parts[group]) for group in sorted(parts)))  # type: ignore[type-var]
+
+
+def _misfit(inputs: Inputs, grads: Tensor) -> str | None:
+    """What is wrong where a call's output has other positions than its input says."""
+    if inputs.num_positions == grads.shape[2]:
+        return None
+    return (
+        f"its output has {grads.shape[2]} positions where its input makes for "
+        f"{inputs.num_positions}"
+    )
 
 
 def _accumulable(tensor: Tensor) -> Tensor:

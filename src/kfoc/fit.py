@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.capture import (
-    Record,
-    captured,
-    not_by_sample,
-    output_gradients,
-    take_samples,
-    used_elsewhere,
-)
+from kfoc.capture import Record, captured, output_gradients, take_samples, untreatable
 from kfoc.certificate import Probes
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
+from kfoc.graph import Graph
+from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
+from kfoc.per_sample import Regions
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
 
@@ -86,7 +82,7 @@ def fit(
             "pass a list or a DataLoader"
         )
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
-    with _undisturbed(model), captured(selection.modules) as record:
+    with _undisturbed(model), captured(selection) as record:
         while True:
             run.one_pass(data, record, progress)
             if run.done():
@@ -165,6 +161,7 @@ class _Run:
     num_samples: int = 0
     passes: int = 0
     marks: list[tuple[int, float, float]] = field(default_factory=list)
+    regions: Regions = field(default_factory=Regions)
 
     def one_pass(self, data: Iterable[Any], record: Record, progress: bool) -> None:
         index = number = 0
@@ -194,33 +191,48 @@ class _Run:
             inputs, targets = _unpacked(batch)
             record.clear()
             outputs = self._outputs(inputs, number)
+            record.closed = True
             if not outputs.isfinite().all():
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, number)
-            if not number and not self.passes:
-                reasons = used_elsewhere(outputs, record, self.selection.modules)
-                for name, reason in (reasons | not_by_sample(outputs, record)).items():
-                    self.selection.drop(name, reason)
-            for name in record.calls.keys() - self.selection.modules.keys():
-                del record.calls[name]
+            self._look(outputs, record)
             grads = self._gradients(outputs, targets, record, index)
             del outputs  # and with it the graph
-            reached = list(record.calls)
+            reached = [*record.calls, *record.regions]
             for name in reached:
-                calls, treatment = record.calls.pop(name), self.selection.treatments[name]
-                if name in self.settled:
-                    continue
-                samples = take_samples(name, treatment, calls, grads.pop(name), count)
-                del calls
-                self._update(name, samples, index, alone)
-                del samples
+                if name not in self.settled:
+                    self._take(name, record, grads.pop(name), count, index, alone)
             self._silent(self.settled.union(reached), count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
                 raise
             raise ValueError(f"batch {number}: {error}") from error
         return count
+
+    def _look(self, outputs: Tensor, record: Record) -> None:
+        """Find where derivatives are needed; layers found to have no treatment are left out."""
+        graph = Graph(outputs)
+        reasons = untreatable(outputs, graph, record, self.selection, self.states)
+        for name, reason in reasons.items():
+            if name in self.states:
+                raise ValueError(f"layer {name!r}: {reason}")
+            self.selection.drop(name, reason)
+        for name in record.calls.keys() - self.selection.modules.keys():
+            del record.calls[name]
+        record.regions = self.regions.find(outputs, graph, self.selection.loose)
+
+    def _take(
+        self, name: str, record: Record, grads: list[Any], count: int, index: int, alone: bool
+    ) -> None:
+        try:
+            samples = take_samples(name, record, grads, count)
+        except Unsupported as reason:
+            if name in self.states:
+                raise ValueError(f"layer {name!r}: {reason}") from None
+            self.selection.skip(name, str(reason))
+            return
+        self._update(name, samples, index, alone)
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
         generator = torch.default_generator
@@ -273,6 +285,11 @@ class _Run:
                 self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
                 self._update(name, samples.silent(index), 0, False)
+        if type(samples) is not type(self.shapes[name]):
+            raise ValueError(
+                f"layer {name!r}: it is called in another way than in the batches before (as "
+                "self-attention and as cross-attention?)"
+            )
         if self.num_probes and not self.passes:
             self.probes[name].add(samples)
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
@@ -291,10 +308,14 @@ class _Run:
         return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
 
     def finished(self) -> Curvature:
-        for name in self.selection.modules.keys() - self.states.keys():
-            self.selection.drop(name, "its forward was never called")
+        for name in [name for name in self.selection.blocks if name not in self.states]:
+            loose = name in self.selection.loose
+            reason = "no output depends on it" if loose else "its forward was never called"
+            self.selection.skip(name, reason)
+        if not self.states:
+            raise ValueError(f"no layer can be treated: {self.selection.skipped}")
         blocks = {}
-        for name in self.selection.modules:
+        for name in self.selection.blocks:
             block = self.estimator.finish(self.states[name], self.num_samples)
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)

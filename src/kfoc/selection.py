@@ -8,36 +8,105 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from kfoc.layers import Treatment, Unsupported, checked_treatment
+from kfoc.attention import Inlined, inlined, part_name
+from kfoc.layers import Frozen, Treatment, Unsupported, checked_treatment, trained_parameters
 from kfoc.layout import Layout
+
+# Parameters that no treatment covers get per-sample gradients one by one, up to so many in all:
+# a batch of N samples holds N numbers for each of them.
+LOOSE_LIMIT = 2**16
 
 
 @dataclass
 class Selection:
-    """Which layers are treated and how, which are not and why, and which were asked for by name."""
+    """Which layers are treated and how, which are not and why, and which were asked for by name.
 
+    Attributes:
+        candidates: all modules with parameters of their own, by name, in the model's order.
+        modules: those that are treated.
+        treatments: how.
+        inlined: modules that use their parts' parameters by themselves, where a part is treated.
+        loose: block name -> parameters, by full name, that get per-sample gradients one by one.
+        skipped: name -> the reason.
+        named: those that were asked for by name.
+    """
+
+    candidates: dict[str, nn.Module] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     treatments: dict[str, Treatment] = field(default_factory=dict)
+    inlined: dict[str, Inlined] = field(default_factory=dict)
+    loose: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
 
+    @property
+    def blocks(self) -> list[str]:
+        """The names of all blocks, in the model's order."""
+        order = {name: number for number, name in enumerate(self.candidates)}
+        return sorted([*self.modules, *self.loose], key=lambda name: order.get(name, len(order)))
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Name of a treated layer -> its treated parameters by their names in the module."""
+        return {
+            name: {key: module.get_parameter(key) for key in self.treatments[name].parameters}
+            for name, module in self.modules.items()
+        }
+
     def layout(self, name: str) -> Layout:
-        """Where a treated layer's parameters lie in the matrix of its block."""
+        """Where a block's parameters lie in its matrix."""
+        if name in self.loose:
+            parameters = self.loose[name]
+            shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
+            return Layout(tuple(parameters), shapes, "flat")
         treatment, own = self.treatments[name], self.modules[name]
-        prefix = f"{name}." if name else ""
         return Layout(
-            tuple(prefix + parameter for parameter in treatment.parameters),
+            tuple(part_name(name, parameter) for parameter in treatment.parameters),
             tuple(tuple(own.get_parameter(p).shape) for p in treatment.parameters),
             treatment.layout,
             treatment.groups,
         )
 
     def drop(self, name: str, reason: str) -> None:
-        """Leave a layer out after all. Raises ValueError where it was asked for by name."""
+        """Leave a layer without treatment: its parameters become loose where they are few enough.
+
+        Raises:
+            ValueError: they are not, and the layer was asked for by name.
+        """
+        self.modules.pop(name, None)
+        self.treatments.pop(name, None)
+        trained = trained_parameters(self.candidates[name])
+        held = self._held()
+        own = {part_name(name, key): p for key, p in trained.items() if id(p) not in held}
+        if own:
+            self.loosen(name, own, reason)
+        else:
+            others = sorted({held[id(parameter)] for parameter in trained.values()})
+            self.skip(name, f"its parameters are in the block of {', '.join(map(repr, others))}")
+
+    def _held(self) -> dict[int, str]:
+        """Identity of a loose parameter -> its block."""
+        return {id(p): block for block, each in self.loose.items() for p in each.values()}
+
+    def loosen(self, block: str, parameters: dict[str, nn.Parameter], reason: str) -> None:
+        """Give parameters a block of their own, from per-sample gradients one by one."""
+        count = sum(parameter.numel() for parameter in parameters.values())
+        taken = sum(p.numel() for each in self.loose.values() for p in each.values())
+        if taken + count <= LOOSE_LIMIT:
+            self.loose[block] = parameters
+            return
+        self.skip(
+            block,
+            f"{reason} (and its {count} parameters are too many for per-sample gradients one by "
+            f"one: at most {LOOSE_LIMIT} in all)",
+        )
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave a layer out. Raises ValueError where it was asked for by name."""
         if name in self.named:
             raise ValueError(f"layer {name!r} cannot be treated: {reason}")
         self.modules.pop(name, None)
         self.treatments.pop(name, None)
+        self.loose.pop(name, None)
         self.skipped[name] = reason
 
 
@@ -49,7 +118,7 @@ def select(model: nn.Module, layers: str | Iterable[str] | None) -> Selection:
         if next(module.parameters(recurse=False), None) is not None
     }
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    selection = Selection(named={p for p in patterns or () if p in candidates})
+    selection = Selection(candidates, named={p for p in patterns or () if p in candidates})
     for pattern in patterns or ():
         if not fnmatch.filter(candidates, pattern):
             raise ValueError(
@@ -61,12 +130,25 @@ def select(model: nn.Module, layers: str | Iterable[str] | None) -> Selection:
         if patterns is not None and not any(fnmatch.fnmatchcase(name, p) for p in patterns):
             continue
         try:
-            selection.treatments[name] = _treatment(name, module, owners)
-            selection.modules[name] = module
+            found = _treatment(name, module, owners)
+        except Frozen as reason:
+            selection.skip(name, str(reason))
         except Unsupported as reason:
             selection.drop(name, str(reason))
-    if not selection.modules:
+        else:
+            selection.treatments[name], selection.modules[name] = found, module
+            for key, parameter in trained_parameters(module).items():
+                if key not in found.parameters:
+                    full = part_name(name, key)
+                    selection.loosen(full, {full: parameter}, f"not covered by that of {name!r}")
+    if not selection.blocks:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
+    for name, module in model.named_modules():
+        whole = inlined(module)
+        if whole is None:
+            continue
+        if any(part_name(name, part) in selection.modules for part in whole.parts):
+            selection.inlined[name] = whole
     return selection
 
 
@@ -80,7 +162,7 @@ def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
 
 
 def _treatment(name: str, module: nn.Module, owners: dict[int, list[str]]) -> Treatment:
-    for parameter in module.parameters(recurse=False):
+    for parameter in trained_parameters(module).values():
         others = [other for other in owners[id(parameter)] if other != name]
         if others:
             raise Unsupported(f"it shares a parameter with {', '.join(map(repr, others))}")
