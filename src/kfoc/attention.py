@@ -123,7 +123,10 @@ def _heads(x: Tensor, count: int) -> Tensor:
 
 
 def _mask(attn: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """What is added to the scores, (N or 1, heads or 1, L, S); `attn` comes as (L, S) or by head."""
+    """What is added to the scores, (N or 1, heads or 1, L, S).
+
+    `attn` comes as (L, S) or (N * heads, L, S).
+    """
     mask = None
     if attn is not None:
         attn = _additive(attn, q)

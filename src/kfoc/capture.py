@@ -214,7 +214,7 @@ def untreatable(
             reasons[name] = unfit
     reasons |= not_by_sample(outputs, new)
     called = {name: len(calls) for name, calls in record.calls.items()}
-    return reasons | used_elsewhere(graph, called, selection.parameters())
+    return used_elsewhere(graph, called, selection.parameters()) | reasons
 
 
 # Operations in the graph that torch.autograd.grad does not get past.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,17 +128,32 @@ def _check_independent(model: nn.Module) -> None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients on, and afterwards the random state and the model's buffers as they were."""
+    """Gradients on and compilation off; afterwards all is as it was, random state and buffers too.
+
+    A compiled region is one function, whose layers nobody can watch.
+    """
     buffers = [b for m in model.modules() if m.training for b in m.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.random.fork_rng(gpus),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _uncompiled(),
+    ):
         try:
             yield
         finally:
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """torch.compile out of force, where anything may have been compiled and torch can do that."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @dataclass

@@ -71,7 +71,7 @@ class Layout:
                     f"the tensor for the parameter {name!r} must end in its shape {shape}, found "
                     f"{tuple(tensor.shape)}"
                 )
-            parts.append(tensor.reshape(*tensor.shape[: tensor.ndim - len(shape)], *shape))
+            parts.append(tensor.reshape((*tensor.shape[: tensor.ndim - len(shape)], *shape)))
         leading = {p.shape[: p.ndim - len(s)] for p, s in zip(parts, self.shapes, strict=True)}
         if len(leading) > 1:
             raise ValueError(
@@ -98,13 +98,13 @@ class Layout:
             )
         if self.kind == "stacked":
             return {
-                name: matrix[..., column].reshape(*lead, *shape)
+                name: matrix[..., column].reshape((*lead, *shape))
                 for column, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True))
             }
         if self.kind == "flat":
             parts = matrix[..., 0].split([math.prod(shape) for shape in self.shapes], -1)
             return {
-                name: part.reshape(*lead, *shape)
+                name: part.reshape((*lead, *shape))
                 for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
             }
         bias = len(self.names) > 1

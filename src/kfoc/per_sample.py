@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,10 +24,10 @@ from kfoc.graph import Graph, Node
 from kfoc.layers import Unsupported
 from kfoc.samples import Direct
 
-Parameters = dict[str, Tensor]
-# What a cut is recognised by from batch to batch: its operations from the parameters, its name,
-# and its shape behind the samples.
-Signature = tuple[int, str, tuple[tuple[int, ...], ...]]
+Parameters = Mapping[str, Tensor]
+# What a cut is recognised by from batch to batch: the way up to it from a parameter (which of the
+# users of each operation), its name, and its results' shapes.
+Signature = tuple[tuple[int, ...], str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,11 @@ class Region:
             False where the cut is anything else, and nothing was added.
         """
         below = [(k, leaf) for k, (leaf, _) in enumerate(node.next_functions) if leaf in found]
-        factors = [_factor(node, argument) for argument, _ in below]
+        factors = [f for f in (_factor(node, k) for k, _ in below) if f is not None]
         shapes = [(1,) * (grad.ndim - len(s)) + s for s in (_shape(leaf, 0) for _, leaf in below)]
         if (
             not below
-            or any(factor is None for factor in factors)
+            or len(factors) < len(below)
             or any(shape[0] != 1 for shape in shapes)  # it has an entry per sample
             or any(leaf in self.inner for leaf, _ in node.next_functions)
         ):
@@ -154,26 +155,27 @@ class Region:
             if arrived is None:
                 continue
             derivatives = _applied(node, arrived)
-            for (below, result), grad in zip(node.next_functions, derivatives, strict=True):
-                if grad is None or below is None:
+            for (below, result), derivative in zip(node.next_functions, derivatives, strict=True):
+                if derivative is None or (below not in found and below not in self.inner):
                     continue
+                # Broadcasting is undone by the engine, not by the operations themselves.
+                summed = derivative.sum_to_size(_shape(below, result))
                 if below in found:
-                    found[below][n] += grad.sum_to_size(_shape(below, 0)).flatten()
-                elif below in self.inner:
-                    # Broadcasting is undone by the engine, not by the operations themselves.
-                    grad = grad.sum_to_size(_shape(below, result))
+                    found[below][n] += summed.flatten()
+                else:
                     slots = pending.setdefault(below, {})
-                    slots[result] = slots[result] + grad if result in slots else grad
+                    slots[result] = slots[result] + summed if result in slots else summed
 
 
 def _applied(node: Node, grads: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     """The derivatives by what an operation took, from those by its results."""
-    given = [grads.get(result) for result in range(len(node._input_metadata))]
-    if not callable(node):  # a custom autograd.Function, which gets zeros for what is missing
-        zeros = (torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata)
-        given = [z if g is None else g for g, z in zip(given, zeros, strict=True)]
-    result = node(*given) if callable(node) else node.apply(*given)
-    return result if isinstance(result, tuple) else (result,)
+    metadata = node._input_metadata
+    if callable(node):
+        found = node(*(grads.get(result) for result in range(len(metadata))))
+    else:  # of a custom autograd.Function, which gets zeros for what is missing
+        zeros = (torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in metadata)
+        found = node.apply(*(grads.get(result, zero) for result, zero in enumerate(zeros)))
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _shape(node: Node, result: int) -> tuple[int, ...]:
@@ -216,7 +218,7 @@ class Regions:
     verified: set[tuple[str, Signature]] = field(default_factory=set)
 
     def find(
-        self, outputs: Tensor, graph: Graph, loose: dict[str, Parameters]
+        self, outputs: Tensor, graph: Graph, loose: Mapping[str, Parameters]
     ) -> dict[str, Region]:
         """Block name -> its region; none for parameters that take no part in the outputs.
 
@@ -278,10 +280,12 @@ def _walked(
     """Up from the leaves to the first results that have `count` rows: cuts, and what is below."""
     cuts, inner = [], set()
     seen = set(leaves)
-    waiting = deque((leaf, 1) for leaf in seen)
+    waiting: deque[tuple[Node, tuple[int, ...]]] = deque(
+        (leaf, (number,)) for number, leaf in enumerate(leaves)
+    )
     while waiting:
-        node, depth = waiting.popleft()
-        for user, _, _ in graph.users[node]:
+        node, way = waiting.popleft()
+        for number, (user, _, _) in enumerate(graph.users[node]):
             if user in seen:
                 continue
             seen.add(user)
@@ -291,11 +295,11 @@ def _walked(
             shapes = tuple(_shape(user, result) for result in sorted(results))
             by_sample = user not in rejected and all(s[:1] == (count,) for s in shapes)
             if by_sample or user is graph.root[0]:
-                behind = tuple(shape[1:] for shape in shapes)
-                cuts.append(Cut(user, tuple(sorted(results)), (depth, user.name(), behind)))
+                signature = (*way, number), user.name(), shapes
+                cuts.append(Cut(user, tuple(sorted(results)), signature))
             else:
                 inner.add(user)
-                waiting.append((user, depth + 1))
+                waiting.append((user, (*way, number)))
     return cuts, inner
 
 
