@@ -226,39 +226,49 @@ class Regions:
             outputs: (N, ...), samples first.
             loose: block name -> parameters by name.
         """
-        found = {}
-        for name, parameters in loose.items():
-            leaves = tuple(graph.leaf(parameter) for parameter in parameters.values())
-            present = [leaf for leaf in leaves if leaf is not None]
-            if not present:
-                continue
-            rejected: set[Node] = set()
-            while True:
-                cuts, inner = _walked(graph, present, len(outputs), rejected)
-                wrong = self._unverified(name, outputs, graph, cuts)
-                if not wrong:
-                    break
-                rejected |= wrong
-            order = _ordered([cut.node for cut in cuts], inner)
-            found[name] = Region(parameters, tuple(cuts), order, frozenset(inner), leaves)
-        return found
+        leaves = {
+            name: tuple(graph.leaf(parameter) for parameter in parameters.values())
+            for name, parameters in loose.items()
+        }
+        rejected: set[Node] = set()
+        while True:
+            walks = {
+                name: _walked(graph, present, len(outputs), rejected)
+                for name, each in leaves.items()
+                if (present := [leaf for leaf in each if leaf is not None])
+            }
+            wrong = self._wrong(outputs, graph, {name: cuts for name, (cuts, _) in walks.items()})
+            if not wrong:
+                break
+            rejected |= wrong
+        return {
+            name: Region(
+                loose[name],
+                tuple(cuts),
+                _ordered([cut.node for cut in cuts], inner),
+                frozenset(inner),
+                leaves[name],
+            )
+            for name, (cuts, inner) in walks.items()
+        }
 
-    def _unverified(self, name: str, outputs: Tensor, graph: Graph, cuts: list[Cut]) -> set[Node]:
-        """Which of the cuts have the size of the batch in front, but not the samples.
+    def _wrong(self, outputs: Tensor, graph: Graph, cuts: dict[str, list[Cut]]) -> set[Node]:
+        """Which of the cuts not seen before have the size of the batch in front, but no samples.
 
         Half of the samples' outputs must leave the other half's rows without any derivative.
         """
-        new = [
-            cut
-            for cut in cuts
+        new = {
+            (name, cut.signature): cut
+            for name, each in cuts.items()
+            for cut in each
             if (name, cut.signature) not in self.verified and cut.node is not graph.root[0]
-        ]
+        }
         count = len(outputs)
         if count < 2 or not new:
             return set()
         wrong = set()
         first, second = slice(0, count // 2), slice(count // 2, count)
-        edges = [(cut.node, edge) for cut in new for edge in cut.edges]
+        edges = [(cut.node, edge) for cut in new.values() for edge in cut.edges]
         for half, other in ((first, second), (second, first)):
             cotangent = torch.zeros_like(outputs)
             # Different weights for different outputs: equal ones cancel in a softmax.
@@ -270,7 +280,7 @@ class Regions:
             for (node, _), grad in zip(edges, grads, strict=True):
                 if grad is not None and grad[other].any():
                     wrong.add(node)
-        self.verified |= {(name, cut.signature) for cut in new if cut.node not in wrong}
+        self.verified |= {key for key, cut in new.items() if cut.node not in wrong}
         return wrong
 
 
