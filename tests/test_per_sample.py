@@ -133,6 +133,13 @@ def tied(bias: bool) -> nn.Module:
     return model
 
 
+def tied_convolutions() -> nn.Module:
+    """The same parameters in two layers with different strides."""
+    first, second = nn.Conv1d(2, 2, 2), nn.Conv1d(2, 2, 2, stride=2)
+    second.weight, second.bias = first.weight, first.bias
+    return nn.Sequential(first, nn.Tanh(), second, nn.Flatten(), nn.Linear(4, 2))
+
+
 class Outside(nn.Sequential):
     """Uses a layer's weight once more, behind its back."""
 
@@ -211,7 +218,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str], set[s
     ),
     "rnn": (lambda: Recurrent(nn.RNN(4, 4)), (3, 4), {"layer"}, set()),
     "cell": (Cell, (3, 4), {"cell"}, set()),
-    "tied": (lambda: tied(False), (4,), {"0"}, set()),
+    "tied": (lambda: tied(False), (4,), set(), set()),
+    "tied convolutions": (tied_convolutions, (2, 6), set(), set()),
     "tied, own biases": (lambda: tied(True), (4,), {"0", "2"}, set()),
     "used outside": (Outside, (4,), {"0"}, set()),
     "sequence first": (SequenceFirst, (4, 4), {"0"}, set()),
@@ -250,6 +258,17 @@ def test_exact_sample_by_sample(case: str) -> None:
     build, shape, flat, skipped = CASES[case]
     found = check_every_block(build(), torch.randn(5, *shape), skipped=frozenset(skipped))
     assert {name for name in found if found.layouts[name].kind == "flat"} == flat
+
+
+def test_layers_with_the_same_parameters_are_one() -> None:
+    model, x = tied_convolutions(), torch.randn(5, 2, 6)
+    found = check_every_block(model, x)
+    assert found.layers == ("0", "4")
+    assert found.skipped == {"2": "its parameters are in the block of '0'"}
+    both = kfoc.fit(model, [(x, None)], "gaussian", layers=["2", "0"])
+    assert both.layers == ("0",)
+    alone = kfoc.fit(model, [(x, None)], "gaussian", layers=["2"])
+    torch.testing.assert_close(alone["2"].to_dense(), both["0"].to_dense())
 
 
 def test_exact_fisher_of_a_classifier_with_several_directions() -> None:

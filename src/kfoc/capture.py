@@ -105,9 +105,12 @@ def captured(selection: Selection) -> Iterator[Record]:
     try:
         for name, module in selection.modules.items():
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
-            if name not in selection.inlined:
-                hook = _recorder(record, name, selection.treatments[name])
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if name in selection.inlined:
+                continue
+            own = module, selection.treatments[name]
+            for watched, treatment in [own, *selection.twins.get(name, [])]:
+                hook = _recorder(record, name, treatment)
+                handles.append(watched.register_forward_hook(hook, with_kwargs=True))
         for name, whole in selection.inlined.items():
             hook = _replayer(record, selection, name, whole)
             handles.append(whole.module.register_forward_hook(hook, with_kwargs=True))

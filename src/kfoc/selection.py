@@ -26,6 +26,7 @@ class Selection:
         modules: those that are treated.
         treatments: how.
         inlined: modules that use their parts' parameters by themselves, where a part is treated.
+        twins: treated layer -> the other modules that hold the very same parameters, and theirs.
         loose: block name -> parameters, by full name, that get per-sample gradients one by one.
         skipped: name -> the reason.
         named: those that were asked for by name.
@@ -35,6 +36,7 @@ class Selection:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     treatments: dict[str, Treatment] = field(default_factory=dict)
     inlined: dict[str, Inlined] = field(default_factory=dict)
+    twins: dict[str, list[tuple[nn.Module, Treatment]]] = field(default_factory=dict)
     loose: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
@@ -80,8 +82,12 @@ class Selection:
         if own:
             self.loosen(name, own, reason)
         else:
-            others = sorted({held[id(parameter)] for parameter in trained.values()})
-            self.skip(name, f"its parameters are in the block of {', '.join(map(repr, others))}")
+            self.cover(name, {held[id(parameter)] for parameter in trained.values()})
+
+    def cover(self, name: str, blocks: Iterable[str]) -> None:
+        """A layer without a block of its own, all of whose parameters are in other blocks."""
+        where = ", ".join(map(repr, sorted(blocks)))
+        self.skipped[name] = f"its parameters are in the block of {where}"
 
     def _held(self) -> dict[int, str]:
         """Identity of a loose parameter -> its block."""
@@ -127,20 +133,8 @@ def select(model: nn.Module, layers: str | Iterable[str] | None) -> Selection:
             )
     owners = _owners(candidates)
     for name, module in candidates.items():
-        if patterns is not None and not any(fnmatch.fnmatchcase(name, p) for p in patterns):
-            continue
-        try:
-            found = _treatment(name, module, owners)
-        except Frozen as reason:
-            selection.skip(name, str(reason))
-        except Unsupported as reason:
-            selection.drop(name, str(reason))
-        else:
-            selection.treatments[name], selection.modules[name] = found, module
-            for key, parameter in trained_parameters(module).items():
-                if key not in found.parameters:
-                    full = part_name(name, key)
-                    selection.loosen(full, {full: parameter}, f"not covered by that of {name!r}")
+        if patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns):
+            _add(selection, name, module, owners)
     if not selection.blocks:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
     for name, module in model.named_modules():
@@ -161,9 +155,51 @@ def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def _treatment(name: str, module: nn.Module, owners: dict[int, list[str]]) -> Treatment:
-    for parameter in trained_parameters(module).values():
-        others = [other for other in owners[id(parameter)] if other != name]
-        if others:
-            raise Unsupported(f"it shares a parameter with {', '.join(map(repr, others))}")
-    return checked_treatment(module)
+def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, list[str]]) -> None:
+    """Give a module a treatment, or its parameters another place."""
+    trained = trained_parameters(module)
+    others = {other for p in trained.values() for other in owners[id(p)] if other != name}
+    covering = others & selection.twins.keys()
+    try:
+        found = checked_treatment(module)
+        twins = [
+            _twin(other, selection.candidates[other], module, found) for other in sorted(others)
+        ]
+    except Frozen as reason:
+        selection.skip(name, str(reason))
+    except Unsupported as reason:
+        selection.drop(name, str(reason))
+    else:
+        if covering:
+            selection.cover(name, covering)
+            return
+        selection.treatments[name], selection.modules[name] = found, module
+        if twins:
+            selection.twins[name] = twins
+        for key, parameter in trained.items():
+            if key not in found.parameters:
+                full = part_name(name, key)
+                selection.loosen(full, {full: parameter}, f"not covered by that of {name!r}")
+
+
+def _twin(
+    name: str, other: nn.Module, module: nn.Module, treatment: Treatment
+) -> tuple[nn.Module, Treatment]:
+    """A module that shares all parameters with another, as the same matrix: with its treatment.
+
+    Their calls are then those of one layer, each by the treatment of the module that was called.
+
+    Raises:
+        Unsupported: they share some parameters only, or are of different kinds.
+    """
+    own, theirs = trained_parameters(module), trained_parameters(other)
+    same = own.keys() == theirs.keys() and all(own[key] is theirs[key] for key in own)
+    if same and type(other) is type(module) and inlined(module) is None:
+        found = checked_treatment(other)
+        if (found.parameters, found.layout, found.groups) == (
+            treatment.parameters,
+            treatment.layout,
+            treatment.groups,
+        ):
+            return other, found
+    raise Unsupported(f"it shares a parameter with {name!r}")
