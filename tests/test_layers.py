@@ -137,6 +137,41 @@ def test_grouped_convolutions(
     torch.testing.assert_close(block.matvec(vectors).flatten(1), product)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("aggregation", ["online", "exact", "running"])
+def test_depthwise_convolutions_called_twice_and_not_always(aggregation: str, bias: bool) -> None:
+    """All groups at once: several calls, batches that do not reach the layer, tiny gradients."""
+
+    class Tiny(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer, self.offset = layer, nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.layer(torch.tanh(self.layer(x))).flatten(1)[:, ::4]  # of all channels
+            return 1e-12 * out + self.offset
+
+    class Sometimes(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if len(x) == 2 else x.flatten(1)[:, ::4] + self.offset
+
+    layer = nn.Conv1d(3, 3, 3, padding=1, groups=3, bias=bias)
+    model, x = Sometimes(layer), torch.randn(6, 3, 5)
+    cotangents = oracle.gaussian_exact(model(x[3:5]).detach())
+    expected = oracle.fisher_block(Tiny(layer), "layer", x[3:5], cotangents) * (2 / 6)
+    assert all(expected[g * (3 + bias)].any() for g in range(3))
+    data = [(part, None) for part in x.split([3, 2, 1])]
+    estimator = kfoc.KFOC(aggregation, rtol=0, buffer=0)
+    options: dict = {"fisher": "exact", "estimator": estimator}
+    block = kfoc.fit(model, data, "gaussian", **options)["layer"]
+    i = 3 + bias
+    diagonal = torch.block_diag(*[expected[g * i :, g * i :][:i, :i] for g in range(3)])
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(block.to_dense(), diagonal, rtol=1e-8, atol=1e-10 * scale)
+    for one in block.blocks:
+        oracle.assert_psd_and_symmetric(one.right)
+
+
 NORMALISATIONS = {
     "layer": (lambda: nn.LayerNorm(4), (6, 4)),
     "layer, positions": (lambda: nn.LayerNorm(4), (6, 3, 4)),

@@ -14,9 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfoc.attention import Inlined, part_name
 from kfoc.graph import Graph, used_elsewhere
-from kfoc.layers import Treatment, Unsupported, first_argument, joined, side_by_side
+from kfoc.layers import Treatment, Unsupported, first_argument, joined
 from kfoc.per_sample import Region
-from kfoc.samples import Direct, Grouped, Inputs, LayerSamples, magnitude
+from kfoc.samples import Direct, Grouped, Inputs, LayerSamples, Samples, magnitude
 from kfoc.selection import Selection
 
 
@@ -384,7 +384,7 @@ def _joined(parts: dict[int | None, list[tuple[Inputs, Tensor]]], groups: int) -
         if len(parts) > 1:
             raise ValueError("it is called as self-attention and as cross-attention")
         return joined(parts[None], groups)
-    return Grouped(tuple(side_by_side(parts[group]) for group in sorted(parts)))  # type: ignore[type-var]
+    return Grouped(tuple(Samples.side_by_side(parts[group]) for group in sorted(parts)))  # type: ignore[type-var]
 
 
 def _misfit(inputs: Inputs, grads: Tensor) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kfoc.samples import Grouped, Inputs, LayerSamples, Patches, Rows, Samples
+from kfoc.samples import Depthwise, Grouped, Inputs, LayerSamples, Patches, Rows, Samples
 
 
 class Unsupported(Exception):  # noqa: N818  (a reason, not a failure)
@@ -296,17 +296,13 @@ def joined(parts: list[tuple[Inputs, Tensor]], groups: int = 1) -> LayerSamples:
         groups: how many groups the channels fall into.
     """
     if groups == 1:
-        return side_by_side(parts)
+        return Samples.side_by_side(parts)
+    calls = tuple((inputs, grads) for inputs, grads in parts if isinstance(inputs, Patches))
+    if len(calls) == len(parts) and all(grads.shape[3] == groups for _, grads in calls):
+        return Depthwise(calls)
     split = [
         zip(inputs.split(groups), grads.chunk(groups, 3), strict=True)  # type: ignore[attr-defined]
         for inputs, grads in parts
     ]
-    return Grouped(tuple(side_by_side(list(group)) for group in zip(*split, strict=True)))
-
-
-def side_by_side(parts: Sequence[tuple[Inputs, Tensor]]) -> Samples:
-    """As `joined`, without groups."""
-    if len(parts) == 1:
-        return Samples(*parts[0])
-    rows = [part.rows(0, part.num_samples) for part, _ in parts]
-    return Samples(Rows(torch.cat(rows, 1)), torch.cat([grads for _, grads in parts], 2))
+    each = zip(*split, strict=True)
+    return Grouped(tuple(Samples.side_by_side(list(group)) for group in each))
