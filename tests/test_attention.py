@@ -166,8 +166,10 @@ def test_frozen_projections() -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     attention.in_proj_weight.requires_grad_(False)
     x, y = torch.randn(5, 3, 4), torch.randn(5, 2, 4)
-    found = check_every_block(Attending(attention, "self"), x, y)
-    assert found.parameters["attention"] == ("attention.in_proj_bias",)
+    for how in ("self", "cross"):
+        found = check_every_block(Attending(attention, how), x, y)
+        assert found.parameters["attention"] == ("attention.in_proj_bias",)
+        assert found["attention"].shape == (12, 1)
     attention.in_proj_bias.requires_grad_(False)
     found = check_every_block(Attending(attention, "self"), x, y)
     assert "frozen" in found.skipped["attention"]

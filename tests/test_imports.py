@@ -24,12 +24,14 @@ ALLOWED = {
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
     "selection": {"attention", "layers", "layout"},
-    "capture": {"attention", "graph", "layers", "per_sample", "samples", "selection"},
+    "record": {"layers", "per_sample", "samples"},
+    "checks": {"graph", "record", "samples", "selection"},
+    "capture": {"attention", "checks", "layers", "record", "samples", "selection"},
     "curvature": {"blocks", "layout"},
     "estimators": {"kronecker", "samples", "plans", "planner", "products", "blocks", "estimators"},
     "fit": {
-        "capture", "certificate", "curvature", "estimators", "graph", "layers", "likelihoods",
-        "per_sample", "samples", "selection",
+        "capture", "certificate", "checks", "curvature", "estimators", "graph", "layers",
+        "likelihoods", "per_sample", "record", "samples", "selection",
     },
 }  # fmt: skip
 

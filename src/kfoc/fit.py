@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.capture import Record, captured, output_gradients, take_samples, untreatable
+from kfoc.capture import captured, output_gradients, take_samples
 from kfoc.certificate import Probes
+from kfoc.checks import untreatable
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
 from kfoc.per_sample import Regions
+from kfoc.record import Record
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
 
@@ -213,8 +215,9 @@ class _Run:
             self._check_same(outputs, number)
             self._look(outputs, record)
             grads = self._gradients(outputs, targets, record, index)
-            del outputs  # and with it the graph
-            reached = [*record.calls, *record.regions]
+            del outputs  # and with it the graph, but for what regions need of it
+            # Regions first: the graph lives no longer than they do.
+            reached = [*record.regions, *record.calls]
             for name in reached:
                 if name not in self.settled:
                     self._take(name, record, grads.pop(name), count, index, alone)
@@ -235,7 +238,8 @@ class _Run:
             self.selection.drop(name, reason)
         for name in record.calls.keys() - self.selection.modules.keys():
             del record.calls[name]
-        record.regions = self.regions.find(outputs, graph, self.selection.loose)
+        wanted = {k: v for k, v in self.selection.loose.items() if k not in self.settled}
+        record.regions = self.regions.find(outputs, graph, wanted)
 
     def _take(
         self, name: str, record: Record, grads: list[Any], count: int, index: int, alone: bool
