@@ -33,6 +33,10 @@ class Attending(nn.Module):
         elif self.how == "causal":
             mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype)
             options |= {"attn_mask": mask, "is_causal": True}
+        elif self.how == "masks":
+            batch_first = x if self.attention.batch_first else x.transpose(0, 1)
+            options["key_padding_mask"] = batch_first[..., 1] > batch_first[..., 0].amax(1, True)
+            options["attn_mask"] = torch.eye(3, dtype=torch.bool).roll(1, 0)
         elif self.how == "weights":
             options = {"attn_mask": torch.eye(3, dtype=torch.bool).roll(1, 0)}
         elif self.how == "by head":
@@ -44,7 +48,7 @@ class Attending(nn.Module):
         return torch.tanh(z).sum(1)[:, :3]
 
 
-@pytest.mark.parametrize("how", ["self", "cross", "three", "causal", "weights", "by head"])
+@pytest.mark.parametrize("how", ["self", "cross", "three", "causal", "masks", "weights", "by head"])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention(how: str, batch_first: bool) -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, bias=how != "three")

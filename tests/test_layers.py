@@ -156,11 +156,13 @@ def test_depthwise_convolutions_called_twice_and_not_always(aggregation: str, bi
             return super().forward(x) if len(x) == 2 else x.flatten(1)[:, ::4] + self.offset
 
     layer = nn.Conv1d(3, 3, 3, padding=1, groups=3, bias=bias)
-    model, x = Sometimes(layer), torch.randn(6, 3, 5)
-    cotangents = oracle.gaussian_exact(model(x[3:5]).detach())
-    expected = oracle.fisher_block(Tiny(layer), "layer", x[3:5], cotangents) * (2 / 6)
+    model, x = Sometimes(layer), torch.randn(8, 3, 5)
+    x[6:] *= 1e4  # the batches are summed at scales of their own
+    reached = x[[3, 4, 6, 7]]
+    cotangents = oracle.gaussian_exact(Tiny(layer)(reached).detach())
+    expected = oracle.fisher_block(Tiny(layer), "layer", reached, cotangents) * (4 / 8)
     assert all(expected[g * (3 + bias)].any() for g in range(3))
-    data = [(part, None) for part in x.split([3, 2, 1])]
+    data = [(part, None) for part in x.split([3, 2, 1, 2])]
     estimator = kfoc.KFOC(aggregation, rtol=0, buffer=0)
     options: dict = {"fisher": "exact", "estimator": estimator}
     block = kfoc.fit(model, data, "gaussian", **options)["layer"]
