@@ -294,6 +294,17 @@ def test_too_many_parameters_are_skipped_or_refused_by_name(
         kfoc.fit(model, data, "gaussian", layers=["", "head"])
 
 
+def test_too_many_directions_are_skipped_at_first_and_an_error_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kfoc.per_sample.NUMBERS_LIMIT", 3 * 3 * 25)
+    model, x = Vision(), torch.randn(7, 3, 3)
+    found = kfoc.fit(model, [(x[:4], None), (x[4:], None)], fisher="exact")
+    assert "3 per-sample gradients for each of 4 samples" in found.skipped[""]
+    with pytest.raises(ValueError, match="batch 1: layer '': its 25 parameters have 3"):
+        kfoc.fit(model, [(x[:3], None), (x[3:], None)], fisher="exact")
+
+
 def test_a_treatment_of_a_part_leaves_the_rest() -> None:
     class Scaled(nn.Linear):
         def __init__(self) -> None:
@@ -358,3 +369,35 @@ def test_a_layer_first_reached_later() -> None:
     found = kfoc.fit(model, [(x[:2], None), (x[2:], None)], "gaussian", **options)
     alone = kfoc.fit(model, [(x[2:], None)], "gaussian", **options)
     torch.testing.assert_close(found["act"].to_dense(), alone["act"].to_dense() * 3 / 5)
+
+
+@pytest.mark.parametrize("how", ["half", "autocast"])
+def test_half_precision_is_accumulated_in_single(how: str) -> None:
+    model, x = Vision().float(), torch.randn(5, 3, 3, dtype=torch.float32)
+    options: dict = {"fisher": "exact", "estimator": kfoc.BlockDiagonal()}
+    expected = kfoc.fit(model, [(x, None)], "gaussian", **options)[""].to_dense()
+    if how == "half":
+        model, x = model.bfloat16(), x.bfloat16()
+    else:
+
+        def predict(model: nn.Module, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(x)
+
+        options["predict"] = predict
+    found = kfoc.fit(model, [(x, None)], "gaussian", **options)[""].to_dense()
+    assert found.dtype == torch.float32
+    assert oracle.relative_error(expected, found) < 0.05
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    class Infinite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.p * x).abs().sqrt()
+
+    with pytest.raises(ValueError, match="layer '': its output gradient has values not finite"):
+        kfoc.fit(Infinite(), [(torch.randn(5, 4), None)], "gaussian")

@@ -49,8 +49,14 @@ def fit(
     was; so does the global random state. Dropout in train mode draws masks that depend on `seed`
     and the batch's number alone.
 
+    Parameters that no layer's treatment covers (class tokens, scales, recurrent layers, layers that
+    do not run over the samples or are used in other ways) get a block by module, from per-sample
+    gradients one by one: exact, up to 65,536 parameters in all, and a dense or diagonal block. That
+    costs up to one backward pass per sample and direction, from where they meet the samples down to
+    them, and two of the model in the first batch. What has no block is in `Curvature.skipped`.
+
     Args:
-        model: any module whose layers run over the samples in their first dimension.
+        model: any module whose outputs have the samples first, each dependent on its own inputs.
         data: batches `(inputs, targets)`. Inputs are a tensor, or a tuple, list or dict that the
             model is called with, or whatever `predict` takes; tensors are moved to the model's
             device. Targets may be None for `fisher="mc"` and `"exact"`.
@@ -60,7 +66,8 @@ def fit(
         fisher: "mc" (labels drawn from the model), "exact" (expectation over the model's labels)
             or "empirical" (the observed labels).
         mc_samples: draws per sample, for "mc".
-        layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be.
+        layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
+            that is named and cannot be treated is an error.
         predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
         probes: how many Gaussian probes certify each block (`relative_error`, with its standard
             error); they take `2 * probes` weights' memory per layer. 16 is plenty.

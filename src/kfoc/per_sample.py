@@ -24,6 +24,9 @@ from kfoc.graph import Graph, Node
 from kfoc.layers import Unsupported
 from kfoc.samples import Direct
 
+# A block's per-sample gradients of one batch hold at most so many numbers (1 GiB in float32).
+NUMBERS_LIMIT = 2**28
+
 Parameters = Mapping[str, Tensor]
 # What a cut is recognised by from batch to batch: the way up to it from a parameter (which of the
 # users of each operation), its name, and its results' shapes.
@@ -74,9 +77,15 @@ class Region:
             grads: derivatives at `edges`: per edge, per direction; consumed.
 
         Raises:
-            Unsupported: they do not add up to the gradient of the batch.
-            ValueError: values that are not finite.
+            Unsupported: they are too many, or do not add up to the gradient of the batch.
         """
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        if len(grads[0]) * num_samples * size > NUMBERS_LIMIT:
+            raise Unsupported(
+                f"its {size} parameters have {len(grads[0])} per-sample gradients for each of "
+                f"{num_samples} samples, of {NUMBERS_LIMIT} numbers at most: use smaller batches, "
+                'or fisher="mc"'
+            )
         rows = []
         for direction in range(len(grads[0])):
             each = [per_edge[direction] for per_edge in grads]
