@@ -390,6 +390,34 @@ def test_half_precision_is_accumulated_in_single(how: str) -> None:
     assert oracle.relative_error(expected, found) < 0.05
 
 
+def test_uses_are_counted_under_autocast() -> None:
+    """It casts a weight once for all uses."""
+
+    class Twofold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(torch.tanh(self.layer(x))))
+
+    def predict(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    options: dict = {"fisher": "exact", "estimator": kfoc.BlockDiagonal(), "predict": predict}
+    for model, layer, kind in ((Outside(), "0", "flat"), (Twofold(), "layer", "rows")):
+        x = torch.randn(5, 4, dtype=torch.float32)
+        model.float()
+        found = kfoc.fit(model, [(x, None)], "gaussian", **options)
+        assert found.layouts[layer].kind == kind
+        names = found.parameters[layer]
+        cotangents = oracle.gaussian_exact(model(x)).float()
+        gradients = oracle.gradients_alone(model, names, (x,), cotangents)
+        expected = oracle.fisher_of(gradients, kind)
+        assert oracle.relative_error(expected, found[layer].to_dense()) < 0.05
+
+
 def test_gradients_that_are_not_finite_are_named() -> None:
     class Infinite(nn.Module):
         def __init__(self) -> None:

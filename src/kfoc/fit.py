@@ -342,7 +342,8 @@ class _Run:
             raise ValueError(f"no layer can be treated: {self.selection.skipped}")
         blocks = {}
         for name in self.selection.blocks:
-            block = self.estimator.finish(self.states[name], self.num_samples)
+            # A layer at a time: states and blocks together would take the memory twice.
+            block = self.estimator.finish(self.states.pop(name), self.num_samples)
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block

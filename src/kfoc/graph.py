@@ -42,9 +42,15 @@ class Graph:
         return self._leaves.get(id(parameter))
 
     def uses(self, parameter: Tensor) -> int:
-        """How many operations took the parameter itself as an argument."""
+        """How many operations took the parameter as an argument.
+
+        Under autocast it is cast once for all of them: uses of the cast are uses of it.
+        """
         leaf = self.leaf(parameter)
-        return 0 if leaf is None else len(self.users[leaf])
+        users = [] if leaf is None else [user for user, _, _ in self.users[leaf]]
+        return sum(
+            len(self.users[user]) if user.name() == "ToCopyBackward0" else 1 for user in users
+        )
 
     def names(self) -> Iterator[str]:
         """The names of all operations."""
