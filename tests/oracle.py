@@ -6,7 +6,7 @@ Nothing here uses kfoc: it is what kfoc is held against.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,42 @@ def elementwise_gradients(
     jacobians = vmap(jacrev(outputs), in_dims=(None, 0))(chosen, inputs)
     flat = [jacobians[name].reshape(len(inputs), cotangents[0, 0].numel(), -1) for name in names]
     return torch.stack([torch.einsum("snc,ncf->snf", cotangents.flatten(2), j) for j in flat], -1)
+
+
+def gradients_alone(
+    model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], cotangents: Tensor
+) -> list[Tensor]:
+    """Per-sample gradients by parameters, (S, N, *shape) each: every sample run by itself.
+
+    Args:
+        inputs: the model's arguments, samples first.
+        cotangents: (S, N, *output shape).
+    """
+    parameters = [model.get_parameter(name) for name in names]
+    found = []
+    for n in range(cotangents.shape[1]):
+        output = model(*(x[n : n + 1] for x in inputs))
+        for s in range(len(cotangents)):
+            found.append(
+                torch.autograd.grad(
+                    output, parameters, cotangents[s, n : n + 1], True, materialize_grads=True
+                )
+            )
+    shape = cotangents.shape[1], len(cotangents)
+    return [torch.stack(g).unflatten(0, shape).transpose(0, 1) for g in zip(*found, strict=True)]
+
+
+def fisher_of(gradients: list[Tensor], kind: str) -> Tensor:
+    """F of a block from its parameters' gradients: "rows", "columns", "stacked" or "flat" matrices."""
+    if kind in ("rows", "columns"):
+        weight = gradients[0].mT if kind == "columns" else gradients[0].flatten(3)
+        columns = [weight, *(g[..., None] for g in gradients[1:])]
+        matrix = torch.cat(columns, -1)
+    else:
+        flat = [g.reshape(*g.shape[:2], -1) for g in gradients]
+        matrix = torch.stack(flat, -1) if kind == "stacked" else torch.cat(flat, -1)
+    rows = matrix.flatten(0, 1).flatten(1)
+    return rows.mT @ rows / gradients[0].shape[1]
 
 
 def rows_of_outputs(module: nn.Module, gradient: Tensor) -> Tensor:

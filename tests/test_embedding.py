@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from every_layer import check_every_block
 from kfoc import tokens
 from kfoc.samples import Samples
 from kfoc.token_plan import TiedTokens, TokenPairs
@@ -351,25 +352,28 @@ class Positions(nn.Module):
 
 def test_positions_that_look_like_samples_are_found() -> None:
     model, x = Positions(4), torch.randint(7, (4, 4))
-    curvature = kfoc.fit(model, [(x, None)], "gaussian")
-    assert "does not run over the samples" in curvature.skipped["positions"]
-    assert curvature.layers == ("words",)
+    curvature = check_every_block(model, x)
+    assert curvature.layouts["positions"].kind == "flat"  # its gradients were taken one by one
 
 
 def test_what_cannot_be_treated() -> None:
     for embedding, reason in (
-        (nn.Embedding(7, 3, max_norm=1.0), "max_norm changes the weight"),
         (nn.Embedding(7, 3, scale_grad_by_freq=True), "scale_grad_by_freq makes gradients"),
-        (nn.Embedding(7, 3).requires_grad_(False), "weight is frozen"),
+        (nn.Embedding(7, 3).requires_grad_(False), "are frozen"),
     ):
         model = nn.Sequential(embedding, nn.Linear(3, 2))
         x = torch.randint(7, (5,))
         assert reason in kfoc.fit(model, [(x, None)], "gaussian").skipped["0"]
         with pytest.raises(ValueError, match=reason):
             kfoc.fit(model, [(x, None)], "gaussian", layers=["0", "1"])
+    for embedding, reason in (
+        (nn.Embedding(7, 3, max_norm=1.0), "max_norm changes the weight"),
+        (nn.EmbeddingBag(7, 3), "bags have no position"),
+    ):
+        with pytest.raises(kfoc.Unsupported, match=reason):
+            kfoc.layers.checked_treatment(embedding)
     model = nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 2))
-    curvature = kfoc.fit(model, [(torch.randint(7, (5, 2)), None)], "gaussian")
-    assert "bags have no position" in curvature.skipped["0"]
+    assert check_every_block(model, torch.randint(7, (5, 2))).layouts["0"].kind == "flat"
     with pytest.raises(ValueError, match="not floating point"):
         kfoc.fit(nn.Linear(3, 2), [(torch.ones(5, 3, dtype=torch.long), None)], "gaussian")
 
@@ -540,16 +544,15 @@ def test_the_norm_of_large_tied_weights(large: None) -> None:
 def test_ties_are_named_by_their_first_module() -> None:
     model, x = Tied(), torch.randint(6, (5, 3))
     assert kfoc.fit(model, [(x, None)], layers="embedding").layers == ("embedding",)
-    with pytest.raises(ValueError, match="'head' cannot be treated: its parameters are in"):
-        kfoc.fit(model, [(x, None)], layers="head")
+    assert kfoc.fit(model, [(x, None)], layers="head").layers == ("head",)
+    both = kfoc.fit(model, [(x, None)])
+    assert both.layers == ("embedding", "mix")
+    assert both.skipped == {"head": "its parameters are in the block of 'embedding'"}
     model.head = nn.Linear(3, 6)
     model.head.weight = model.embedding.weight
-    reason = kfoc.fit(model, [(x, None)]).skipped
-    assert "has a bias of its own" in reason["embedding"]
-    assert "has a bias of its own" in reason["head"]
-    model.third = nn.Linear(3, 6, bias=False)
-    model.third.weight = model.embedding.weight
-    assert "more than two uses" in kfoc.fit(model, [(x, None)]).skipped["embedding"]
+    with pytest.raises(kfoc.Unsupported, match="has a bias of its own"):
+        kfoc.embedding.tied_treatment(model.embedding, model.head)
+    assert check_every_block(model, x).layouts["embedding"].kind == "flat"
 
 
 class Used(Tied):
@@ -560,8 +563,8 @@ class Used(Tied):
 
 
 def test_a_third_use_of_a_tied_weight_is_found() -> None:
-    curvature = kfoc.fit(Used(), [(torch.randint(6, (5, 3)), None)])
-    assert "used outside of it" in curvature.skipped["embedding"]
+    curvature = check_every_block(Used(), torch.randint(6, (5, 3)))
+    assert curvature.layouts["embedding"].kind == "flat"
 
 
 class OneUse(Tied):

@@ -26,8 +26,13 @@ ALLOWED = {
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {"layers"},
-    "capture": {"embedding", "layers", "samples"},
-    "selection": {"embedding", "layers", "layout"},
+    "graph": set(),
+    "attention": {"layers"},
+    "per_sample": {"graph", "layers", "samples"},
+    "selection": {"attention", "embedding", "layers", "layout"},
+    "record": {"layers", "per_sample", "samples"},
+    "checks": {"graph", "record", "samples", "selection"},
+    "capture": {"attention", "checks", "embedding", "layers", "record", "samples", "selection"},
     "vectors": {"layout"},
     "subspace": {"kronecker"},
     # Adding two Kronecker products is Algorithm 1 on two terms.
@@ -40,8 +45,8 @@ ALLOWED = {
         "solver", "tied", "token_plan", "tokens",
     },
     "fit": {
-        "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
-        "selection",
+        "capture", "certificate", "checks", "curvature", "estimators", "graph", "layers",
+        "likelihoods", "per_sample", "record", "samples", "selection",
     },
 }  # fmt: skip
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from every_layer import check_every_block
+from kfoc.layers import linear
 
 
 class Wrapped(nn.Module):
@@ -135,6 +137,43 @@ def test_grouped_convolutions(
     torch.testing.assert_close(block.matvec(vectors).flatten(1), product)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("aggregation", ["online", "exact", "running"])
+def test_depthwise_convolutions_called_twice_and_not_always(aggregation: str, bias: bool) -> None:
+    """All groups at once: several calls, batches that do not reach the layer, tiny gradients."""
+
+    class Tiny(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer, self.offset = layer, nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.layer(torch.tanh(self.layer(x))).flatten(1)[:, ::4]  # of all channels
+            return 1e-12 * out + self.offset
+
+    class Sometimes(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if len(x) == 2 else x.flatten(1)[:, ::4] + self.offset
+
+    layer = nn.Conv1d(3, 3, 3, padding=1, groups=3, bias=bias)
+    model, x = Sometimes(layer), torch.randn(8, 3, 5)
+    x[6:] *= 1e4  # the batches are summed at scales of their own
+    reached = x[[3, 4, 6, 7]]
+    cotangents = oracle.gaussian_exact(Tiny(layer)(reached).detach())
+    expected = oracle.fisher_block(Tiny(layer), "layer", reached, cotangents) * (4 / 8)
+    assert all(expected[g * (3 + bias)].any() for g in range(3))
+    data = [(part, None) for part in x.split([3, 2, 1, 2])]
+    estimator = kfoc.KFOC(aggregation, rtol=0, buffer=0)
+    options: dict = {"fisher": "exact", "estimator": estimator}
+    block = kfoc.fit(model, data, "gaussian", **options)["layer"]
+    i = 3 + bias
+    diagonal = torch.block_diag(*[expected[g * i :, g * i :][:i, :i] for g in range(3)])
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(block.to_dense(), diagonal, rtol=1e-8, atol=1e-10 * scale)
+    for one in block.blocks:
+        oracle.assert_psd_and_symmetric(one.right)
+
+
 NORMALISATIONS = {
     "layer": (lambda: nn.LayerNorm(4), (6, 4)),
     "layer, positions": (lambda: nn.LayerNorm(4), (6, 3, 4)),
@@ -238,6 +277,42 @@ def test_frozen_bias_leaves_the_weight_alone() -> None:
     assert curvature.parameters["layer"] == ("layer.weight",)
 
 
+BIAS_ALONE = {
+    "linear": (lambda: nn.Linear(4, 3), (6, 2, 4)),
+    "conv": (lambda: nn.Conv2d(2, 3, 2, groups=1), (4, 2, 3, 3)),
+    "grouped": (lambda: nn.Conv1d(4, 4, 2, groups=2), (4, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 3, 2), (4, 2, 3)),
+    "layer norm": (lambda: nn.LayerNorm(4), (5, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("case", BIAS_ALONE)
+def test_frozen_weight_leaves_the_bias_alone(case: str) -> None:
+    build, shape = BIAS_ALONE[case]
+    layer = build()
+    layer.weight.requires_grad_(False)
+    found = check_every_block(Wrapped(layer), torch.randn(shape))
+    assert found.parameters == {"layer": ("layer.bias",)}
+
+
+class Pairs(nn.Module):
+    def __init__(self, bias: bool, swap: bool) -> None:
+        super().__init__()
+        self.layer, self.swap = nn.Bilinear(3, 2, 4, bias=bias), swap
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.layer(input2=torch.sin(y), input1=x) if self.swap else self.layer(x, y)
+        return torch.tanh(out).flatten(1)[:, :5]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_bilinear(bias: bool, positions: tuple[int, ...]) -> None:
+    x, y = torch.randn(5, *positions, 3), torch.randn(5, *positions, 2)
+    found = check_every_block(Pairs(bias, bool(positions)), x, y)
+    assert found["layer"].shape == (4, 6 + bias)
+
+
 class Custom(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) ** 2
@@ -251,14 +326,61 @@ def tied() -> nn.Module:
 
 def frozen() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    model[0].weight.requires_grad_(False)
+    model[0].requires_grad_(False)
     return model
 
 
 def reparametrised() -> nn.Module:
+    """By the older function, which leaves a plain tensor in the weight's place."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    nn.utils.parametrizations.weight_norm(model[0])
+    layer = model[0]
+    layer.weight_direction = nn.Parameter(layer.weight.detach())
+    del layer.weight
+    layer.register_forward_pre_hook(
+        lambda module, args: setattr(module, "weight", torch.tanh(module.weight_direction))
+    )
+    layer.weight = torch.tanh(layer.weight_direction)
     return model
+
+
+class WithoutGradient(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self[0](x)
+        return self[1](x)
+
+
+class TuplesIn(nn.Sequential):
+    """A registered family that gets no tensor here."""
+
+    def __init__(self) -> None:
+        super().__init__(PairLinear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0]((x, x)))
+
+
+class PairLinear(nn.Linear):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(pair[0] + pair[1])
+
+
+kfoc.register(PairLinear)(linear)
+
+
+class Unbatched(nn.Module):
+    """A convolution of (C, L) that has as many channels as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("0", nn.Conv1d(3, 3, 3, padding=1))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.get_submodule("0")(x)))
 
 
 class Unreached(nn.Sequential):
@@ -284,8 +406,7 @@ class InFirst(nn.Module):
 def test_a_layer_of_ones_own() -> None:
     model, x = Wrapped(InFirst(4, 3)), torch.randn(5, 2, 4)
     options: dict = {"likelihood": "gaussian", "fisher": "exact"}
-    with pytest.raises(ValueError, match="no treatment for InFirst layers"):
-        kfoc.fit(model, [(x, None)], **options)
+    assert kfoc.fit(model, [(x, None)], **options).layouts["layer"].kind == "flat"
 
     @kfoc.register(InFirst)
     def treat(module: InFirst) -> kfoc.Treatment:
@@ -327,6 +448,16 @@ class SequenceFirst(nn.Sequential):
         return self[1](torch.tanh(self[0](steps)).mean(0))
 
 
+class SingleRow(nn.Sequential):
+    """A layer of what all samples share, such as position embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](torch.tanh(x + self[0](torch.ones(1, 4))))
+
+
 CANNOT = {
     "sequence first": (SequenceFirst, "0", "its first dimension does not run over the samples"),
     "used outside": (Shared, "0", "its weight is used outside of it as well"),
@@ -336,8 +467,12 @@ CANNOT = {
         "Custom overrides the forward of Linear",
     ),
     "tied": (tied, "0", "shares a parameter with '2'"),
-    "frozen": (frozen, "0", "weight is frozen"),
-    "reparametrised": (reparametrised, "0", "not a parameter of its own"),
+    "frozen": (frozen, "0", "its parameters are frozen"),
+    "reparametrised": (reparametrised, "0.weight_direction", "not covered by that of '0'"),
+    "without gradient": (WithoutGradient, "0", "its output carries no gradient"),
+    "no tensor": (TuplesIn, "0", "its input must be a tensor, found tuple"),
+    "unbatched": (Unbatched, "0", "its input must have 3 dimensions"),
+    "single row": (SingleRow, "0", "its first dimension is 1 in a batch of 3 samples"),
     "unknown": (
         lambda: nn.Sequential(nn.PReLU(4), nn.Linear(4, 2)),
         "0",
@@ -348,7 +483,10 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("case", CANNOT)
-def test_untreatable_layers_are_skipped_or_refused_by_name(case: str) -> None:
+def test_untreatable_layers_are_skipped_or_refused_by_name(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 0)
     build, layer, reason = CANNOT[case]
     model = build()
     x = torch.randn(3, 4)
@@ -357,6 +495,8 @@ def test_untreatable_layers_are_skipped_or_refused_by_name(case: str) -> None:
     assert layer not in curvature.layers
     with pytest.raises(KeyError, match="it was skipped"):
         curvature[layer]
+    if case == "reparametrised":  # by its layer, of which the bias has a block
+        return
     with pytest.raises(ValueError, match=f"layer '{layer}' cannot be treated: .*{reason}"):
         kfoc.fit(model, [(x, None)], "gaussian", layers=[layer, "*"])
 

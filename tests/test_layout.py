@@ -13,13 +13,16 @@ CASES = [
     Layout(("w", "b"), ((3, 4), (4,)), "columns"),
     Layout(("w", "b"), ((6, 2, 3), (4,)), "transposed_convolution", 2),
     Layout(("w", "b"), ((2, 3), (2, 3)), "stacked"),
+    Layout(("w", "b", "c"), ((2, 3), (), (4,)), "flat"),
 ]
 
 
 @pytest.mark.parametrize("layout", CASES, ids=lambda layout: layout.kind + str(len(layout.names)))
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
 def test_joins_and_splits(layout: Layout, lead: tuple[int, ...]) -> None:
-    tensors = {n: torch.randn(*lead, *s) for n, s in zip(layout.names, layout.shapes, strict=True)}
+    tensors = {
+        n: torch.randn((*lead, *s)) for n, s in zip(layout.names, layout.shapes, strict=True)
+    }
     matrix = layout.join(tensors)
     assert matrix.shape == (*lead, *layout.shape)
     again = layout.split(matrix)

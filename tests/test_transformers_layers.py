@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from every_layer import check_every_block
 from kfoc import tokens
 
 transformers = pytest.importorskip("transformers")
@@ -112,8 +113,9 @@ def test_a_subclass_of_conv1d_is_refused() -> None:
             return super().forward(x) ** 2
 
     model = nn.Sequential(Other(3, 4), nn.Linear(3, 2))
-    curvature = kfoc.fit(model, [(torch.randn(5, 4), None)], "gaussian")
-    assert "Other overrides the forward of Conv1D" in curvature.skipped["0"]
+    with pytest.raises(kfoc.Unsupported, match="Other overrides the forward of Conv1D"):
+        kfoc.layers.checked_treatment(model[0])
+    assert check_every_block(model, torch.randn(5, 4)).layouts["0"].kind == "flat"
 
 
 def test_frozen_bias_of_conv1d() -> None:

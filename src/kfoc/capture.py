@@ -3,75 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfoc.attention import Inlined, part_name
+from kfoc.checks import misfit, unfit
 from kfoc.embedding import TiedTreatment, tied_samples
-from kfoc.layers import Treatment, joined
-from kfoc.samples import Direct, Inputs, LayerSamples, Samples, magnitude
+from kfoc.layers import Treatment, Unsupported, first_argument, joined
+from kfoc.record import Call, Record, accumulable, present, problem
+from kfoc.samples import Direct, Grouped, Inputs, LayerSamples, Samples
+from kfoc.selection import Selection
 
-
-@dataclass
-class Call:
-    """One call of a module: its input, and where in the graph its output came from.
-
-    The edge is taken before anything acts on the output in place (an in-place ReLU would turn the
-    output tensor into its own result), and derivatives are asked for at the edge: that needs no
-    weight gradients.
-    """
-
-    value: Tensor
-    version: int
-    edge: GradientEdge
-    output_shape: torch.Size
-    output_dtype: torch.dtype
-
-
-@dataclass
-class Record:
-    """The calls of every watched layer since the last `clear`, in order."""
-
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        self.calls.clear()
-
-    def first_not_finite(self) -> str | None:
-        """What is wrong with the first watched layer whose input is not finite, if there is one."""
-        for name, calls in self.calls.items():
-            for call in calls:
-                largest = magnitude(call.value)
-                if not math.isfinite(largest):
-                    return str(_problem(name, f"its input has values not finite ({largest})"))
-        return None
-
-
-def _problem(layer: str, what: str) -> ValueError:
-    return ValueError(f"layer {layer!r}: {what}")
+T = TypeVar("T")
 
 
 @contextmanager
-def captured(
-    modules: dict[str, nn.Module], partners: Mapping[str, nn.Module] | None = None
-) -> Iterator[Record]:
-    """Watch `modules` while the context lasts; every hook is gone when it ends, however it ends.
+def captured(selection: Selection) -> Iterator[Record]:
+    """Watch the selected layers while the context lasts.
 
-    Calls of `partners`, which share the weight of the layer they are named by, count as its calls.
+    Every hook is gone when it ends, however it ends.
     """
     record = Record()
     handles = []
     try:
-        for name, module in (*modules.items(), *(partners or {}).items()):
+        for name, module in selection.modules.items():
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
-            hook = _recorder(record, name)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if name in selection.inlined:
+                continue
+            own = module, selection.treatments[name]
+            for watched, treatment in [own, *selection.twins.get(name, [])]:
+                hook = _recorder(record, name, treatment)
+                handles.append(watched.register_forward_hook(hook, with_kwargs=True))
+        for name, whole in selection.inlined.items():
+            hook = _replayer(record, selection, name, whole)
+            handles.append(whole.module.register_forward_hook(hook, with_kwargs=True))
         yield record
     finally:
         for handle in handles:
@@ -81,11 +51,10 @@ def captured(
 
 def _checker(name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        value = args[0] if args else kwargs.get("input")
-        if not isinstance(value, Tensor):
-            raise _problem(name, f"its input must be a tensor, found {type(value).__name__}")
-        if not value.is_floating_point() and not isinstance(module, nn.Embedding):
-            raise _problem(
+        value = first_argument(args, kwargs)
+        integer = isinstance(value, Tensor) and not value.is_floating_point()
+        if integer and not isinstance(module, nn.Embedding):
+            raise problem(
                 name,
                 f"its input is {value.dtype}, not floating point: convert it, e.g. by .float()",
             )
@@ -93,99 +62,73 @@ def _checker(name: str) -> Callable[..., None]:
     return hook
 
 
-def _recorder(record: Record, name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        value = args[0] if args else kwargs["input"]
-        if output.grad_fn is None:
-            raise _problem(
-                name,
-                "its output carries no gradient: the model must not run under torch.no_grad() or "
-                "torch.inference_mode()",
-            )
-        call = Call(
-            value.detach(), value._version, get_gradient_edge(output), output.shape, output.dtype
-        )
-        record.calls.setdefault(name, []).append(call)
+def _recorder(record: Record, name: str, treatment: Treatment) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        record.add(name, treatment, treatment.value(args, kwargs), output)
 
     return hook
 
 
-def used_elsewhere(
-    outputs: Tensor, record: Record, modules: dict[str, nn.Module]
-) -> dict[str, str]:
-    """Layers whose parameters take part in the outputs more often than the layers were called.
+def _replayer(
+    record: Record, selection: Selection, name: str, whole: Inlined
+) -> Callable[..., Any]:
+    """A hook that puts a module's replayed output in the place of its own, if they agree.
 
-    What other uses contribute to the gradient would be missed without a word.
-
-    Returns:
-        layer name -> the reason not to treat it.
+    It takes the same steps again when a checkpointed region runs again, as that has to.
     """
-    uses = Counter(_leaves(outputs))
-    reasons = {}
-    for name, calls in record.calls.items():
-        for parameter_name, parameter in modules[name].named_parameters(recurse=False):
-            if uses[id(parameter)] > len(calls):
-                reasons[name] = f"its {parameter_name} is used outside of it as well"
-    return reasons
+    names = {part: part_name(name, part) for part in whole.parts}
+    treatments = {part: selection.treatments.get(full) for part, full in names.items()}
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        steps: list[tuple[str, int | None, Tensor, Tensor]] = []
+        try:
+            replayed = whole.replay(args, kwargs, lambda *step: steps.append(step))
+            agree = _agree(replayed, output)
+            reason = "its output is not what its parameters give (is there another hook?)"
+        except Unsupported as unsupported:
+            agree, reason = False, str(unsupported)
+        for part, full in names.items():
+            if treatments[part] is not None and not agree:
+                record.problems[full] = reason
+        if not agree:
+            return None
+        for part, group, value, result in steps:
+            treatment = treatments[part]
+            if treatment is not None:
+                record.add(names[part], treatment, value, result, group)
+        return replayed
+
+    return hook
 
 
-def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
-    """Layers whose first dimension has the size of the batch, but is not the samples.
-
-    Only shapes that leave it open are tried, such as (N, N, features), or (N,) tokens, which may be
-    the positions of a sequence: one backward pass from the first sample's outputs alone must leave
-    the other rows of a layer's derivative at zero.
-
-    Returns:
-        layer name -> the reason not to treat it.
-    """
-    count = len(outputs)
-    doubtful = {
-        name: calls
-        for name, calls in record.calls.items()
-        if count > 1 and any(call.value.shape[:2] in ((count, count), (count,)) for call in calls)
-    }
-    if not doubtful:
-        return {}
-    cotangent = torch.zeros_like(outputs)
-    # Different weights for different outputs: equal ones cancel in a softmax.
-    cotangent[0] = torch.linspace(0.5, 1.5, outputs[0].numel()).to(outputs).view(outputs[0].shape)
-    edges = [call.edge for calls in doubtful.values() for call in calls]
-    grads = iter(
-        torch.autograd.grad(outputs, edges, cotangent, retain_graph=True, allow_unused=True)
-    )
-    reasons = {}
-    for name, calls in doubtful.items():
-        for grad in [next(grads) for _ in calls]:
-            if grad is not None and len(grad) == count and grad[1:].any():
-                reasons[name] = "its first dimension does not run over the samples (batch_first?)"
-    return reasons
-
-
-def _leaves(outputs: Tensor) -> Iterator[int]:
-    """Identities of the leaf tensors that the graph of `outputs` ends in, one for every use."""
-    waiting: list[Any] = [outputs.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if hasattr(node, "variable"):
-                yield id(node.variable)
-            elif node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
+@torch.no_grad()
+def _agree(replayed: Any, output: Any) -> bool:
+    """Whether two tensors, or tuples of tensors and None, are the same to rounding."""
+    if isinstance(output, Tensor):
+        tolerance = 100 * torch.finfo(output.dtype).eps
+        size = output.nan_to_num().abs().max().item() if output.numel() else 0.0
+        return torch.allclose(replayed, output, rtol=0, atol=tolerance * size, equal_nan=True)
+    if isinstance(output, tuple):
+        return all(_agree(a, b) for a, b in zip(replayed, output, strict=True))
+    return replayed is None and output is None
 
 
 def output_gradients(
     outputs: Tensor, cotangents: Iterable[Tensor], record: Record
 ) -> dict[str, list[list[Tensor | None]]]:
-    """Derivatives by every recorded output, for each cotangent.
+    """Derivatives by every recorded output and every region's edges, for each cotangent.
 
     Returns:
-        layer name -> per call, per direction, the derivative, or None where there is no path.
+        layer name -> per call (or edge), per direction, the derivative, or None where there is no
+        path.
     """
-    edges = [call.edge for calls in record.calls.values() for call in calls]
+    places = {
+        name: [call.edge for call in calls if call.edge] for name, calls in record.calls.items()
+    }
+    places |= {name: region.edges for name, region in record.regions.items()}
+    edges = [edge for each in places.values() for edge in each]
     found: dict[str, list[list[Tensor | None]]] = {
-        name: [[] for _ in calls] for name, calls in record.calls.items()
+        name: [[] for _ in each] for name, each in places.items()
     }
     if not edges:
         return found
@@ -193,84 +136,99 @@ def output_gradients(
     cotangent = next(pending, None)
     while cotangent is not None:
         following = next(pending, None)
-        # The last backward pass is known as such, and frees the graph as it goes.
+        # The last backward pass is known as such, and frees the graph as it goes, unless regions
+        # still need theirs.
+        retain = following is not None or bool(record.regions)
         grads = torch.autograd.grad(
-            outputs, edges, cotangent, retain_graph=following is not None, allow_unused=True
+            outputs, edges, cotangent, retain_graph=retain, allow_unused=True
         )
         remaining = iter(grads)
         for per_call in found.values():
             for directions in per_call:
                 directions.append(next(remaining))
         cotangent = following
+    for call in [call for calls in record.calls.values() for call in calls]:
+        call.edge = None
     return found
 
 
 def take_samples(
-    name: str,
-    treatment: Treatment,
-    calls: list[Call],
-    grads: list[list[Tensor | None]],
-    num_samples: int,
+    name: str, record: Record, grads: list[list[Tensor | None]], num_samples: int
 ) -> LayerSamples:
     """One layer's samples of the batch; consumes `grads`, so that each tensor lives no longer.
 
     Raises:
+        Unsupported: per-sample gradients that do not add up.
         ValueError: the layer's first dimension is not the batch, its input was changed in place
             after the call, or there are values that are not finite.
     """
-    if isinstance(treatment, TiedTreatment):
-
-        def taken(part: Treatment, floating: bool) -> Samples | None:
-            chosen = [k for k, c in enumerate(calls) if c.value.is_floating_point() == floating]
-            theirs = [calls[k] for k in chosen], [grads[k] for k in chosen]
-            found = take_samples(name, part, *theirs, num_samples) if chosen else None
-            return found if isinstance(found, Samples) else None
-
-        return tied_samples(taken(treatment.head, True), taken(treatment.embedding, False))
-    parts: list[tuple[Inputs, Tensor]] = []
-    direct: list[Tensor] = []
-    for call, directions in zip(calls, grads, strict=True):
-        if call.value._version != call.version:
-            raise _problem(
-                name, "its input was changed in place after the layer had used it: clone it first"
-            )
-        if len(call.value) != num_samples or call.output_shape[0] != num_samples:
-            raise _problem(
-                name,
-                f"its first dimension is {call.output_shape[0]} in a batch of {num_samples} "
-                "samples: it must run over the samples",
-            )
-        if treatment.direct is not None:
-            value = _accumulable(call.value)
-            present = [_present(grad, call) for grad in directions]
-            direct.append(torch.stack([treatment.direct(value, grad) for grad in present]))
-            directions.clear()
-            continue
-        try:
-            inputs = treatment.inputs(_accumulable(call.value))
-        except ValueError as error:
-            raise _problem(name, str(error)) from None
-        shaped = [treatment.grads(_present(grad, call)) for grad in directions]
-        directions.clear()
-        parts.append((inputs, shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)))
-        shaped.clear()
     samples: LayerSamples
     try:
-        samples = Direct(sum(direct[1:], direct[0])) if direct else joined(parts, treatment.groups)
+        if name in record.regions:
+            samples = record.regions.pop(name).samples(grads, num_samples)
+        else:
+            samples = _of_calls(record.calls.pop(name), grads, num_samples)
     except ValueError as error:
-        raise _problem(name, str(error)) from None
+        raise problem(name, str(error)) from None
     for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):
-            raise _problem(name, f"its {what} has values not finite ({largest})")
+            raise problem(name, f"its {what} has values not finite ({largest})")
     return samples
 
 
-def _accumulable(tensor: Tensor) -> Tensor:
-    """Half precision squares to nothing: factors are accumulated in float32 at least."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _of_calls(
+    calls: list[Call], grads: list[list[Tensor | None]], num_samples: int
+) -> LayerSamples:
+    if isinstance(calls[0].treatment, TiedTreatment):
+        return _tied(calls, calls[0].treatment, grads, num_samples)
+    parts: dict[int | None, list[tuple[Inputs, Tensor]]] = {}
+    direct: dict[int | None, list[Tensor]] = {}
+    for call, directions in zip(calls, grads, strict=True):
+        if call.value._version != call.version:
+            raise ValueError(
+                "its input was changed in place after the layer had used it: clone it first"
+            )
+        if call.value.shape[:1] != (num_samples,) or call.output_shape[:1] != (num_samples,):
+            raise ValueError(unfit(call, num_samples))
+        treatment, value = call.treatment, accumulable(call.value)
+        whole = [present(grad, call) for grad in directions]
+        directions.clear()
+        if treatment.direct is not None:
+            each = torch.stack([treatment.direct(value, grad) for grad in whole])
+            direct.setdefault(call.group, []).append(each)
+            continue
+        inputs = treatment.inputs(value)
+        shaped = [treatment.grads(grad) for grad in whole]
+        whole.clear()
+        wrong = misfit(inputs, shaped[0][None])
+        if wrong:
+            raise ValueError(wrong)
+        stacked = shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)
+        parts.setdefault(call.group, []).append((inputs, stacked))
+        shaped.clear()
+    groups = direct.keys() | parts.keys()
+    if None in groups and len(groups) > 1:
+        raise ValueError("it is called as self-attention and as cross-attention")
+    if direct:
+        return Direct(torch.cat([sum(each[1:], each[0]) for _, each in _sorted(direct)], 2))
+    if None in parts:
+        return joined(parts[None], calls[0].treatment.groups)
+    return Grouped(tuple(Samples.side_by_side(each) for _, each in _sorted(parts)))
 
 
-def _present(grad: Tensor | None, call: Call) -> Tensor:
-    if grad is None:  # the outputs do not depend on this call
-        return _accumulable(call.value.new_zeros(call.output_shape, dtype=call.output_dtype))
-    return _accumulable(grad)
+def _tied(
+    calls: list[Call], treatment: TiedTreatment, grads: list[list[Tensor | None]], num_samples: int
+) -> LayerSamples:
+    """The samples of a weight's two uses: the embedding's calls are those with integer inputs."""
+    uses: list[Samples | None] = []
+    for part, floating in ((treatment.head, True), (treatment.embedding, False)):
+        chosen = [k for k, call in enumerate(calls) if call.value.is_floating_point() == floating]
+        theirs = [replace(calls[k], treatment=part) for k in chosen]
+        found = _of_calls(theirs, [grads[k] for k in chosen], num_samples) if chosen else None
+        uses.append(found if isinstance(found, Samples) else None)
+    return tied_samples(*uses)
+
+
+def _sorted(by_group: dict[int | None, T]) -> list[tuple[int | None, T]]:
+    """By the number of the group; None, of layers without, is alone."""
+    return sorted(by_group.items(), key=lambda item: item[0] or 0)

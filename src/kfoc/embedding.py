@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfoc import tokens as vocabularies
-from kfoc.layers import Treatment, Unsupported, checked_treatment, treatment
+from kfoc.layers import Refused, Treatment, Unsupported, checked_treatment, treatment
 from kfoc.samples import Inputs, Rows, Samples
 from kfoc.tied import Tied
 from kfoc.tokens import OneHot
@@ -24,7 +24,7 @@ def _embedding(module: nn.Embedding) -> Treatment:
     if module.max_norm is not None:
         raise Unsupported("its max_norm changes the weight in the forward pass")
     if module.scale_grad_by_freq:
-        raise Unsupported("its scale_grad_by_freq makes gradients differ from the derivative")
+        raise Refused("its scale_grad_by_freq makes gradients differ from the derivative")
     if not module.weight.requires_grad:
         raise Unsupported("its weight is frozen (requires_grad is False)")
     size, padding, dtype = module.num_embeddings, module.padding_idx, module.weight.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,18 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.capture import (
-    Record,
-    captured,
-    not_by_sample,
-    output_gradients,
-    take_samples,
-    used_elsewhere,
-)
+from kfoc.capture import captured, output_gradients, take_samples
 from kfoc.certificate import Probes
+from kfoc.checks import untreatable
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
+from kfoc.graph import Graph
+from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
+from kfoc.per_sample import Regions
+from kfoc.record import Record
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
 
@@ -51,8 +49,14 @@ def fit(
     was; so does the global random state. Dropout in train mode draws masks that depend on `seed`
     and the batch's number alone.
 
+    Parameters that no layer's treatment covers (class tokens, scales, recurrent layers, layers that
+    do not run over the samples or are used in other ways) get a block by module, from per-sample
+    gradients one by one: exact, up to 65,536 parameters in all, and a dense or diagonal block. That
+    costs up to one backward pass per sample and direction, from where they meet the samples down to
+    them, and two of the model in the first batch. What has no block is in `Curvature.skipped`.
+
     Args:
-        model: any module whose layers run over the samples in their first dimension.
+        model: any module whose outputs have the samples first, each dependent on its own inputs.
         data: batches `(inputs, targets)`. Inputs are a tensor, or a tuple, list or dict that the
             model is called with, or whatever `predict` takes; tensors are moved to the model's
             device. Targets may be None for `fisher="mc"` and `"exact"`.
@@ -62,7 +66,8 @@ def fit(
         fisher: "mc" (labels drawn from the model), "exact" (expectation over the model's labels)
             or "empirical" (the observed labels).
         mc_samples: draws per sample, for "mc".
-        layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be.
+        layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
+            that is named and cannot be treated is an error.
         predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
         probes: how many Gaussian probes certify each block (`relative_error`, with its standard
             error); they take `2 * probes` weights' memory per layer. 16 is plenty.
@@ -86,7 +91,7 @@ def fit(
             "pass a list or a DataLoader"
         )
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
-    with _undisturbed(model), captured(selection.modules, selection.partners) as record:
+    with _undisturbed(model), captured(selection) as record:
         while True:
             run.one_pass(data, record, progress)
             if run.done():
@@ -132,17 +137,32 @@ def _check_independent(model: nn.Module) -> None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients on, and afterwards the random state and the model's buffers as they were."""
+    """Gradients on and compilation off; afterwards all is as it was, random state and buffers too.
+
+    A compiled region is one function, whose layers nobody can watch.
+    """
     buffers = [b for m in model.modules() if m.training for b in m.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.random.fork_rng(gpus),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _uncompiled(),
+    ):
         try:
             yield
         finally:
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """torch.compile out of force, where anything may have been compiled and torch can do that."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @dataclass
@@ -165,6 +185,7 @@ class _Run:
     num_samples: int = 0
     passes: int = 0
     marks: list[tuple[int, float, float]] = field(default_factory=list)
+    regions: Regions = field(default_factory=Regions)
 
     def one_pass(self, data: Iterable[Any], record: Record, progress: bool) -> None:
         index = number = 0
@@ -194,33 +215,50 @@ class _Run:
             inputs, targets = _unpacked(batch)
             record.clear()
             outputs = self._outputs(inputs, number)
+            record.closed = True
             if not outputs.isfinite().all():
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, number)
-            if not number and not self.passes:
-                reasons = used_elsewhere(outputs, record, self.selection.modules)
-                for name, reason in (reasons | not_by_sample(outputs, record)).items():
-                    self.selection.drop(name, reason)
-            for name in record.calls.keys() - self.selection.modules.keys():
-                del record.calls[name]
+            self._look(outputs, record)
             grads = self._gradients(outputs, targets, record, index)
-            del outputs  # and with it the graph
-            reached = list(record.calls)
+            del outputs  # and with it the graph, but for what regions need of it
+            # Regions first: the graph lives no longer than they do.
+            reached = [*record.regions, *record.calls]
             for name in reached:
-                calls, treatment = record.calls.pop(name), self.selection.treatments[name]
-                if name in self.settled:
-                    continue
-                samples = take_samples(name, treatment, calls, grads.pop(name), count)
-                del calls
-                self._update(name, samples, index, alone)
-                del samples
+                if name not in self.settled:
+                    self._take(name, record, grads.pop(name), count, index, alone)
             self._silent(self.settled.union(reached), count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
                 raise
             raise ValueError(f"batch {number}: {error}") from error
         return count
+
+    def _look(self, outputs: Tensor, record: Record) -> None:
+        """Find where derivatives are needed; layers found to have no treatment are left out."""
+        graph = Graph(outputs)
+        reasons = untreatable(outputs, graph, record, self.selection, self.states)
+        for name, reason in reasons.items():
+            if name in self.states:
+                raise ValueError(f"layer {name!r}: {reason}")
+            self.selection.drop(name, reason)
+        for name in record.calls.keys() - self.selection.modules.keys():
+            del record.calls[name]
+        wanted = {k: v for k, v in self.selection.loose.items() if k not in self.settled}
+        record.regions = self.regions.find(outputs, graph, wanted)
+
+    def _take(
+        self, name: str, record: Record, grads: list[Any], count: int, index: int, alone: bool
+    ) -> None:
+        try:
+            samples = take_samples(name, record, grads, count)
+        except Unsupported as reason:
+            if name in self.states:
+                raise ValueError(f"layer {name!r}: {reason}") from None
+            self.selection.skip(name, str(reason))
+            return
+        self._update(name, samples, index, alone)
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
         generator = torch.default_generator
@@ -273,6 +311,11 @@ class _Run:
                 self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
                 self._update(name, samples.silent(index), 0, False)
+        if type(samples) is not type(self.shapes[name]):
+            raise ValueError(
+                f"layer {name!r}: it is called in another way than in the batches before (as "
+                "self-attention and as cross-attention?)"
+            )
         if self.num_probes and not self.passes:
             self.probes[name].add(samples)
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
@@ -291,10 +334,14 @@ class _Run:
         return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
 
     def finished(self) -> Curvature:
-        for name in self.selection.modules.keys() - self.states.keys():
-            self.selection.drop(name, "its forward was never called")
+        for name in [name for name in self.selection.blocks if name not in self.states]:
+            loose = name in self.selection.loose
+            reason = "no output depends on it" if loose else "its forward was never called"
+            self.selection.skip(name, reason)
+        if not self.states:
+            raise ValueError(f"no layer can be treated: {self.selection.skipped}")
         blocks = {}
-        for name in self.selection.modules:
+        for name in self.selection.blocks:
             # A layer at a time: states and blocks together would take the memory twice.
             block = self.estimator.finish(self.states.pop(name), self.num_samples)
             if self.num_probes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kfoc.samples import Grouped, Inputs, LayerSamples, Patches, Rows, Samples
+from kfoc.samples import Depthwise, Grouped, Inputs, LayerSamples, Patches, Rows, Samples
 from kfoc.tokens import OneHot
 
 
 class Unsupported(Exception):  # noqa: N818  (a reason, not a failure)
     """Why a layer cannot be treated exactly; the message ends up in `Curvature.skipped`."""
+
+
+class Refused(Unsupported):
+    """Unsupported, and nothing else gives the right numbers: frozen, or with other gradients."""
+
+
+def first_argument(args: tuple, kwargs: dict) -> Any:
+    """The input of a module that is called as torch's are."""
+    return args[0] if args else kwargs.get("input")
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Treatment:
         layout: how the parameters lie in the matrix (see `kfoc.layout.Layout`).
         direct: for layers that are not linear maps of patches or positions, in place of `inputs`
             and `grads`: (input, derivative by the output) of one call to X, (N, o, i).
+        value: the arguments of one call, (args, kwargs), to what the above take as its input.
     """
 
     inputs: Callable[[Tensor], Inputs]
@@ -39,6 +49,7 @@ class Treatment:
     groups: int = 1
     layout: str = "rows"
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
+    value: Callable[[tuple, dict], Any] = first_argument
 
 
 # Rules of classes in libraries that are not imported for it: their qualified name -> the rule.
@@ -88,6 +99,8 @@ def checked_treatment(module: nn.Module) -> Treatment:
     family: Any = next((cls for cls in type(module).__mro__ if cls in treatment.registry), object)
     if family is not object and type(module).forward is not getattr(family, "forward", None):
         raise Unsupported(f"{type(module).__name__} overrides the forward of {family.__name__}")
+    if not trained_parameters(module):
+        raise Refused("its parameters are frozen (requires_grad is False)")
     found = rule(module)
     own = dict(module.named_parameters(recurse=False))
     missing = [name for name in found.parameters if name not in own]
@@ -96,18 +109,41 @@ def checked_treatment(module: nn.Module) -> Treatment:
     return found
 
 
-def extended(module: nn.Module) -> tuple[bool, tuple[str, ...]]:
+def extended(
+    module: nn.Module, weight: str = "weight", bias: str = "bias"
+) -> tuple[bool, tuple[str, ...]]:
     """Whether [W | b] has a bias column, and its parameters: the trained ones alone."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if weight is not None and not weight.requires_grad:
-        raise Unsupported("its weight is frozen (requires_grad is False)")
-    trained_bias = bias is not None and bias.requires_grad
-    return trained_bias, ("weight", "bias") if trained_bias else ("weight",)
+    trained = trained_parameters(module)
+    return bias in trained, tuple(name for name in (weight, bias) if name in trained)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters that are not frozen, by name."""
+    own = module.named_parameters(recurse=False)
+    return {name: parameter for name, parameter in own if parameter.requires_grad}
+
+
+def bias_alone(name: str, channel_first: bool) -> Treatment:
+    """A layer of which the bias alone is trained: its gradient is the sum over positions of g."""
+
+    def direct(value: Tensor, grad: Tensor) -> Tensor:
+        if not channel_first:
+            grad = grad.movedim(-1, 1)
+        return (grad.flatten(2).sum(2) if grad.ndim > 2 else grad)[..., None]
+
+    return Treatment(_no_inputs, _no_grads, (name,), layout="stacked", direct=direct)
 
 
 @treatment.register
 def _linear(module: nn.Linear) -> Treatment:
-    has_bias, parameters = extended(module)
+    return linear(module)
+
+
+def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Treatment:
+    """The treatment of a linear map of (N, ..., in) whose parameters have these names."""
+    has_bias, parameters = extended(module, weight, bias)
+    if parameters == (bias,):
+        return bias_alone(bias, channel_first=False)
 
     def inputs(values: Tensor) -> Inputs:
         if values.ndim < 2:
@@ -118,8 +154,21 @@ def _linear(module: nn.Linear) -> Treatment:
     return Treatment(inputs, lambda grad: grad.reshape(len(grad), -1, grad.shape[-1]), parameters)
 
 
+@treatment.register
+def _bilinear(module: nn.Bilinear) -> Treatment:
+    """`y_o = x1^T W_o x2` is linear in the outer product of its two inputs."""
+
+    def value(args: tuple, kwargs: dict) -> Tensor:
+        first, second = (*args, *(kwargs[k] for k in ("input1", "input2") if k in kwargs))
+        return (first[..., :, None] * second[..., None, :]).flatten(-2)
+
+    return replace(linear(module), value=value)
+
+
 def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Treatment:
     has_bias, parameters = extended(module)
+    if parameters == ("bias",):
+        return bias_alone("bias", channel_first=True)
     if isinstance(module.padding, str):
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         if module.padding == "valid":
@@ -147,6 +196,8 @@ def _transposed(module: Any) -> Treatment:
     with its first two dimensions swapped within each group, and flattened.
     """
     has_bias, parameters = extended(module)
+    if parameters == ("bias",):
+        return bias_alone("bias", channel_first=True)
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     before = [
         d * (k - 1) - int(p) for d, k, p in zip(dilation, kernel, module.padding, strict=True)
@@ -181,13 +232,7 @@ def _affine(module: Any, channel_first: bool, normalised: Callable[[Tensor], Ten
     A feature's scale has the gradient `sum_t g x`, its shift `sum_t g`, over the positions t that
     share it; x is the normalised input.
     """
-    names = tuple(
-        name
-        for name in ("weight", "bias")
-        if getattr(module, name, None) is not None and getattr(module, name).requires_grad
-    )
-    if not names:
-        raise Unsupported("its parameters are frozen (requires_grad is False)")
+    names = extended(module)[1]
     count = getattr(module, names[0]).numel()
 
     def direct(value: Tensor, grad: Tensor) -> Tensor:
@@ -258,31 +303,19 @@ def joined(parts: list[tuple[Inputs, Tensor]], groups: int = 1) -> LayerSamples:
     Args:
         parts: per call, the inputs (N, T, i) and the gradients (S, N, T, o).
         groups: how many groups the channels fall into.
-
-    Raises:
-        ValueError: a call whose output has other positions than its input says.
     """
-    for inputs, grads in parts:
-        if inputs.num_positions != grads.shape[2]:
-            raise ValueError(
-                f"its output has {grads.shape[2]} positions where its input makes for "
-                f"{inputs.num_positions}"
-            )
-    if groups == 1:
-        return _side_by_side(parts)
-    split = [
-        zip(inputs.split(groups), grads.chunk(groups, 3), strict=True)  # type: ignore[attr-defined]
-        for inputs, grads in parts
-    ]
-    return Grouped(tuple(_side_by_side(list(group)) for group in zip(*split, strict=True)))
-
-
-def _side_by_side(parts: Sequence[tuple[Inputs, Tensor]]) -> Samples:
-    if len(parts) == 1:
-        return Samples(*parts[0])
     first = parts[0][0]
     if isinstance(first, OneHot):
         tokens = first.with_tensor(torch.cat([part.tensor for part, _ in parts], 1))
         return Samples(tokens, torch.cat([grads for _, grads in parts], 2))
-    rows = [part.rows(0, part.num_samples) for part, _ in parts]
-    return Samples(Rows(torch.cat(rows, 1)), torch.cat([grads for _, grads in parts], 2))
+    if groups == 1:
+        return Samples.side_by_side(parts)
+    calls = tuple((inputs, grads) for inputs, grads in parts if isinstance(inputs, Patches))
+    if len(calls) == len(parts) and all(grads.shape[3] == groups for _, grads in calls):
+        return Depthwise(calls)
+    split = [
+        zip(inputs.split(groups), grads.chunk(groups, 3), strict=True)  # type: ignore[attr-defined]
+        for inputs, grads in parts
+    ]
+    each = zip(*split, strict=True)
+    return Grouped(tuple(Samples.side_by_side(list(group)) for group in each))

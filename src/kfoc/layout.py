@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("rows", "columns", "transposed_convolution", "stacked")
+KINDS = ("rows", "columns", "transposed_convolution", "stacked", "flat")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Layout:
     | columns | the weight (i, o), transposed | likewise |
     | transposed_convolution | the weight (in, o / groups, *kernel): within each group, its first two dimensions swapped, then flattened | likewise |
     | stacked | every parameter, flattened to a column | |
+    | flat | all parameters, flattened one after the other into a single column | |
 
     Attributes:
         names: of the parameters, as in `model.named_parameters()`.
@@ -45,6 +46,8 @@ class Layout:
         weight, bias = self.shapes[0], len(self.shapes) > 1
         if self.kind == "stacked":
             return math.prod(weight), len(self.shapes)
+        if self.kind == "flat":
+            return sum(math.prod(shape) for shape in self.shapes), 1
         if self.kind == "columns":
             return weight[1], weight[0] + bias
         if self.kind == "transposed_convolution":
@@ -68,7 +71,7 @@ class Layout:
                     f"the tensor for the parameter {name!r} must end in its shape {shape}, found "
                     f"{tuple(tensor.shape)}"
                 )
-            parts.append(tensor.reshape(*tensor.shape[: tensor.ndim - len(shape)], *shape))
+            parts.append(tensor.reshape((*tensor.shape[: tensor.ndim - len(shape)], *shape)))
         leading = {p.shape[: p.ndim - len(s)] for p, s in zip(parts, self.shapes, strict=True)}
         if len(leading) > 1:
             raise ValueError(
@@ -78,6 +81,9 @@ class Layout:
         lead = leading.pop()
         if self.kind == "stacked":
             return torch.stack([part.reshape(*lead, -1) for part in parts], -1)
+        if self.kind == "flat":
+            flat = torch.cat([part.reshape(*lead, -1) for part in parts], -1)
+            return flat[..., None]
         columns = [self._weight_to_matrix(parts[0], lead)]
         columns += [part[..., None] for part in parts[1:]]
         return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
@@ -92,8 +98,14 @@ class Layout:
             )
         if self.kind == "stacked":
             return {
-                name: matrix[..., column].reshape(*lead, *shape)
+                name: matrix[..., column].reshape((*lead, *shape))
                 for column, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True))
+            }
+        if self.kind == "flat":
+            parts = matrix[..., 0].split([math.prod(shape) for shape in self.shapes], -1)
+            return {
+                name: part.reshape((*lead, *shape))
+                for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
             }
         bias = len(self.names) > 1
         weight = matrix[..., :-1] if bias else matrix

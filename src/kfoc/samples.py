@@ -9,7 +9,7 @@ the patches of a convolution, which are unfolded by chunks of samples and never 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -312,6 +312,14 @@ class Samples:
         )
 
     @staticmethod
+    def side_by_side(parts: Sequence[tuple[Inputs, Tensor]]) -> Samples:
+        """The samples of several calls of a layer, (inputs, grads) each, as those of one."""
+        if len(parts) == 1:
+            return Samples(*parts[0])
+        rows = [part.rows(0, part.num_samples) for part, _ in parts]
+        return Samples(Rows(torch.cat(rows, 1)), torch.cat([grads for _, grads in parts], 2))
+
+    @staticmethod
     def merged(parts: list[Samples]) -> Samples:
         """The samples of several batches as those of one."""
         if len(parts) == 1:
@@ -442,6 +450,93 @@ class Direct:
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """Samples of a layer whose groups have one output each, as a depthwise convolution's.
+
+    With a `left` of 1 x 1, the optimal block of a group is its F, the (i, i) second moment of the
+    rows of X: nothing is to be solved, and all groups are taken together.
+
+    Attributes:
+        calls: inputs of all groups and gradients (S, N, T, o), per call of the layer.
+    """
+
+    calls: tuple[tuple[Patches, Tensor], ...]
+
+    @property
+    def num_samples(self) -> int:
+        return self.calls[0][0].num_samples
+
+    @property
+    def num_positions(self) -> int:
+        """As many as there are inputs to unfold for an output: for the size of chunks."""
+        return self.calls[0][0].num_positions * self.shape[0]
+
+    @property
+    def num_directions(self) -> int:
+        return self.grads.shape[0]
+
+    @property
+    def grads(self) -> Tensor:
+        """Of the first call: for dtype and device."""
+        return self.calls[0][1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        inputs, outputs = self.calls[0][0], self.grads.shape[3]
+        bias = inputs.constant is not None
+        return outputs, (inputs.size - bias) // outputs + bias
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, float]:
+        each = [(inputs.magnitude(), magnitude(grads)) for inputs, grads in self.calls]
+        worst = [sum(m) if not math.isfinite(sum(m)) else max(m) for m in zip(*each, strict=True)]
+        return worst[0], worst[1]
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        parts = [self._of_call(inputs, grads[:, start:stop], start) for inputs, grads in self.calls]
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def _of_call(inputs: Patches, grads: Tensor, start: int) -> Tensor:
+        count, positions, outputs = grads.shape[1:]
+        columns = replace(inputs, constant=None).columns(start, start + count)
+        rows = columns.view(outputs, -1, count, positions).permute(2, 0, 3, 1)  # (n, o, T, i)
+        found = torch.matmul(grads.permute(1, 3, 0, 2), rows)  # (n, o, S, i)
+        if inputs.constant is not None:
+            total = grads.sum(2).permute(1, 2, 0)[..., None] * inputs.constant
+            found = torch.cat([found, total], -1)
+        return found.permute(2, 0, 1, 3)
+
+    def rescaled(self) -> tuple[Depthwise, float]:
+        """As `Samples.rescaled`."""
+        a, g = (power_of_two(largest) for largest in self.magnitudes)
+        calls = tuple(
+            (inputs.scaled(1 / a) if a != 1.0 else inputs, grads / g if g != 1.0 else grads)
+            for inputs, grads in self.calls
+        )
+        return Depthwise(calls), (a * g) ** 2
+
+    def silent(self, count: int) -> Depthwise:
+        """`count` samples without any gradient, of one position and in no memory."""
+        inputs = self.calls[0][0]
+        channels, zero = inputs.padded.shape[1], self.grads.new_zeros(())
+        padded = zero.to(inputs.padded).expand(count, channels, *inputs.spans)
+        grads = zero.expand(self.num_directions, count, 1, self.shape[0])
+        return Depthwise(((inputs.with_tensor(padded), grads),))
+
+    def grouped(self) -> Grouped:
+        """The same, group by group."""
+        groups = self.shape[0]
+        split = [(inputs.split(groups), grads.chunk(groups, 3)) for inputs, grads in self.calls]
+        return Grouped(
+            tuple(
+                Samples.side_by_side([(inputs[g], grads[g]) for inputs, grads in split])
+                for g in range(groups)
+            )
+        )
 
 
 def chunks(samples: LayerSamples, floats_per_sample: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -8,42 +8,113 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from kfoc.attention import Inlined, inlined, part_name
 from kfoc.embedding import TiedTreatment, tied_treatment
-from kfoc.layers import Treatment, Unsupported, checked_treatment
+from kfoc.layers import Refused, Treatment, Unsupported, checked_treatment, trained_parameters
 from kfoc.layout import Layout
+
+# Parameters that no treatment covers get per-sample gradients one by one, up to so many in all:
+# a batch of N samples holds N numbers for each of them.
+LOOSE_LIMIT = 2**16
 
 
 @dataclass
 class Selection:
     """Which layers are treated and how, which are not and why, and which were asked for by name.
 
-    `partners` are modules that share the weight of a treated layer, by that layer's name.
+    Attributes:
+        candidates: all modules with parameters of their own, by name, in the model's order.
+        modules: those that are treated.
+        treatments: how.
+        inlined: modules that use their parts' parameters by themselves, where a part is treated.
+        twins: treated layer -> the other modules that hold the very same parameters, and theirs.
+        loose: block name -> parameters, by full name, that get per-sample gradients one by one.
+        skipped: name -> the reason.
+        named: those that were asked for by name.
     """
 
+    candidates: dict[str, nn.Module] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     treatments: dict[str, Treatment] = field(default_factory=dict)
+    inlined: dict[str, Inlined] = field(default_factory=dict)
+    twins: dict[str, list[tuple[nn.Module, Treatment]]] = field(default_factory=dict)
+    loose: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
-    partners: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[str]:
+        """The names of all blocks, in the model's order."""
+        order = {name: number for number, name in enumerate(self.candidates)}
+        return sorted([*self.modules, *self.loose], key=lambda name: order.get(name, len(order)))
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Name of a treated layer -> its treated parameters by their names in the module."""
+        return {
+            name: {key: module.get_parameter(key) for key in self.treatments[name].parameters}
+            for name, module in self.modules.items()
+        }
 
     def layout(self, name: str) -> Layout:
-        """Where a treated layer's parameters lie in the matrix of its block."""
+        """Where a block's parameters lie in its matrix."""
+        if name in self.loose:
+            parameters = self.loose[name]
+            shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
+            return Layout(tuple(parameters), shapes, "flat")
         treatment, own = self.treatments[name], self.modules[name]
-        prefix = f"{name}." if name else ""
         return Layout(
-            tuple(prefix + parameter for parameter in treatment.parameters),
+            tuple(part_name(name, parameter) for parameter in treatment.parameters),
             tuple(tuple(own.get_parameter(p).shape) for p in treatment.parameters),
             treatment.layout,
             treatment.groups,
         )
 
     def drop(self, name: str, reason: str) -> None:
-        """Leave a layer out after all. Raises ValueError where it was asked for by name."""
+        """Leave a layer without treatment: its parameters become loose where they are few enough.
+
+        Raises:
+            ValueError: they are not, and the layer was asked for by name.
+        """
+        self.modules.pop(name, None)
+        self.treatments.pop(name, None)
+        trained = trained_parameters(self.candidates[name])
+        held = self._held()
+        own = {part_name(name, key): p for key, p in trained.items() if id(p) not in held}
+        if own:
+            self.loosen(name, own, reason)
+        else:
+            self.cover(name, {held[id(parameter)] for parameter in trained.values()})
+
+    def cover(self, name: str, blocks: Iterable[str]) -> None:
+        """A layer without a block of its own, all of whose parameters are in other blocks."""
+        where = ", ".join(map(repr, sorted(blocks)))
+        self.skipped[name] = f"its parameters are in the block of {where}"
+
+    def _held(self) -> dict[int, str]:
+        """Identity of a loose parameter -> its block."""
+        return {id(p): block for block, each in self.loose.items() for p in each.values()}
+
+    def loosen(self, block: str, parameters: dict[str, nn.Parameter], reason: str) -> None:
+        """Give parameters a block of their own, from per-sample gradients one by one."""
+        count = sum(parameter.numel() for parameter in parameters.values())
+        taken = sum(p.numel() for each in self.loose.values() for p in each.values())
+        if taken + count <= LOOSE_LIMIT:
+            self.loose[block] = parameters
+            return
+        self.skip(
+            block,
+            f"{reason} (and its {count} parameters are too many for per-sample gradients one by "
+            f"one: at most {LOOSE_LIMIT} in all)",
+        )
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave a layer out. Raises ValueError where it was asked for by name."""
         if name in self.named:
             raise ValueError(f"layer {name!r} cannot be treated: {reason}")
         self.modules.pop(name, None)
         self.treatments.pop(name, None)
-        self.partners.pop(name, None)
+        self.loose.pop(name, None)
+        self.twins.pop(name, None)
         self.skipped[name] = reason
 
 
@@ -60,7 +131,7 @@ def select(
         if next(module.parameters(recurse=False), None) is not None
     }
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    selection = Selection(named={p for p in patterns or () if p in candidates})
+    selection = Selection(candidates, named={p for p in patterns or () if p in candidates})
     for pattern in patterns or ():
         if not fnmatch.filter(candidates, pattern):
             raise ValueError(
@@ -69,22 +140,18 @@ def select(
             )
     owners = _owners(candidates)
     for name, module in candidates.items():
-        if patterns is not None and not any(fnmatch.fnmatchcase(name, p) for p in patterns):
-            continue
-        try:
-            partner = _partner(name, module, owners, candidates)
-            if partner is None:
-                selection.treatments[name] = checked_treatment(module)
-            else:
-                selection.treatments[name] = tied_treatment(module, partner)
-                selection.partners[name] = partner
-            selection.modules[name] = module
-            if largest is not None and name not in selection.named:
+        if patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns):
+            _add(selection, name, module, owners)
+            if largest is not None and name not in selection.named and name in selection.treatments:
                 _check_size(selection, name, largest)
-        except Unsupported as reason:
-            selection.drop(name, str(reason))
-    if not selection.modules:
+    if not selection.blocks:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
+    for name, module in model.named_modules():
+        whole = inlined(module)
+        if whole is None:
+            continue
+        if any(part_name(name, part) in selection.modules for part in whole.parts):
+            selection.inlined[name] = whole
     return selection
 
 
@@ -97,32 +164,68 @@ def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def _partner(
-    name: str, module: nn.Module, owners: dict[int, list[str]], candidates: dict[str, nn.Module]
-) -> nn.Module | None:
-    """The module that shares this one's weight, where the two are an embedding and its head.
+def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, list[str]]) -> None:
+    """Give a module a treatment, or its parameters another place."""
+    trained = trained_parameters(module)
+    others = {other for p in trained.values() for other in owners[id(p)] if other != name}
+    covering = others & selection.twins.keys()
+    try:
+        found, twins = _treatments(module, {n: selection.candidates[n] for n in sorted(others)})
+    except Refused as reason:
+        selection.skip(name, str(reason))
+    except Unsupported as reason:
+        selection.drop(name, str(reason))
+    else:
+        if covering:
+            selection.cover(name, covering)
+            return
+        selection.treatments[name], selection.modules[name] = found, module
+        if twins:
+            selection.twins[name] = twins
+        for key, parameter in trained.items():
+            if key not in found.parameters:
+                full = part_name(name, key)
+                selection.loosen(full, {full: parameter}, f"not covered by that of {name!r}")
 
-    The block goes by the name of the first of the two, as the parameter does.
+
+def _treatments(
+    module: nn.Module, others: dict[str, nn.Module]
+) -> tuple[Treatment, list[tuple[nn.Module, Treatment]]]:
+    """The treatment of a module, and of the others that hold parameters of its own."""
+    if len(others) == 1:
+        (other,) = others.values()
+        if {type(module), type(other)} == {nn.Embedding, nn.Linear}:
+            tied = tied_treatment(module, other)
+            return tied, [(other, tied)]
+    found = checked_treatment(module)
+    return found, [_twin(name, other, module, found) for name, other in others.items()]
+
+
+def _twin(
+    name: str, other: nn.Module, module: nn.Module, treatment: Treatment
+) -> tuple[nn.Module, Treatment]:
+    """A module that shares all parameters with another, as the same matrix: with its treatment.
+
+    Their calls are then those of one layer, each by the treatment of the module that was called.
+
+    Raises:
+        Unsupported: they share some parameters only, or are of different kinds.
     """
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        holders = owners[id(parameter)]
-        if len(holders) == 1:
-            continue
-        others = ", ".join(repr(other) for other in holders if other != name)
-        both = [candidates[holder] for holder in holders]
-        if parameter_name != "weight" or {type(m) for m in both} != {nn.Embedding, nn.Linear}:
-            raise Unsupported(f"it shares a parameter with {others}")
-        if len(both) > 2:
-            raise Unsupported(f"it shares its weight with {others}: more than two uses")
-        if holders[0] != name:
-            tied_treatment(*both)  # for the reason, where there is one against both
-            raise Unsupported(f"its parameters are in the block of {others}")
-        return candidates[holders[1]]
-    return None
+    own, theirs = trained_parameters(module), trained_parameters(other)
+    same = own.keys() == theirs.keys() and all(own[key] is theirs[key] for key in own)
+    if same and type(other) is type(module) and inlined(module) is None:
+        found = checked_treatment(other)
+        if (found.parameters, found.layout, found.groups) == (
+            treatment.parameters,
+            treatment.layout,
+            treatment.groups,
+        ):
+            return other, found
+    raise Unsupported(f"it shares a parameter with {name!r}")
 
 
 def _check_size(selection: Selection, name: str, largest: int) -> None:
-    """Raise Unsupported for a layer with a factor that is too large to be formed unasked."""
+    """Leave out a layer with a factor that is too large to be formed unasked."""
     treatment, module = selection.treatments[name], selection.modules[name]
     tied = isinstance(treatment, TiedTreatment)
     if treatment.direct is not None or isinstance(module, nn.Embedding) or tied:
@@ -131,7 +234,8 @@ def _check_size(selection: Selection, name: str, largest: int) -> None:
     sides = {"left": o // treatment.groups, "right": i}
     side = max(sides, key=lambda key: sides[key])
     if sides[side] > largest:
-        raise Unsupported(
+        selection.skip(
+            name,
             f"its {side} factor would have {sides[side]}^2 entries: name the layer in layers=... "
-            "to treat it all the same"
+            "to treat it all the same",
         )

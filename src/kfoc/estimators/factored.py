@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, NamedTuple, cast
 
-from kfoc.blocks import Block, GroupedBlock, Report
+from torch import Tensor
+
+from kfoc.blocks import Block, GroupedBlock, KroneckerBlock, Report
 from kfoc.estimators.base import Estimator
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
-from kfoc.samples import Direct, Grouped, LayerSamples, Samples
+from kfoc.kronecker import balanced
+from kfoc.plans import CHUNK
+from kfoc.samples import Depthwise, Direct, Grouped, LayerSamples, Samples, gradient_chunks
 from kfoc.tied import Tied
 
 # A factor of this many rows takes 1 GiB in float32; layers with larger ones are left out unless
@@ -34,6 +38,13 @@ class _Groups(NamedTuple):
     settled: list[bool]
 
 
+class _Rows(NamedTuple):
+    """The state of a layer whose rows have nothing in common: each row's F, times `1 / unit`."""
+
+    total: Tensor  # (o, i, i)
+    unit: float
+
+
 class FactoredEstimator(Estimator):
     """Estimators of Kronecker blocks, which give a grouped layer one block per group.
 
@@ -46,6 +57,11 @@ class FactoredEstimator(Estimator):
     @property
     def largest_factor(self) -> int:
         return LARGEST_FACTOR
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether a group with a single output gets its F: the optimum, its `left` being 1 x 1."""
+        return False
 
     @abstractmethod
     def init_one(self, layer: str, samples: Samples) -> Any:
@@ -72,6 +88,11 @@ class FactoredEstimator(Estimator):
             o, i = samples.shape
             other = BlockDiagonal() if o * i <= DENSE_LIMIT else Diagonal()
             return _Other(other, other.init(layer, samples))
+        if isinstance(samples, Depthwise):
+            if self.sums_rows:
+                o, i = samples.shape
+                return _Rows(samples.grads.new_zeros(o, i, i), 0.0)
+            samples = samples.grouped()
         if isinstance(samples, Grouped):
             states = [self.init_one(layer, group) for group in samples.groups]
             return _Groups(states, [False] * len(states))
@@ -83,6 +104,10 @@ class FactoredEstimator(Estimator):
         if isinstance(samples, Direct):
             updated = state.estimator.update(state.state, samples, alone=alone)
             return _Other(state.estimator, updated)
+        if isinstance(samples, Depthwise):
+            if isinstance(state, _Rows):
+                return _with_rows(state, samples)
+            samples = samples.grouped()
         if isinstance(samples, Grouped):
             # A settled group must not see the passes that another one still needs.
             states = [
@@ -95,7 +120,7 @@ class FactoredEstimator(Estimator):
         return self.update_one(state, cast(Samples, samples), alone=alone)
 
     def next_pass(self, state: Any) -> tuple[Any, bool]:
-        if isinstance(state, _Other):
+        if isinstance(state, _Other | _Rows):
             return state, True
         if not isinstance(state, _Groups):
             return self.next_pass_one(state)
@@ -109,6 +134,8 @@ class FactoredEstimator(Estimator):
     def finish(self, state: Any, num_samples: int) -> Block:
         if isinstance(state, _Other):
             return state.estimator.finish(state.state, num_samples)
+        if isinstance(state, _Rows):
+            return _rows_block(state, num_samples)
         if not isinstance(state, _Groups):
             return self.finish_one(state, num_samples)
         blocks = tuple(self.finish_one(one, num_samples) for one in state.states)
@@ -125,3 +152,27 @@ class FactoredEstimator(Estimator):
 def _as_samples(samples: Tied) -> Samples:
     # With a diagonal factor, contracted as they are: they have all that aggregations ask for.
     return cast(Samples, samples) if samples.diagonal else samples.as_positions()
+
+
+def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
+    """Add a batch's `sum X_g^T X_g` for every row g, in the larger of the scales."""
+    if not samples.magnitudes[1]:  # without a scale of its own
+        return state
+    rescaled, scale = samples.rescaled()
+    unit = max(state.unit, scale)
+    total = state.total.mul_(state.unit / unit)
+    o, i = samples.shape
+    for gradients in gradient_chunks(rescaled, CHUNK):
+        rows = gradients.permute(2, 0, 1, 3).reshape(o, -1, i)
+        total.baddbmm_(rows.mT, rows, alpha=scale / unit)
+    return _Rows(total, unit)
+
+
+def _rows_block(state: _Rows, num_samples: int) -> GroupedBlock:
+    fisher = (state.total + state.total.mT) * (state.unit / (2 * num_samples))
+    one = fisher.new_ones(1, 1)
+    blocks = tuple(
+        KroneckerBlock(*balanced(one, each, each.norm().item()), report=Report(plan="rows"))
+        for each in fisher
+    )
+    return GroupedBlock(blocks, report=Report(plan="rows"))

@@ -111,6 +111,10 @@ class KFOC(FactoredEstimator):
     def pass_limit(self) -> int:
         return self.passes if self.aggregation == "exact" else 1
 
+    @property
+    def sums_rows(self) -> bool:
+        return self.aggregation in ("online", "exact") and self.decay is None
+
     def init_one(self, layer: str, samples: Samples) -> _Aggregation | LowRank:
         if self.rank > 1 and not samples.diagonal:
             return LowRank(self, samples)

@@ -1,0 +1,79 @@
+"""The graph that autograd recorded, read upwards: from parameters to what was made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Node = Any  # torch.autograd.graph.Node; those of custom functions do not derive from it
+
+
+class Graph:
+    """The backward graph of `outputs`, with edges in the direction of the forward pass.
+
+    Attributes:
+        root: the node that the outputs came from, and which of its results they are.
+        users: node -> the nodes that used its results: (user, which argument of the user, which
+            of the node's results).
+    """
+
+    def __init__(self, outputs: Tensor) -> None:
+        self.root = outputs.grad_fn, outputs.output_nr
+        self.users: dict[Node, list[tuple[Node, int, int]]] = {outputs.grad_fn: []}
+        self._leaves: dict[int, Node] = {}
+        waiting: list[Node] = [outputs.grad_fn]
+        while waiting:
+            user = waiting.pop()
+            for argument, (node, result) in enumerate(user.next_functions):
+                if node is None:
+                    continue
+                if node not in self.users:
+                    self.users[node] = []
+                    if hasattr(node, "variable"):
+                        self._leaves[id(node.variable)] = node
+                    else:
+                        waiting.append(node)
+                self.users[node].append((user, argument, result))
+
+    def leaf(self, parameter: Tensor) -> Node | None:
+        """The node in which the gradient of a parameter ends, or None where none gets there."""
+        return self._leaves.get(id(parameter))
+
+    def uses(self, parameter: Tensor) -> int:
+        """How many operations took the parameter as an argument.
+
+        Under autocast it is cast once for all of them: uses of the cast are uses of it.
+        """
+        leaf = self.leaf(parameter)
+        users = [] if leaf is None else [user for user, _, _ in self.users[leaf]]
+        return sum(
+            len(self.users[user]) if user.name() == "ToCopyBackward0" else 1 for user in users
+        )
+
+    def names(self) -> Iterator[str]:
+        """The names of all operations."""
+        return (node.name() for node in self.users)
+
+
+def used_elsewhere(
+    graph: Graph, calls: dict[str, int], layers: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, str]:
+    """Layers whose parameters take part in the outputs more often than the layers were called.
+
+    What other uses contribute to the gradient would be missed without a word.
+
+    Args:
+        calls: how often each layer was called; never where it is missing.
+        layers: layer name -> its parameters by name.
+
+    Returns:
+        layer name -> the reason not to treat it.
+    """
+    reasons = {}
+    for name, parameters in layers.items():
+        for parameter_name, parameter in parameters.items():
+            if graph.uses(parameter) > calls.get(name, 0):
+                reasons[name] = f"its {parameter_name} is used outside of it as well"
+    return reasons

@@ -1,0 +1,111 @@
+"""What a forward pass leaves behind: the calls of every watched layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfoc.layers import Treatment
+from kfoc.per_sample import Region
+from kfoc.samples import magnitude
+
+
+@dataclass
+class Call:
+    """One call of a module: its input, and where in the graph its output came from.
+
+    The edge is taken before anything acts on the output in place (an in-place ReLU would turn the
+    output tensor into its own result), and derivatives are asked for at the edge: that needs no
+    weight gradients.
+
+    Attributes:
+        treatment: of the module that was called.
+        value: its input.
+        version: of the input, which changes when anything writes to it.
+        edge: where its output came from; None once derivatives are there, to let the graph go.
+        group: of the layer's outputs, where a call is about one group of them.
+    """
+
+    treatment: Treatment
+    value: Tensor
+    version: int
+    edge: GradientEdge | None
+    output_shape: torch.Size
+    output_dtype: torch.dtype
+    group: int | None = None
+
+
+@dataclass
+class Record:
+    """What a forward pass left: the calls of every watched layer, in order, and more.
+
+    Attributes:
+        calls: layer name -> its calls.
+        regions: block name -> where the parameters that no treatment covers met the samples.
+        problems: layer name -> what was wrong with a call that could not be recorded.
+        mute: layers that were called where no gradient is recorded: theirs is zero.
+        closed: after the forward pass. Checkpointed layers run again in the backward pass.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    mute: set[str] = field(default_factory=set)
+    closed: bool = False
+
+    def clear(self) -> None:
+        """Forget everything, and record."""
+        self.calls.clear()
+        self.regions.clear()
+        self.problems.clear()
+        self.mute.clear()
+        self.closed = False
+
+    def add(
+        self, name: str, treatment: Treatment, value: Any, output: Any, group: int | None = None
+    ) -> None:
+        """Record one call, or why that is impossible."""
+        if self.closed:
+            return
+        for what, found in (("input", value), ("output", output)):
+            if not isinstance(found, Tensor):
+                self.problems[name] = f"its {what} must be a tensor, found {type(found).__name__}"
+                return
+        if output.grad_fn is None:
+            self.mute.add(name)
+            return
+        edge = get_gradient_edge(output)
+        version = value._version
+        call = Call(treatment, value.detach(), version, edge, output.shape, output.dtype, group)
+        self.calls.setdefault(name, []).append(call)
+
+    def first_not_finite(self) -> str | None:
+        """What is wrong with the first watched layer whose input is not finite, if there is one."""
+        for name, calls in self.calls.items():
+            for call in calls:
+                largest = magnitude(call.value)
+                if not math.isfinite(largest):
+                    return str(problem(name, f"its input has values not finite ({largest})"))
+        return None
+
+
+def problem(layer: str, what: str) -> ValueError:
+    """The error that says what is wrong with a layer."""
+    return ValueError(f"layer {layer!r}: {what}")
+
+
+def accumulable(tensor: Tensor) -> Tensor:
+    """Half precision squares to nothing: factors are accumulated in float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def present(grad: Tensor | None, call: Call) -> Tensor:
+    """The derivative by a call's output; zeros where the outputs do not depend on the call."""
+    if grad is None:
+        return accumulable(call.value.new_zeros(call.output_shape, dtype=call.output_dtype))
+    return accumulable(grad)
