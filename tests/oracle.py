@@ -98,7 +98,7 @@ def gradients_alone(
 
 
 def fisher_of(gradients: list[Tensor], kind: str) -> Tensor:
-    """F of a block from its parameters' gradients: "rows", "columns", "stacked" or "flat" matrices."""
+    """F of a block from its parameters' gradients, in any kind of layout but a transposed one."""
     if kind in ("rows", "columns"):
         weight = gradients[0].mT if kind == "columns" else gradients[0].flatten(3)
         columns = [weight, *(g[..., None] for g in gradients[1:])]
