@@ -16,17 +16,19 @@ ALLOWED = {
     "blocks": set(),
     "products": set(),
     "layout": set(),
+    "batches": set(),
+    "coverage": {"layout"},
     "plans": {"kronecker", "products", "samples"},
     "planner": {"kronecker", "plans", "products", "samples"},
     "certificate": {"blocks", "plans", "samples"},
     "layers": {"samples"},
     "capture": {"layers", "samples"},
     "selection": {"layers", "layout"},
-    "curvature": {"blocks", "layout"},
+    "curvature": {"blocks", "coverage", "layout"},
     "estimators": {"kronecker", "samples", "plans", "planner", "products", "blocks", "estimators"},
     "fit": {
-        "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
-        "selection",
+        "batches", "capture", "certificate", "coverage", "curvature", "estimators", "layers",
+        "likelihoods", "samples", "selection",
     },
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, GroupedBlock, KroneckerBlock, Report
+from kfoc.coverage import Coverage, LayerCoverage, ParameterCount
 from kfoc.curvature import Curvature
 from kfoc.estimators import (
     KFAC,
@@ -23,6 +24,7 @@ __all__ = [
     "Block",
     "BlockDiagonal",
     "Categorical",
+    "Coverage",
     "Curvature",
     "DenseBlock",
     "Diagonal",
@@ -32,7 +34,9 @@ __all__ = [
     "GroupedBlock",
     "KroneckerBlock",
     "KroneckerFit",
+    "LayerCoverage",
     "Likelihood",
+    "ParameterCount",
     "Report",
     "Rows",
     "Treatment",

@@ -156,16 +156,28 @@ def not_by_sample(outputs: Tensor, record: Record) -> dict[str, str]:
 
 
 def _leaves(outputs: Tensor) -> Iterator[int]:
-    """Identities of the leaf tensors that the graph of `outputs` ends in, one for every use."""
+    """Identities of the leaf tensors that the graph of `outputs` ends in, one for every use.
+
+    Under autocast a leaf is cast once for all its uses: uses of the cast are uses of the leaf.
+    """
     waiting: list[Any] = [outputs.grad_fn]
     seen = set(waiting)
     while waiting:
         for node, _ in waiting.pop().next_functions:
-            if hasattr(node, "variable"):
-                yield id(node.variable)
+            leaf = _cast_leaf(node) or node
+            if hasattr(leaf, "variable"):
+                yield id(leaf.variable)
             elif node is not None and node not in seen:
                 seen.add(node)
                 waiting.append(node)
+
+
+def _cast_leaf(node: Any) -> Any:
+    """The leaf that a node casts to another precision, if it is such a node."""
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    source = node.next_functions[0][0]
+    return source if hasattr(source, "variable") else None
 
 
 def output_gradients(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kfoc.blocks import Block
+from kfoc.coverage import Coverage, ParameterCount, coverage
 from kfoc.layout import Layout
 
 
@@ -19,12 +20,19 @@ class Curvature(Mapping[str, Block]):
         layouts: layer name -> the parameters that its block is about, and where they lie in the
             matrix `[W | b]`.
         skipped: name of a layer with parameters that has no block -> the reason.
+        counts: every parameter of the model, by name: its size, and whether it is trained.
     """
 
     blocks: dict[str, Block]
     num_samples: int
     layouts: dict[str, Layout]
     skipped: dict[str, str]
+    counts: dict[str, ParameterCount] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the model's parameters are treated, skipped and frozen, by layer."""
+        return coverage(self.counts, self.layouts, self.skipped)
 
     @property
     def layers(self) -> tuple[str, ...]:

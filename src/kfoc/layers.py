@@ -226,7 +226,9 @@ def _batch_norm(module: nn.modules.batchnorm._BatchNorm) -> Treatment:
     """In evaluation mode: by running statistics, so samples are independent (`fit` checks)."""
 
     def normalised(x: Tensor) -> Tensor:
-        return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        # Half precision: x comes as float32 by now, the statistics as they are.
+        mean, variance = module.running_mean, module.running_var
+        return functional.batch_norm(x, mean.to(x), variance.to(x), eps=module.eps)
 
     return _affine(module, True, normalised)
 
