@@ -75,13 +75,16 @@ def called(model: nn.Module, inputs: Any) -> Any:
 
 
 def check_next_token(model: nn.Module, batch: Any, predict: Predict | None) -> None:
-    """Causal language models of transformers shift the labels in a batch: nobody else does.
+    """The labels in a batch are the tokens, which transformers' causal models shift: we do not.
 
     Raises:
         ValueError: such a model, labels in the batch, and no `predict` that drops the last logits.
     """
-    if predict is not None or getattr(model, "loss_type", None) != "ForCausalLM":
+    can_generate = getattr(model, "can_generate", None)
+    if predict is not None or not callable(can_generate) or not can_generate():
         return
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return  # the labels are the decoder's, which are not its inputs
     if not isinstance(batch, (list, tuple)) or LABELS in _fields(batch):
         _, labels = unpacked(batch)
         if labels is not None:

@@ -81,7 +81,7 @@ class Coverage:
         return self.treated / trained if trained else 1.0
 
     def __str__(self) -> str:
-        rows = [("layer", "treated", "skipped", "frozen", "reason")]
+        rows: list[tuple[str, ...]] = [("layer", "treated", "skipped", "frozen", "reason")]
         rows += [
             (
                 layer.layer or "(the model)",
