@@ -41,7 +41,7 @@ def build(small: bool = False) -> Example:
     size = count // 2 if small else 32
     batches = [(part, part) for part in x.split(size)]
     model = autoencoder(x.shape[1], side, width, code)
-    train(model, loss, batches, steps=20 if small else 40)
+    train(model, loss, batches)
     return Example("autoencoder", model, batches, loss, likelihood="gaussian")
 
 

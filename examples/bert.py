@@ -38,7 +38,9 @@ def build(small: bool = False) -> Example:
         BatchEncoding({"input_ids": i, "attention_mask": m, "labels": y})
         for i, m, y in zip(ids.split(size), mask.split(size), labels.split(size), strict=True)
     ]
-    model = train(BertForSequenceClassification(config), loss, batches, steps=20 if small else 40)
+    model = train(
+        BertForSequenceClassification(config), loss, batches, rate=3e-3 if small else 3e-4
+    )
     return Example("BERT", model, batches, loss)
 
 

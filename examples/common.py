@@ -67,8 +67,8 @@ def train(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
     batches: Sequence[Any],
-    steps: int,
     rate: float = 3e-3,
+    steps: int = 40,
 ) -> nn.Module:
     """A few steps of Adam, then evaluation mode: at an initialiser, curvature says little."""
     model.train()

@@ -45,7 +45,7 @@ def build(small: bool = False) -> Example:
         ({"input_ids": i, "attention_mask": m}, y)
         for i, m, y in zip(ids.split(size), mask.split(size), labels.split(size), strict=True)
     ]
-    model = train(GPT2LMHeadModel(config), loss, batches, steps=20 if small else 40)
+    model = train(GPT2LMHeadModel(config), loss, batches, rate=3e-3 if small else 1e-3)
     return Example("GPT-2", model, batches, loss, predict=predict)
 
 

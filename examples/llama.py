@@ -63,7 +63,7 @@ def build(small: bool = False) -> Example:
         ({"input_ids": i, "attention_mask": m}, y)
         for i, m, y in zip(ids.split(size), mask.split(size), labels.split(size), strict=True)
     ]
-    model = train(LlamaForCausalLM(config), loss, batches, steps=20 if small else 40)
+    model = train(LlamaForCausalLM(config), loss, batches, rate=3e-3 if small else 1e-3)
     return Example("Llama", model, batches, loss, predict=predict)
 
 

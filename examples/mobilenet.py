@@ -42,7 +42,7 @@ def build(small: bool = False) -> Example:
     size = count // 2 if small else 16
     batches = list(zip(x.split(size), y.split(size), strict=True))
     model = mobilenet(x.shape[1], widths, classes)
-    train(model, loss, batches, steps=20 if small else 40)
+    train(model, loss, batches)
     return Example("MobileNet", model, batches, loss)
 
 

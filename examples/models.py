@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import sys
 
 from common import Row, run
@@ -33,10 +34,14 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.parameters:,}",
         f"{100 * row.coverage.fraction:.1f}",
         f"{row.treated} / {row.skipped}",
-        " / ".join(f"{row.errors[name]:.3f}" for name in ("K-FAC", "K-FOC")),
+        " / ".join(_number(row.errors[name]) for name in ("K-FAC", "K-FOC")),
         " / ".join(f"{times[name]:.0f}" for name in ("gradient", "K-FAC", "K-FOC")),
         f"{times['K-FOC'] / times['gradient']:.1f}",
     )
+
+
+def _number(error: float) -> str:
+    return "-" if math.isnan(error) else f"{error:.3f}"
 
 
 def markdown(rows: list[Row]) -> str:

@@ -32,7 +32,7 @@ def build(small: bool = False) -> Example:
     size = count // 2 if small else 16
     batches = list(zip(x.split(size), y.split(size), strict=True))
     # `train` ends in evaluation mode: by the statistics of a batch, samples are not independent.
-    model = train(ResNetForImageClassification(config), loss, batches, steps=20 if small else 40)
+    model = train(ResNetForImageClassification(config), loss, batches, rate=3e-3 if small else 3e-4)
     return Example("ResNet", model, batches, loss)
 
 

@@ -68,7 +68,7 @@ def build(small: bool = False) -> Example:
     x, y = shapes(count, side, classes)
     size = count // 2 if small else 8
     batches = list(zip(x.split(size), y.split(size), strict=True))
-    model = train(UNet(1, classes, width), loss, batches, steps=20 if small else 40)
+    model = train(UNet(1, classes, width), loss, batches)
     return Example("U-Net", model, batches, loss)
 
 

@@ -36,7 +36,7 @@ def build(small: bool = False) -> Example:
         {"pixel_values": pixels, "labels": labels}
         for pixels, labels in zip(x.split(size), y.split(size), strict=True)
     ]
-    model = train(ViTForImageClassification(config), loss, batches, steps=20 if small else 40)
+    model = train(ViTForImageClassification(config), loss, batches, rate=3e-3 if small else 3e-4)
     return Example("ViT", model, batches, loss)
 
 

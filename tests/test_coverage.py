@@ -62,6 +62,7 @@ def test_every_class_of_parameter() -> None:
     shared = layers["one"].treated + layers["one"].skipped
     assert shared == 49
     assert layers["two"].treated + layers["two"].skipped == 0
+    assert layers["two"].reason
     text = str(curvature.coverage).splitlines()
     assert text[0].split() == ["layer", "treated", "skipped", "frozen", "reason"]
     assert text[1].startswith("(the model)")

@@ -130,7 +130,7 @@ def test_coverage_is_complete_or_has_a_reason(name: str) -> None:
         assert not curvature.skipped
     for layer in coverage.layers:
         assert layer.reason or not layer.skipped, layer
-        assert (layer.layer in curvature) or layer.reason
+        assert layer.layer in curvature or layer.reason, layer
 
 
 @pytest.mark.parametrize("name", ["bert", "unet"])

@@ -129,17 +129,17 @@ def coverage(
             before.treated + size * treated,
             before.skipped + size * (count.trained and not treated),
             before.frozen + size * (not count.trained and not treated),
-            before.reason or ("" if treated else _reason(layer, count, skipped)),
+            before.reason or _reason(layer, count, treated, skipped),
         )
     return Coverage(tuple(layers.values()))
 
 
-def _reason(layer: str, count: ParameterCount, skipped: Mapping[str, str]) -> str:
-    """Why a parameter is not treated."""
+def _reason(layer: str, count: ParameterCount, treated: bool, skipped: Mapping[str, str]) -> str:
+    """Why a parameter is not counted as treated; "" where it is."""
+    if treated and not count.tied_to:
+        return ""
     if layer in skipped:
         return skipped[layer]
-    if not count.trained:
-        return "frozen (requires_grad is False)"
     if count.tied_to:
         return f"the same parameter as {count.tied_to}"
-    return "not among the layers asked for"
+    return "not among the layers asked for" if count.trained else "frozen (requires_grad is False)"
