@@ -18,6 +18,8 @@ ALLOWED = {
     "blocks": {"blocks"},  # a package of kinds, which know of nothing else
     "products": set(),
     "layout": set(),
+    "batches": set(),
+    "coverage": {"layout"},
     "plans": {"kronecker", "products", "samples"},
     "solver": {"kronecker"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
@@ -39,13 +41,14 @@ ALLOWED = {
     "merge": {"blocks", "kronecker", "subspace"},
     "damped": {"blocks", "layout", "vectors"},
     "storage": {"blocks", "layout"},
-    "curvature": {"blocks", "damped", "layout", "merge", "storage", "vectors"},
+    "curvature": {"blocks", "coverage", "damped", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
         "solver", "tied", "token_plan", "tokens",
     },
     "fit": {
-        "capture", "certificate", "checks", "curvature", "estimators", "graph", "layers",
+        "batches", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
+        "graph", "layers",
         "likelihoods", "per_sample", "record", "samples", "selection",
     },
 }  # fmt: skip

@@ -11,6 +11,7 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
+from kfoc.coverage import Coverage, LayerCoverage, ParameterCount
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature
 from kfoc.estimators import (
@@ -38,6 +39,7 @@ __all__ = [
     "BlockDiagonal",
     "Categorical",
     "Comparison",
+    "Coverage",
     "Curvature",
     "DampedCurvature",
     "DenseBlock",
@@ -51,8 +53,10 @@ __all__ = [
     "KroneckerBlock",
     "KroneckerDiagonalBlock",
     "KroneckerFit",
+    "LayerCoverage",
     "Likelihood",
     "LowRankBlock",
+    "ParameterCount",
     "Report",
     "Rows",
     "Treatment",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kfoc.blocks import Block
+from kfoc.coverage import Coverage, ParameterCount, coverage
 from kfoc.damped import DampedCurvature, Dampings, dampings
 from kfoc.layout import Layout
 from kfoc.merge import Comparison, compared, merged
@@ -32,6 +33,7 @@ class Curvature(Mapping[str, Block]):
             matrix `[W | b]`.
         skipped: name of a layer with parameters that has no block -> the reason.
         estimator, fisher, seed: how it was fitted; empty and None where that is not known.
+        counts: every parameter of the model, by name: its size, and whether it is trained.
     """
 
     blocks: dict[str, Block]
@@ -41,6 +43,12 @@ class Curvature(Mapping[str, Block]):
     estimator: str = ""
     fisher: str = ""
     seed: int | None = None
+    counts: dict[str, ParameterCount] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the model's parameters are treated, skipped and frozen, by layer."""
+        return coverage(self.counts, self.layouts, self.skipped)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -177,6 +185,7 @@ class Curvature(Mapping[str, Block]):
             self.estimator if self.estimator == other.estimator else "",
             self.fisher if self.fisher == other.fisher else "",
             self.seed if self.seed == other.seed else None,
+            self.counts if self.counts == other.counts else {},
         )
 
     def __mul__(self, factor: float) -> Curvature:
@@ -206,6 +215,7 @@ class Curvature(Mapping[str, Block]):
         """
         meta = {"num_samples": self.num_samples, "skipped": self.skipped}
         meta |= {"estimator": self.estimator, "fisher": self.fisher, "seed": self.seed}
+        meta["counts"] = {name: list(count) for name, count in self.counts.items()}
         write(path, Stored(self.blocks, self.layouts, meta))
 
     @classmethod
@@ -216,7 +226,14 @@ class Curvature(Mapping[str, Block]):
             ValueError: a file that is damaged, of another format, or of a newer version.
         """
         stored = read(path)
-        curvature = cls(stored.blocks, layouts=stored.layouts, **stored.metadata)
+        try:
+            counts = {
+                name: ParameterCount(int(size), bool(trained), str(tied))
+                for name, (size, trained, tied) in stored.metadata.pop("counts").items()
+            }
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is damaged: its counts: {error}") from error
+        curvature = cls(stored.blocks, layouts=stored.layouts, counts=counts, **stored.metadata)
         return curvature.to(device)
 
     def __getitem__(self, layer: str) -> Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfoc.batches import (
+    Mark,
+    Predict,
+    called,
+    check_next_token,
+    checked_outputs,
+    moved,
+    unpacked,
+)
 from kfoc.capture import captured, output_gradients, take_samples
 from kfoc.certificate import Probes
 from kfoc.checks import untreatable
+from kfoc.coverage import parameter_counts
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
@@ -26,12 +36,10 @@ from kfoc.record import Record
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
 
-Predict = Callable[[nn.Module, Any], Tensor]
-
 
 def fit(
     model: nn.Module,
-    data: Iterable[tuple[Any, Any]],
+    data: Iterable[Any],
     likelihood: str | Likelihood = "categorical",
     *,
     estimator: Estimator | None = None,
@@ -57,9 +65,14 @@ def fit(
 
     Args:
         model: any module whose outputs have the samples first, each dependent on its own inputs.
-        data: batches `(inputs, targets)`. Inputs are a tensor, or a tuple, list or dict that the
-            model is called with, or whatever `predict` takes; tensors are moved to the model's
-            device. Targets may be None for `fisher="mc"` and `"exact"`.
+        data: batches `(inputs, targets)`, or mappings (dict, transformers' BatchEncoding),
+            dataclasses or NamedTuples with their targets under "labels", which the model does not
+            get: the loss is formed here. Inputs are a tensor, a tuple or list that the model is
+            called with in order, a mapping, dataclass or NamedTuple that it is called with by
+            name, or whatever `predict` takes; tensors in them are moved to the model's device.
+            Targets may be missing or None for `fisher="mc"` and `"exact"`. Labels are compared
+            with the outputs as they stand: for a model of the next token, drop the last outputs
+            in `predict` and the first labels in `data`.
         likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
             `Likelihood`.
         estimator: KFOC() by default; KFAC(), Diagonal(), BlockDiagonal().
@@ -68,7 +81,8 @@ def fit(
         mc_samples: draws per sample, for "mc".
         layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
             that is named and cannot be treated is an error.
-        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+        predict: `(model, inputs) -> outputs`, a tensor or an object with `.logits`. None: the
+            model is called with the inputs; it must return one or the other.
         probes: how many Gaussian probes certify each block (`relative_error`, with its standard
             error); they take `2 * probes` weights' memory per layer. 16 is plenty.
         seed: of the draws and probes; the same seed gives the same draws for any batch size.
@@ -184,7 +198,7 @@ class _Run:
     shapes: dict[str, LayerSamples] = field(default_factory=dict)
     num_samples: int = 0
     passes: int = 0
-    marks: list[tuple[int, float, float]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
 
     def one_pass(self, data: Iterable[Any], record: Record, progress: bool) -> None:
@@ -212,14 +226,15 @@ class _Run:
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
         try:
-            inputs, targets = _unpacked(batch)
+            check_next_token(self.model, batch, self.predict)
+            inputs, targets = unpacked(batch)
             record.clear()
             outputs = self._outputs(inputs, number)
             record.closed = True
             if not outputs.isfinite().all():
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
-            self._check_same(outputs, number)
+            self._check_same(outputs, targets, number)
             self._look(outputs, record)
             grads = self._gradients(outputs, targets, record, index)
             del outputs  # and with it the graph, but for what regions need of it
@@ -270,11 +285,10 @@ class _Run:
         if next(self.model.parameters()).is_cuda:
             torch.cuda.manual_seed(seed)
         try:
-            outputs = (self.predict or _called)(self.model, _moved(inputs, self.model))
+            outputs = (self.predict or called)(self.model, moved(inputs, self.model))
         finally:
             generator.set_state(state)
-        _check_outputs(outputs, inputs)
-        return outputs
+        return checked_outputs(outputs, inputs)
 
     def _gradients(
         self, outputs: Tensor, targets: Any, record: Record, index: int
@@ -282,21 +296,18 @@ class _Run:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
         cotangents = self.likelihood.cotangents(
-            values, _moved(targets, self.model), self.fisher, self.mc_samples, self.seed, index
+            values, moved(targets, self.model), self.fisher, self.mc_samples, self.seed, index
         )
         return output_gradients(outputs, (c.to(outputs) for c in cotangents), record)
 
-    def _check_same(self, outputs: Tensor, number: int) -> None:
+    def _check_same(self, outputs: Tensor, targets: Any, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""
         if self.estimator.pass_limit == 1:
             return
-        values = outputs.detach().double()
-        mark = len(outputs), values.sum().item(), values.abs().sum().item()
+        mark = Mark.of(outputs, targets if self.fisher == "empirical" else None)
         if not self.passes:
             self.marks.append(mark)
-            return
-        same = number < len(self.marks) and mark[0] == self.marks[number][0]
-        if not same or abs(mark[1] - self.marks[number][1]) > 1e-5 * mark[2]:
+        elif number >= len(self.marks) or not self.marks[number].same(mark):
             raise ValueError(
                 f"pass {self.passes + 1} does not see what the first pass saw: several passes "
                 "need the same batches each time (DataLoader: shuffle=False, no random "
@@ -348,56 +359,11 @@ class _Run:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block
         layouts = {name: self.selection.layout(name) for name in blocks}
-        origin = repr(self.estimator), self.fisher, self.seed
+        origin = repr(self.estimator), self.fisher, self.seed, parameter_counts(self.model)
         return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
 
 
 _END = object()
-
-
-def _unpacked(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    found = f"{type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
-    raise ValueError(f"data must yield pairs (inputs, targets), found a {found}")
-
-
-def _moved(value: Any, model: nn.Module) -> Any:
-    """Tensors in (nested) tuples, lists and dicts, moved to the model's device."""
-    if isinstance(value, Tensor):
-        # Tensors from inference mode cannot take part in a backward pass; copies can.
-        value = value.clone() if value.is_inference() else value
-        return value.to(next(model.parameters()).device)
-    if isinstance(value, dict):
-        return {key: _moved(item, model) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_moved(item, model) for item in value)
-    return value
-
-
-def _called(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _check_outputs(outputs: Any, inputs: Any) -> None:
-    if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"the model returned a {type(outputs).__name__}, not a tensor: pass "
-            "predict=lambda model, inputs: ... that returns the outputs"
-        )
-    if not outputs.numel() or not outputs.ndim:
-        raise ValueError(f"the model's outputs have the shape {tuple(outputs.shape)}")
-    if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) != len(outputs):
-        raise ValueError(
-            f"{len(inputs)} inputs gave outputs of shape {tuple(outputs.shape)}: the first "
-            "dimension must be the samples"
-        )
-    if not outputs.requires_grad:
-        raise ValueError("the outputs carry no gradient: no parameter on their way is trained")
 
 
 class _Meter:

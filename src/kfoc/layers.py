@@ -280,7 +280,11 @@ def _batch_norm(module: nn.modules.batchnorm._BatchNorm) -> Treatment:
     """In evaluation mode: by running statistics, so samples are independent (`fit` checks)."""
 
     def normalised(x: Tensor) -> Tensor:
-        return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        # Half precision: x comes as float32 by now, the statistics as they are.
+        mean, variance = module.running_mean, module.running_var
+        if mean is None or variance is None:  # the batch's own, which `fit` refuses
+            return functional.batch_norm(x, None, None, training=True, eps=module.eps)
+        return functional.batch_norm(x, mean.to(x), variance.to(x), eps=module.eps)
 
     return _affine(module, True, normalised)
 

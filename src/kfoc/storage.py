@@ -29,6 +29,7 @@ METADATA: dict[str, tuple[type, ...]] = {
     "estimator": (str,),
     "fisher": (str,),
     "seed": (int, type(None)),
+    "counts": (dict,),
 }
 
 

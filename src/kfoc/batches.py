@@ -1,0 +1,211 @@
+"""Batches as people have them: inputs apart from targets, moved to the model, and through it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+LABELS = "labels"
+
+Predict = Callable[[nn.Module, Any], Any]
+
+
+def unpacked(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of one batch of the data; the batch itself is not changed.
+
+    | batch | inputs | targets |
+    |---|---|---|
+    | mapping, dataclass or NamedTuple with "labels" | the rest of it | its labels |
+    | any other mapping or dataclass | all of it | None |
+    | tuple, list or NamedTuple of two | the first | the second |
+    | tuple or list of one | that one | None |
+
+    The rest of a mapping is a copy without "labels"; a dataclass or NamedTuple keeps the field,
+    with None in it.
+
+    Raises:
+        ValueError: anything else. A tensor alone may be a data set that was passed as `data`.
+    """
+    if isinstance(batch, Mapping):
+        rest = _mapping(batch, {key: item for key, item in batch.items() if key != LABELS})
+        return rest, batch.get(LABELS)
+    names = _fields(batch)
+    if LABELS in names or (names and not isinstance(batch, tuple)):
+        targets = getattr(batch, LABELS, None)
+        return (_rebuilt(batch, {LABELS: None}) if LABELS in names else batch), targets
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        return batch[0], batch[1] if len(batch) == 2 else None
+    found = f"{type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
+    raise ValueError(
+        f"data must yield pairs (inputs, targets), found a {found}: put several inputs into one "
+        "tuple or dict, ((a, b), targets), and None for targets that there are not; mappings and "
+        'dataclasses may have their targets under "labels"'
+    )
+
+
+def moved(value: Any, model: nn.Module) -> Any:
+    """`value` with its tensors on the model's device, however nested; `value` stays as it is.
+
+    Looks into tuples, NamedTuples, lists, mappings and dataclasses; other objects are passed on.
+    """
+    device = next(model.parameters()).device
+    return _mapped(value, lambda tensor: _usable(tensor).to(device))
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """The model at its inputs: by name for mappings, dataclasses and NamedTuples, else in order."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    names = _fields(inputs)
+    if names:
+        arguments = {name: getattr(inputs, name) for name in names}
+        if arguments.get(LABELS, False) is None:  # they were the targets
+            del arguments[LABELS]
+        return model(**arguments)
+    if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
+        return model(*inputs)
+    return model(inputs)
+
+
+def check_next_token(model: nn.Module, batch: Any, predict: Predict | None) -> None:
+    """The labels in a batch are the tokens, which transformers' causal models shift: we do not.
+
+    Raises:
+        ValueError: such a model, labels in the batch, and no `predict` that drops the last logits.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    if predict is not None or not callable(can_generate) or not can_generate():
+        return
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return  # the labels are the decoder's, which are not its inputs
+    if not isinstance(batch, (list, tuple)) or LABELS in _fields(batch):
+        _, labels = unpacked(batch)
+        if labels is not None:
+            raise ValueError(
+                f"{type(model).__name__} predicts the next token, and the labels in a batch are "
+                "the tokens themselves: yield (inputs, labels[:, 1:]) and pass "
+                "predict=lambda model, inputs: model(**inputs).logits[:, :-1]"
+            )
+
+
+def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
+    """What the model returned as a tensor of outputs: itself, or its `.logits`.
+
+    Raises:
+        ValueError: no tensor, no samples in the first dimension, or no gradient.
+    """
+    if not isinstance(outputs, Tensor):
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"the model returned a {type(outputs).__name__}, not a tensor: pass "
+                "predict=lambda model, inputs: ... that returns the outputs"
+            )
+        outputs = logits
+    if not outputs.numel() or not outputs.ndim:
+        raise ValueError(f"the model's outputs have the shape {tuple(outputs.shape)}")
+    if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) != len(outputs):
+        raise ValueError(
+            f"{len(inputs)} inputs gave outputs of shape {tuple(outputs.shape)}: the first "
+            "dimension must be the samples"
+        )
+    if not outputs.requires_grad:
+        raise ValueError("the outputs carry no gradient: no parameter on their way is trained")
+    return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What tells one batch from another: sums over each sample's outputs, and over its targets.
+
+    Attributes:
+        sums, scales: (N,) each: of the values, and of their magnitudes.
+        precision: the relative difference that rounding may make.
+        targets: the mark of the targets, where they matter.
+    """
+
+    sums: Tensor
+    scales: Tensor
+    precision: float
+    targets: Mark | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, targets: Any = None) -> Mark:
+        """The mark of outputs (N, ...); targets count where they are a tensor (N, ...)."""
+        rows = values.detach().reshape(len(values), -1)
+        rows = rows if rows.is_floating_point() else rows.double()
+        half = values.dtype in (torch.float16, torch.bfloat16)
+        return cls(
+            rows.sum(1, dtype=torch.float64).cpu(),
+            rows.abs().sum(1, dtype=torch.float64).cpu(),
+            # Half precision differs by a unit in the last place where a device sums in any order.
+            torch.finfo(values.dtype).eps if half else 1e-5,
+            cls.of(targets) if isinstance(targets, Tensor) and targets.ndim else None,
+        )
+
+    def same(self, other: Mark) -> bool:
+        """Whether both are of the same samples in the same order, to rounding."""
+        if self.sums.shape != other.sums.shape or (self.targets is None) != (other.targets is None):
+            return False
+        close = (self.sums - other.sums).norm() <= self.precision * self.scales.norm()
+        if self.targets is None or other.targets is None:
+            return bool(close)
+        return bool(close) and self.targets.same(other.targets)
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Tensors from inference mode cannot take part in a backward pass; copies can."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, PackedSequence):  # its sizes stay on the CPU
+        return value._replace(data=change(value.data))
+    if isinstance(value, Mapping):
+        return _mapping(value, {key: _mapped(item, change) for key, item in value.items()})
+    names = _fields(value)
+    if names:
+        return _rebuilt(value, {name: _mapped(getattr(value, name), change) for name in names})
+    if isinstance(value, (tuple, list)):
+        items = (_mapped(item, change) for item in value)
+        return tuple(items) if isinstance(value, tuple) else list(items)
+    return value
+
+
+def _mapping(like: Mapping, items: dict) -> Mapping:
+    """`items` in a mapping as `like` is, where that can be copied with what else it holds."""
+    copies = isinstance(like, (dict, UserDict)) and not dataclasses.is_dataclass(like)
+    if type(like) is dict or not copies:
+        return items
+    found: Any = copy.copy(like)  # transformers' BatchEncoding is a UserDict
+    for key in found.keys() - items.keys():
+        del found[key]
+    found.update(items)
+    return found
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    """The field names of a dataclass or NamedTuple; none for anything else."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(entry.name for entry in dataclasses.fields(value))
+    named = isinstance(value, tuple) and not isinstance(value, PackedSequence)
+    return tuple(getattr(value, "_fields", ())) if named else ()
+
+
+def _rebuilt(value: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a dataclass or NamedTuple with other values in some fields."""
+    if isinstance(value, tuple):
+        return value._replace(**changes)  # type: ignore[attr-defined]
+    found = copy.copy(value)
+    for name, item in changes.items():
+        object.__setattr__(found, name, item)  # also where it is frozen
+    return found
