@@ -22,3 +22,14 @@ def _float64() -> Iterator[None]:
 # The same cases in every run of the suite.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Names that say what is tried: docs/layers.md is made of them."""
+    if isinstance(val, dict):
+        return " ".join(f"{key}={str(value).replace(' ', '')}" for key, value in val.items()) or "-"
+    if isinstance(val, bool):
+        return argname if val else f"no {argname}"
+    if isinstance(val, tuple) and all(isinstance(item, int) for item in val):
+        return "x".join(map(str, val)) or "scalar"
+    return None

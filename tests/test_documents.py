@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import layer_table
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -31,3 +33,7 @@ def test_compare_estimators(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(errors) == 6
     for base, better in (("K-FAC", "EKFAC"), ("K-FOC", "EK-FOC"), ("K-FOC", "K-FOC, rank 3")):
         assert all(e < b for e, b in zip(errors[better], errors[base], strict=True))
+
+
+def test_the_table_of_layers_is_that_of_the_tests() -> None:
+    assert layer_table.PAGE.read_text() == layer_table.page(), "run python tests/layer_table.py"

@@ -62,6 +62,8 @@ def test_round_trip_of_a_fit(path: Path) -> None:
     assert again.estimator == repr(kfoc.KFOC())
     assert (again.fisher, again.seed, again.num_samples) == ("mc", 3, 10)
     assert again.skipped == found.skipped
+    assert again.counts == found.counts
+    assert again.coverage == found.coverage
     assert repr(again) == repr(found)  # reports with NaN do not compare equal
     v = {n: torch.randn(p.shape) for n, p in model.named_parameters() if n[0] in "03"}
     for name, tensor in found.solve(v).items():
