@@ -29,6 +29,10 @@ from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 from kfoc.solver import fit_contraction
 
+# Parts of a batch that `online` takes in one by one have so many samples at least: each costs some
+# passes over the factors.
+LEAST_PART = 256
+
 AGGREGATIONS = ("online", "running", "approx", "exact")
 
 
@@ -301,11 +305,12 @@ class _Online(_Aggregation):
 
     def take(self, samples: Samples) -> None:
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
-        o, i = samples.shape
-        part = samples.num_samples
+        count, parts = samples.num_samples, 1
         if samples.num_positions == 1 and not self.config.decay:  # which counts batches
-            part = max(64, (o * o + i * i) // (3 * (o + i)))
-        for start in range(0, samples.num_samples, part):
+            o, i = samples.shape
+            parts = math.ceil(count / max(LEAST_PART, (o * o + i * i) // (3 * (o + i))))
+        part = math.ceil(count / parts) if count else 1
+        for start in range(0, count, part):
             self.absorb(samples.part(start, start + part))
 
     def close(self) -> None:
