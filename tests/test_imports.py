@@ -25,16 +25,20 @@ ALLOWED = {
     "certificate": {"blocks", "plans", "samples", "token_plan"},
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
-    "interop": {"layers"},
+    "interop": {
+        "blocks", "curvature", "estimators", "fit", "kronecker", "layers", "layout", "samples",
+        "vectors",
+    },
     "capture": {"embedding", "layers", "samples"},
     "selection": {"embedding", "layers", "layout"},
     "vectors": {"layout"},
+    "flat": {"layout", "vectors"},
     "subspace": {"kronecker"},
     # Adding two Kronecker products is Algorithm 1 on two terms.
     "merge": {"blocks", "kronecker", "subspace"},
-    "damped": {"blocks", "layout", "vectors"},
+    "damped": {"blocks", "flat", "layout", "vectors"},
     "storage": {"blocks", "layout"},
-    "curvature": {"blocks", "damped", "layout", "merge", "storage", "vectors"},
+    "curvature": {"blocks", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
         "solver", "tied", "token_plan", "tokens",
