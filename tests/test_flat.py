@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from curvatures import block, curvature
-from models import batches, convolutional, images
 from torch.nn.utils import parameters_to_vector
 
 import kfoc
+from curvatures import block, curvature
 from kfoc.blocks import KINDS
+from models import batches, convolutional, images
 
 linalg = pytest.importorskip("scipy.sparse.linalg")
 
