@@ -94,6 +94,8 @@ def test_core_imports_torch_and_little_else() -> None:
         "mlxtend",
         "sklearn",
         "safetensors",
+        "laplace",
+        "linear_operator",
     ]
     code = f"import sys, kfoc; print([m for m in {heavy} if m in sys.modules])"
     # torch may import some of them by itself where they are installed: compare with torch alone.

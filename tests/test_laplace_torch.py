@@ -198,6 +198,25 @@ def test_what_laplace_torch_does_with_it() -> None:
     assert regression(x)[1].shape == (4, 3, 3)
 
 
+def test_saved_and_loaded_states_predict_the_same() -> None:
+    model, data = network(), loader("classification")
+    found, other = fitted(model, data), fitted(model, loader("classification", seed=1))
+    other.load_state_dict(found.state_dict())
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(other(x), found(x))
+    with pytest.raises(ValueError, match="of another origin"):
+        other.fit(data, override=False)
+
+
+def test_a_single_layer_and_normalisation() -> None:
+    data = loader("classification", size=30)
+    single = KFOCBackend(nn.Linear(5, 3), "classification")
+    assert len(single.kron(*next(iter(data)), N=30)[1]) == 2
+    model = nn.Sequential(nn.Linear(5, 700), nn.LayerNorm(700), nn.Linear(700, 3))
+    kron = fitted(model, loader("classification", size=15)).H_facs
+    assert [factors[0].ndim for factors in kron.kfacs] == [2, 2, 1, 1, 2, 2]
+
+
 def test_models_of_dicts() -> None:
     class OfDict(nn.Module):
         def __init__(self) -> None:
@@ -243,6 +262,8 @@ def test_no_silently_wrong_factors() -> None:
             first.H_facs + second.H_facs
     with pytest.raises(ValueError, match="no further options, found mc"):
         ours.backend.kron(*next(iter(data)), N=30, mc=3)
+    with pytest.raises(ValueError, match="a part of a layer's parameters"):
+        KFOCBackend(model, "regression", subnetwork_indices=torch.arange(3))
     with pytest.raises(ValueError, match="likelihood must be one of"):
         KFOCBackend(model, "poisson")
 

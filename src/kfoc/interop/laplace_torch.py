@@ -74,7 +74,9 @@ class KFOCBackend(CurvatureInterface):
             raise ValueError(
                 f"likelihood must be one of {', '.join(LIKELIHOODS)}, found {likelihood!r}"
             )
-        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
+        if subnetwork_indices is not None:
+            raise ValueError("a part of a layer's parameters has no Kronecker factors of its own")
+        super().__init__(model, likelihood, last_layer, None, dict_key_x, dict_key_y)
         self.estimator, self.fisher, self.mc_samples = estimator, fisher, mc_samples
         self.seed, self.curvature = seed, curvature
         self.batches = 0
@@ -91,7 +93,10 @@ class KFOCBackend(CurvatureInterface):
                 the reason; or a curvature of another number of samples.
         """
         if kwargs:
-            raise ValueError(f"the backend takes no further options, found {', '.join(kwargs)}")
+            raise ValueError(
+                f"kron takes no further options, found {', '.join(kwargs)}: give them as "
+                "backend_kwargs"
+            )
         with torch.no_grad():
             loss = self.factor * self.lossfunc(self.model(x), y)
         if self.curvature is None:
