@@ -49,15 +49,15 @@ def small() -> nn.Module:
 
 
 def convolutional() -> nn.Module:
-    """Two 3 x 3 convolutions of stride 2 on digits averaged to 14 x 14, and a linear layer."""
+    """Two 3 x 3 convolutions of 4 and 6 channels on digits averaged to 7 x 7, and 96 - 10."""
     return nn.Sequential(
-        nn.AvgPool2d(2),
-        nn.Conv2d(1, 6, 3, stride=2, padding=1),
+        nn.AvgPool2d(4),
+        nn.Conv2d(1, 4, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(6, 12, 3, stride=2, padding=1),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(192, 10),
+        nn.Linear(96, 10),
     )
 
 
@@ -116,7 +116,7 @@ def measured(model: nn.Module, data: DataLoader, test: Dataset, fit: Fit) -> dic
     fixed = approximation.log_marginal_likelihood().item()
     approximation.optimize_prior_precision(method="marglik", n_steps=100)
     with torch.no_grad():
-        parts = [approximation(x) for x in test.inputs.split(50)]
+        parts = [approximation(x) for x in test.inputs.split(10)]  # its cost is quadratic
     return {
         "log marginal likelihood, prior 1": fixed,
         "log marginal likelihood, best prior": approximation.log_marginal_likelihood().item(),

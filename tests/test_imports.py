@@ -26,8 +26,8 @@ ALLOWED = {
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {
-        "blocks", "curvature", "estimators", "fit", "kronecker", "layers", "layout", "samples",
-        "vectors",
+        "blocks", "curvature", "estimators", "fit", "kronecker", "layers", "layout", "products",
+        "samples", "vectors",
     },
     "capture": {"embedding", "layers", "samples"},
     "selection": {"embedding", "layers", "layout"},
