@@ -28,7 +28,7 @@ def test_closest_product_of_the_weight_and_exact_block_of_the_bias() -> None:
     model = convolutional()
     inputs, labels = images(20)
     cotangents = oracle.categorical_exact(model(inputs).detach())
-    estimator = per_parameter(model, kfoc.KFOC("exact", rtol=1e-12, max_steps=200, passes=200))
+    estimator = per_parameter(model, kfoc.KFOC("exact", rtol=1e-12, passes=100, buffer=1))
     data = batches(inputs, labels, 10)
     found = kfoc.fit(model, data, fisher="exact", estimator=estimator, probes=200)
     assert estimator.biased == {"0", "3", "5"}
