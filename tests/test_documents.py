@@ -37,3 +37,28 @@ def test_compare_estimators(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_of_layers_is_that_of_the_tests() -> None:
     assert layer_table.PAGE.read_text() == layer_table.page(), "run python tests/layer_table.py"
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that it imports
+def test_interop(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    runpy.run_path(str(ROOT / "examples" / "interop.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    left_out = sum("left out: " in line for line in lines)
+    steps = [int(line.split()[0]) for line in lines if "steps of" in line]
+    assert left_out or len(lines) == 6
+    assert not steps or steps[1] < 0.8 * steps[0]
+    marginals = [float(line.split()[-1]) for line in lines if "marginal likelihood" in line]
+    assert len(marginals) in (0, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_interop_document() -> None:
+    torch.set_default_dtype(torch.float32)
+    scope: dict = {}
+    text = (ROOT / "docs" / "interop.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        try:
+            exec(code, scope)
+        except ImportError as error:
+            pytest.skip(str(error))

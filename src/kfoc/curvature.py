@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from kfoc.blocks import Block
 from kfoc.coverage import Coverage, ParameterCount, coverage
 from kfoc.damped import DampedCurvature, Dampings, dampings
+from kfoc.flat import flattened, scipy_operator, unflattened
 from kfoc.layout import Layout
 from kfoc.merge import Comparison, compared, merged
 from kfoc.storage import Stored, read, write
@@ -198,6 +200,26 @@ class Curvature(Mapping[str, Block]):
         return replace(self, blocks=blocks)
 
     __rmul__ = __mul__
+
+    def flatten(self, vector: Vector) -> Tensor:
+        """One vector (..., P) from a dict: layer by layer, parameter by parameter, row-major.
+
+        The order is that of `parameters`; where the curvature covers the whole model, it is that of
+        `torch.nn.utils.parameters_to_vector(model.parameters())`.
+        """
+        return flattened(vector, self.layouts)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The dict of a vector (..., P): the inverse of `flatten`."""
+        return unflattened(vector, self.layouts)
+
+    def to_linear_operator(self) -> Any:
+        """F as a `scipy.sparse.linalg.LinearOperator`, (P, P), over vectors as `flatten` gives.
+
+        It takes and gives NumPy arrays, and works in the blocks' dtype (`pip install scipy`).
+        """
+        device = next(next(iter(self.blocks.values())).tensors()).device
+        return scipy_operator(self.matvec, self.layouts, self._dtypes, device)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfoc.blocks import DampedBlock, Damping
+from kfoc.flat import flattened, scipy_operator, unflattened
 from kfoc.layout import Layout
 from kfoc.vectors import Vector, applied, joined, naming, quadratic
 
@@ -115,6 +118,31 @@ class DampedCurvature:
         chosen = dampings(tuple(self.blocks), damping, scale, method)
         blocks = {layer: block.redamped(chosen[layer]) for layer, block in self.blocks.items()}
         return DampedCurvature(blocks, self.layouts)
+
+    def flatten(self, vector: Vector) -> Tensor:
+        """One vector (..., P) from a dict, in the order of `Curvature.flatten`."""
+        return flattened(vector, self.layouts)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The dict of a vector (..., P): the inverse of `flatten`."""
+        return unflattened(vector, self.layouts)
+
+    def to_linear_operator(self, exponent: float = -1) -> Any:
+        """`B^exponent` as a `scipy.sparse.linalg.LinearOperator` over vectors as `flatten` gives.
+
+        Args:
+            exponent: -1, the inverse, as a preconditioner (`M` of `scipy.sparse.linalg.cg`) is
+                one; or 1, 1/2, -1/2.
+
+        Raises:
+            ValueError: another exponent.
+            ImportError: without SciPy.
+        """
+        if exponent not in (1, 0.5, -0.5, -1):
+            raise ValueError(f"exponent must be one of 1, 0.5, -0.5, -1, found {exponent}")
+        power = partial(self._power, exponent=exponent)
+        device = next(iter(self.blocks.values())).device
+        return scipy_operator(power, self.layouts, self._dtypes, device)
 
     def __repr__(self) -> str:
         return f"DampedCurvature of {len(self.blocks)} layers: {', '.join(self.blocks)}"
