@@ -39,6 +39,14 @@ ALLOWED = {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
         "solver", "tied", "token_plan", "tokens",
     },
+    "forward": set(),
+    "persample": {"forward"},
+    # What people do with a curvature knows of curvatures, not of how they are fitted.
+    "laplace": {
+        "blocks", "curvature", "damped", "forward", "laplace", "likelihoods", "persample",
+        "vectors",
+    },
+    "influence": {"curvature", "damped", "forward", "likelihoods", "persample"},
     "fit": {
         "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
         "selection",
