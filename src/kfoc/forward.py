@@ -118,8 +118,7 @@ def count_samples(inputs: Any) -> int:
     if len(sizes) != 1 or -1 in sizes:
         found = "none" if not sizes else f"first dimensions of {sorted(sizes)}"
         raise ValueError(
-            "the inputs must be tensors whose first dimension runs over the samples, found "
-            f"{found}"
+            f"the inputs must be tensors whose first dimension runs over the samples, found {found}"
         )
     return sizes.pop()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature, Dampings
 from kfoc.forward import Forward, Predict, batches, count_samples, mapped
-from kfoc.likelihoods import LIKELIHOODS, Likelihood
+from kfoc.likelihoods import Likelihood, resolved
 from kfoc.persample import chunks, gradients
 
 
@@ -91,7 +91,7 @@ def influence(
     forward = Forward(model, predict)
     forward.check_deterministic()
     names = [name for layout in curvature.layouts.values() for name in layout.names]
-    run = _Run(forward, forward.parameters(names), _likelihood(likelihood), chunk_size)
+    run = _Run(forward, forward.parameters(names), resolved(likelihood), chunk_size)
     solved = run.solved(curvature.damped(damping), query)
     kept = _Kept(top)
     for inputs, targets in batches(data):
@@ -145,7 +145,7 @@ class _Kept:
             scores = torch.cat([self.scores, scores], 1)
             indices = torch.cat([self.indices, indices], 1)
         if self.top is not None and scores.shape[1] > 2 * self.top:
-            order = scores.argsort(1, stable=True)
+            order = scores.argsort(dim=1, stable=True)
             ends = torch.cat([order[:, : self.top], order[:, -self.top :]], 1)
             scores, indices = scores.gather(1, ends), indices.gather(1, ends)
         self.scores, self.indices = scores, indices
@@ -153,7 +153,7 @@ class _Kept:
     def finished(self) -> Influence:
         if self.scores is None or self.indices is None:
             raise ValueError("data has no samples")
-        order = self.scores.argsort(1, stable=True)
+        order = self.scores.argsort(dim=1, stable=True)
         size = order.shape[1] if self.top is None else self.top
         helpful, harmful = order[:, :size], order.flip(1)[:, :size]
         rankings = [
@@ -167,14 +167,3 @@ def sum_of_products(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tens
     """Inner products (Q, n) of vectors name -> (Q, *shape) and (n, *shape)."""
     parts = [first[name].flatten(1) @ second[name].flatten(1).mT for name in first]
     return torch.stack(parts).sum(0)
-
-
-def _likelihood(likelihood: str | Likelihood) -> Likelihood:
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
-            f"{likelihood!r}"
-        )
-    return LIKELIHOODS[likelihood]

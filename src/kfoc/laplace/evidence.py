@@ -86,9 +86,7 @@ def misfit_of(likelihood: Likelihood, outputs: Tensor, targets: Any) -> tuple[in
     )
 
 
-def class_dimension(
-    likelihood: Categorical, outputs: Tensor, labels: Tensor | None = None
-) -> int:
+def class_dimension(likelihood: Categorical, outputs: Tensor, labels: Tensor | None = None) -> int:
     """Where the classes are, as `Categorical` has it; `labels` have passed its check."""
     if likelihood.class_dim is not None:
         return likelihood.class_dim % outputs.ndim
@@ -121,9 +119,7 @@ def log_marginal_likelihood(
     return total
 
 
-def layer_term(
-    block: DampedBlock, squared_norm: float, precision: Tensor, scale: Tensor
-) -> Tensor:
+def layer_term(block: DampedBlock, squared_norm: float, precision: Tensor, scale: Tensor) -> Tensor:
     """`ln p(parameters)` plus half the log-volume of the posterior: one layer's share."""
     size = math.prod(block.shape)
     logdet = log_determinant(block, precision, scale)

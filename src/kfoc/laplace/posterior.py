@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,12 +17,10 @@ from kfoc.forward import Forward, Predict, count_samples, mapped
 from kfoc.laplace import evidence, predictive, tuning
 from kfoc.laplace.evidence import DataFit
 from kfoc.laplace.predictive import OutputGaussian
+from kfoc.laplace.prior import Number, Precisions, positive, precisions
 from kfoc.laplace.validation import validation_losses
-from kfoc.likelihoods import LIKELIHOODS, Gaussian, Likelihood
+from kfoc.likelihoods import Gaussian, Likelihood, resolved
 from kfoc.persample import chunks
-
-Number = float | Tensor
-Precisions = Number | Mapping[str, Number]
 
 PREDICTIVE_METHODS = ("linearised", "weights")
 PROBABILITY_METHODS = ("probit", "logits", "weights")
@@ -69,10 +67,8 @@ class Laplace:
     def __post_init__(self) -> None:
         likelihood = self._likelihood
         if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be finite and positive, found {self.temperature}"
-            )
-        sigma = _positive("sigma_noise", self.sigma_noise).item()
+            raise ValueError(f"temperature must be finite and positive, found {self.temperature}")
+        sigma = positive("sigma_noise", self.sigma_noise).item()
         if sigma != 1 and not isinstance(likelihood, Gaussian):
             raise ValueError(
                 f"sigma_noise is for the gaussian likelihood, found {sigma:g} with {likelihood!r}"
@@ -81,14 +77,14 @@ class Laplace:
             raise ValueError(f"num_samples must be at least 1, found {self.num_samples}")
         if not len(self.curvature):
             raise ValueError("the curvature has no layers: there is nothing to be uncertain about")
-        self._precisions(self.prior_precision)
+        precisions(self.curvature.layers, self.prior_precision)
 
     @cached_property
     def posterior(self) -> DampedCurvature:
         """The precision of the posterior, factorised: to solve with, and to draw from."""
-        precisions = {k: p.item() for k, p in self._precisions(self.prior_precision).items()}
-        scale = self._scale(_positive("sigma_noise", self.sigma_noise)).item()
-        return self._factorised.redamped(precisions, scale=scale)
+        priors = precisions(self.curvature.layers, self.prior_precision)
+        scale = self._scale(positive("sigma_noise", self.sigma_noise)).item()
+        return self._factorised.redamped({k: p.item() for k, p in priors.items()}, scale=scale)
 
     def sample(
         self, num: int = 1, *, seed: int = 0, generator: torch.Generator | None = None
@@ -218,13 +214,15 @@ class Laplace:
             ValueError: data of another number of samples than the posterior's.
         """
         fit = self._checked_fit(data)
-        precisions = self._precisions(
-            self.prior_precision if prior_precision is None else prior_precision
-        )
-        sigma = _positive("sigma_noise", self.sigma_noise if sigma_noise is None else sigma_noise)
+        prior = self.prior_precision if prior_precision is None else prior_precision
+        sigma = positive("sigma_noise", self.sigma_noise if sigma_noise is None else sigma_noise)
         log_likelihood = fit.log_likelihood(self._likelihood, sigma) / self.temperature
         return evidence.log_marginal_likelihood(
-            log_likelihood, self._factorised, self._squared_norms, precisions, self._scale(sigma)
+            log_likelihood,
+            self._factorised,
+            self._squared_norms,
+            precisions(self.curvature.layers, prior),
+            self._scale(sigma),
         )
 
     def tuned(
@@ -247,22 +245,19 @@ class Laplace:
             bounds: of the prior precision. A RuntimeWarning tells where the best is at one.
         """
         fit = self._checked_fit(data)
-        if not noise:
-            sigma = float(self.sigma_noise)
-            return self._changed(prior_precision=self._best(sigma, per_layer, bounds)[0])
-        if not isinstance(self._likelihood, Gaussian):
-            raise ValueError("noise=True is for the gaussian likelihood, the one with sigma_noise")
-        rms = math.sqrt(2 * fit.misfit / fit.num_labels)
-        if not rms:
-            raise ValueError("the model fits its data exactly: the noise has no best level")
+        posterior, norms = self._factorised, self._squared_norms
 
-        def profile(sigma: float) -> float:
-            likelihood = fit.log_likelihood(self._likelihood, _positive("sigma_noise", sigma))
-            return likelihood.item() / self.temperature + self._best(sigma, per_layer, bounds)[1]
+        def best(sigma: Tensor) -> tuple[float | dict[str, float], float]:
+            return tuning.best_prior(posterior, norms, self._scale(sigma), per_layer, bounds)
 
-        sigma, _ = tuning.maximum(profile, (rms / 30, rms * 30), "sigma_noise")
-        best, _ = self._best(sigma, per_layer, bounds)
-        return self._changed(prior_precision=best, sigma_noise=sigma)
+        changes = {}
+        sigma = positive("sigma_noise", self.sigma_noise)
+        if noise:
+            changes["sigma_noise"] = tuning.best_noise(
+                fit, self._likelihood, self.temperature, lambda sigma: best(sigma)[1]
+            )
+            sigma = positive("sigma_noise", changes["sigma_noise"])
+        return self._changed(prior_precision=best(sigma)[0], **changes)
 
     def tuned_by_validation(
         self,
@@ -291,46 +286,15 @@ class Laplace:
         return posteriors[min(range(len(losses)), key=losses.__getitem__)]
 
     def __repr__(self) -> str:
-        precisions = self._precisions(self.prior_precision)
-        same = len({p.item() for p in precisions.values()}) == 1
-        shown = precisions if not same else {"all": next(iter(precisions.values()))}
+        priors = precisions(self.curvature.layers, self.prior_precision)
+        same = len({p.item() for p in priors.values()}) == 1
+        shown = {"all": next(iter(priors.values()))} if same else priors
         values = ", ".join(f"{layer}: {p.item():.4g}" for layer, p in shown.items())
         return f"Laplace of {len(self.curvature)} layers, prior precision {values}"
 
-    def _best(
-        self, sigma: float, per_layer: bool, bounds: tuple[float, float]
-    ) -> tuple[float | dict[str, float], float]:
-        """The best prior precision at a noise level, and the evidence without the likelihood."""
-        scale, norms = self._scale(torch.tensor(sigma, dtype=torch.float64)), self._squared_norms
-        blocks = self._factorised.blocks
-
-        def term(layer: str, precision: float) -> float:
-            value = torch.tensor(precision, dtype=torch.float64)
-            return evidence.layer_term(blocks[layer], norms[layer], value, scale).item()
-
-        if not per_layer:
-            return tuning.maximum(
-                lambda p: sum(term(layer, p) for layer in blocks), bounds, "prior precision"
-            )
-        found = {
-            layer: tuning.maximum(
-                lambda p, layer=layer: term(layer, p), bounds, f"prior precision of layer {layer!r}"
-            )
-            for layer in blocks
-        }
-        total = sum(value for _, value in found.values())
-        return {layer: precision for layer, (precision, _) in found.items()}, total
-
     @property
     def _likelihood(self) -> Likelihood:
-        if isinstance(self.likelihood, Likelihood):
-            return self.likelihood
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(
-                f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
-                f"{self.likelihood!r}"
-            )
-        return LIKELIHOODS[self.likelihood]
+        return resolved(self.likelihood)
 
     @property
     def _forward(self) -> Forward:
@@ -367,19 +331,6 @@ class Laplace:
         count = self.num_samples or self.curvature.num_samples
         return count / (self.temperature * sigma**2)
 
-    def _precisions(self, value: Precisions) -> dict[str, Tensor]:
-        layers = self.curvature.layers
-        if not isinstance(value, Mapping):
-            return dict.fromkeys(layers, _positive("prior_precision", value))
-        missing = [layer for layer in layers if layer not in value]
-        unknown = [layer for layer in value if layer not in layers]
-        if missing or unknown:
-            raise ValueError(
-                f"prior_precision by layer must have a number for each of {list(layers)}; "
-                f"missing: {missing}, unknown: {unknown}"
-            )
-        return {k: _positive(f"prior_precision of layer {k!r}", value[k]) for k in layers}
-
     def _checked_fit(self, data: DataFit | Iterable[tuple[Any, Any]]) -> DataFit:
         fit = data if isinstance(data, DataFit) else self.data_fit(data)
         expected = self.num_samples or self.curvature.num_samples
@@ -390,18 +341,6 @@ class Laplace:
                 f"Laplace(num_samples={fit.num_samples}) where that was a part of it"
             )
         return fit
-
-
-def _positive(what: str, value: Number) -> Tensor:
-    """A scalar in float64 that gradients flow through.
-
-    Raises:
-        ValueError: anything but one finite positive number.
-    """
-    found = torch.as_tensor(value).to(device="cpu", dtype=torch.float64)
-    if found.numel() != 1 or not 0 < found.item() < math.inf:
-        raise ValueError(f"{what} must be one finite and positive number, found {value}")
-    return found.reshape(())
 
 
 def _check_method(method: str, allowed: tuple[str, ...]) -> None:

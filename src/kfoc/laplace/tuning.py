@@ -1,10 +1,17 @@
-"""Maxima of functions of one positive number, as precisions and noise levels need them."""
+"""Prior precision and noise where the marginal likelihood has its maximum, without gradients."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from kfoc.damped import DampedCurvature
+from kfoc.laplace.evidence import DataFit, layer_term
+from kfoc.laplace.prior import positive
+from kfoc.likelihoods import Gaussian, Likelihood
 
 Function = Callable[[float], float]
 Bounds = tuple[float, float]
@@ -14,6 +21,61 @@ PER_DECADE = 2
 # Of the logarithm of the argument. The functions are flat there: their error is its square.
 TOLERANCE = 1e-6
 GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def best_prior(
+    posterior: DampedCurvature,
+    squared_norms: Mapping[str, float],
+    scale: Tensor,
+    per_layer: bool,
+    bounds: Bounds,
+) -> tuple[float | dict[str, float], float]:
+    """The best prior precision, for all layers or for each, and the layers' share of the evidence.
+
+    Given the scale, the evidence is a sum over layers of functions of their own precision, so the
+    maximum of each is the maximum of all.
+
+    Args:
+        posterior, squared_norms, scale: as for `evidence.log_marginal_likelihood`.
+    """
+    blocks = posterior.blocks
+
+    def term(layer: str, precision: float) -> float:
+        value = positive("prior_precision", precision)
+        return layer_term(blocks[layer], squared_norms[layer], value, scale).item()
+
+    if not per_layer:
+        return maximum(lambda p: sum(term(layer, p) for layer in blocks), bounds, "prior precision")
+    best, total = {}, 0.0
+    for layer in blocks:
+        what = f"prior precision of layer {layer!r}"
+        best[layer], value = maximum(lambda p, layer=layer: term(layer, p), bounds, what)
+        total += value
+    return best, total
+
+
+def best_noise(
+    fit: DataFit, likelihood: Likelihood, temperature: float, share: Callable[[Tensor], float]
+) -> float:
+    """The best noise level of a regression.
+
+    Args:
+        share: the layers' share of the evidence at a noise level, at its best prior precision.
+
+    Raises:
+        ValueError: another likelihood, or a fit without any error.
+    """
+    if not isinstance(likelihood, Gaussian):
+        raise ValueError("noise=True is for the gaussian likelihood, the one with sigma_noise")
+    rms = math.sqrt(2 * fit.misfit / fit.num_labels)
+    if not rms:
+        raise ValueError("the model fits its data exactly: the noise has no best level")
+
+    def evidence(sigma: float) -> float:
+        value = positive("sigma_noise", sigma)
+        return fit.log_likelihood(likelihood, value).item() / temperature + share(value)
+
+    return maximum(evidence, (rms / 30, rms * 30), "sigma_noise")[0]
 
 
 def maximum(function: Function, bounds: Bounds, what: str) -> tuple[float, float]:
