@@ -65,7 +65,11 @@ def trained_to_the_end(
     """Minimise `weights @ losses / N + DECAY / 2 |theta|^2` by L-BFGS."""
     parameters = list(model.parameters())
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+        parameters,
+        max_iter=steps,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -79,22 +83,22 @@ def trained_to_the_end(
     model.zero_grad(set_to_none=True)
 
 
+# Correlations are 0.99 and 0.97 with the exact blocks, 0.82 and 0.85 with one product each.
 NETWORKS = {
-    "logistic regression": (lambda: nn.Sequential(nn.Linear(6, 3)), 0.97),
-    "one hidden layer": (
-        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
-        0.8,
-    ),
+    "logistic regression": lambda: nn.Sequential(nn.Linear(6, 3)),
+    "one hidden layer": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
 }
+BOUNDS = [(kfoc.BlockDiagonal(), 0.95), (kfoc.KFOC(), 0.75)]
 
 
-@pytest.mark.parametrize("estimator", [kfoc.KFOC(), kfoc.BlockDiagonal()])
+@pytest.mark.parametrize(("estimator", "bound"), BOUNDS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_agrees_with_retraining_without_the_sample(name: str, estimator: kfoc.Estimator) -> None:
-    build, bound = NETWORKS[name]
+def test_agrees_with_retraining_without_the_sample(
+    name: str, estimator: kfoc.Estimator, bound: float
+) -> None:
     y = torch.randint(3, (60,))
     x = torch.randn(3, 6)[y] + torch.randn(60, 6)
-    model = build()
+    model = NETWORKS[name]()
     trained_to_the_end(model, x, y, torch.ones(60), 500)
     curvature = kfoc.fit(model, batches(x, y, 20), estimator=estimator, fisher="exact")
     query = torch.randn(4, 6), torch.arange(4) % 3
@@ -124,15 +128,32 @@ def test_scores_are_derivatives_by_the_weight_of_a_sample() -> None:
     curvature = kfoc.fit(model, [(x, y)], estimator=kfoc.BlockDiagonal(), fisher="exact")
     query = torch.randn(4, 6), torch.arange(4) % 3
     found = kfoc.influence(model, curvature, [(x, y)], query, damping=DECAY, top=None).scores
+    start = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach().flatten()
+
+    def logits(theta: Tensor, inputs: Tensor) -> Tensor:
+        return inputs @ theta.view(3, 7)[:, :6].mT + theta.view(3, 7)[:, 6]
+
+    def best(weights: Tensor) -> Tensor:
+        """By Newton's method, to rounding: L-BFGS stops where the loss no longer tells."""
+
+        def objective(theta: Tensor) -> Tensor:
+            loss = weights @ losses("categorical", logits(theta, x), y) / 40
+            return loss + DECAY / 2 * theta.square().sum()
+
+        theta = start
+        for _ in range(4):
+            gradient = torch.func.grad(objective)(theta)
+            theta = theta - torch.linalg.solve(torch.func.hessian(objective)(theta), gradient)
+        return theta
+
     for n in (0, 7):
-        ends = []
-        for change in (-1e-2, 1e-2):
-            weights = torch.ones(40)
-            weights[n] += change
-            trained_to_the_end(model, x, y, weights, 500)
-            ends.append(losses("categorical", model(query[0]), query[1]).detach())
-        derivative = (ends[1] - ends[0]) / 2e-2 * 40
-        torch.testing.assert_close(found[:, n], derivative, rtol=1e-4, atol=1e-5)
+        step = 1e-3 * torch.eye(40)[n]
+        ends = [
+            losses("categorical", logits(best(torch.ones(40) + sign * step), query[0]), query[1])
+            for sign in (-1, 1)
+        ]
+        derivative = (ends[1] - ends[0]) / 2e-3 * 40  # a weight of 1 is 1 / 40 of the mean
+        torch.testing.assert_close(found[:, n], derivative, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_calls() -> None:
