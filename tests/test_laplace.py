@@ -165,7 +165,6 @@ def test_probabilities(likelihood: str) -> None:
 
 def evidence(
     model: nn.Module,
-    data: list,
     curvature: kfoc.Curvature,
     priors: dict[str, Tensor],
     log_likelihood: Tensor,
@@ -188,7 +187,7 @@ def evidence(
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
 def test_log_marginal_likelihood_and_its_gradient(likelihood: str, kind: str) -> None:
     model, data, curvature = problem(likelihood, KINDS[kind])
-    laplace = kfoc.Laplace(model, curvature, likelihood=likelihood)
+    laplace = kfoc.Laplace(model, curvature, likelihood=likelihood, temperature=0.5)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     outputs = model(x).detach()
 
@@ -198,8 +197,8 @@ def test_log_marginal_likelihood_and_its_gradient(likelihood: str, kind: str) ->
             "bernoulli": lambda: torch.distributions.Bernoulli(logits=outputs),
             "gaussian": lambda: torch.distributions.Normal(outputs, sigma),
         }[likelihood]()
-        scale = 40 / sigma**2
-        return evidence(model, data, curvature, priors, fitted.log_prob(y).sum(), scale)
+        log_likelihood = fitted.log_prob(y).sum() / 0.5
+        return evidence(model, curvature, priors, log_likelihood, 40 / 0.5 / sigma**2)
 
     def leaves() -> tuple[dict[str, Tensor], Tensor]:
         sigma = torch.tensor(0.8 if likelihood == "gaussian" else 1.0)
@@ -364,6 +363,41 @@ def test_dict_batches_and_outputs_that_are_no_tensor() -> None:
     torch.testing.assert_close(
         laplace.probabilities(inputs), twin.probabilities(inputs["values"] * inputs["mask"])
     )
+
+
+class Tied(nn.Module):
+    """Predicts the next token, with one weight for the embedding and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens)))
+
+
+def test_tied_weights_vary_in_both_of_their_places() -> None:
+    model, tokens = Tied(), torch.randint(5, (8, 3))
+    curvature = kfoc.fit(model, [(tokens, tokens)], estimator=kfoc.BlockDiagonal())
+    (layer,) = curvature.layers
+    laplace = kfoc.Laplace(model, curvature, 2.0)
+    rows = [
+        torch.autograd.grad(output, model.head.weight, retain_graph=True)[0].flatten()
+        for output in model(tokens[:1]).flatten()
+    ]
+    order = curvature.layouts[layer].join(
+        {curvature.layouts[layer].names[0]: torch.stack(rows).view(15, 5, 4)}
+    )
+    jacobian = order.flatten(1)
+    precision = 8 * curvature[layer].to_dense() + 2 * torch.eye(20)
+    expected = jacobian @ precision.inverse() @ jacobian.mT
+    torch.testing.assert_close(laplace.linearised(tokens[:1]).covariance[0], expected)
+    (name,) = curvature.layouts[layer].names
+    drawn = laplace.sample(1, seed=0)[name][0]
+    weights = drawn, torch.tanh(drawn[tokens])
+    outputs = laplace.sampled_outputs(tokens, 1, seed=0)[0]
+    torch.testing.assert_close(outputs, weights[1] @ weights[0].mT)
 
 
 def test_labels_of_sequences_and_images() -> None:

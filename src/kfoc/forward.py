@@ -32,7 +32,7 @@ class Forward:
         Raises:
             ValueError: a name that is none of the model's parameters.
         """
-        known = dict(self.model.named_parameters())
+        known = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones by any name
         names = list(names)
         missing = [name for name in names if name not in known]
         if missing:
@@ -100,6 +100,11 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(mapped(item, function) for item in value)
     return value
+
+
+def sliced(value: Any, part: slice | int) -> Any:
+    """A part of the samples of every tensor in (nested) tuples, lists and dicts."""
+    return mapped(value, lambda tensor: tensor[part])
 
 
 def count_samples(inputs: Any) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature, Dampings
-from kfoc.forward import Forward, Predict, batches, count_samples, mapped
+from kfoc.forward import Forward, Predict, batches, count_samples, sliced
 from kfoc.likelihoods import Likelihood, resolved
 from kfoc.persample import chunks, gradients
 
@@ -115,7 +115,7 @@ class _Run:
         (cotangents,) = self.likelihood.cotangents(outputs, targets, "empirical", 1, 0, 0)
         numbers = sum(value.numel() for value in self.parameters.values())
         for part in chunks(count_samples(inputs), numbers, self.chunk_size):
-            chosen = mapped(inputs, lambda t, s=part: t[s])
+            chosen = sliced(inputs, part)
             yield gradients(self.forward, self.parameters, chosen, cotangents[part])
 
     def solved(self, damped: DampedCurvature, query: Any) -> dict[str, Tensor]:
@@ -156,11 +156,11 @@ class _Kept:
         order = self.scores.argsort(dim=1, stable=True)
         size = order.shape[1] if self.top is None else self.top
         helpful, harmful = order[:, :size], order.flip(1)[:, :size]
-        rankings = [
+        first, last = (
             Ranking(self.indices.gather(1, part), self.scores.gather(1, part))
             for part in (helpful, harmful)
-        ]
-        return Influence(*rankings, self.count, self.scores if self.top is None else None)
+        )
+        return Influence(first, last, self.count, self.scores if self.top is None else None)
 
 
 def sum_of_products(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:

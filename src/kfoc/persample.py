@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
-from kfoc.forward import Forward, count_samples, mapped
+from kfoc.forward import Forward, count_samples, mapped, sliced
 
 Parameters = Mapping[str, Tensor]
 # Numbers that one chunk of gradients may take: 128 MiB in float32.
@@ -34,7 +34,7 @@ def jacobians(forward: Forward, parameters: Parameters, inputs: Any) -> dict[str
         return vmap(jacrev(outputs), in_dims=(None, 0))(dict(parameters), inputs)
 
     def one(leaves: Parameters, number: int) -> dict[str, Tensor]:
-        found = outputs(leaves, mapped(inputs, lambda t: t[number]))
+        found = outputs(leaves, sliced(inputs, number))
         rows = [_gradient(output, leaves) for output in found]
         return {name: torch.stack([row[name] for row in rows]) for name in leaves}
 
@@ -60,7 +60,7 @@ def gradients(
         return vmap(grad(inner), in_dims=(None, 0, 0))(dict(parameters), inputs, cotangents)
 
     def one(leaves: Parameters, number: int) -> dict[str, Tensor]:
-        sample = mapped(inputs, lambda t: t[number])
+        sample = sliced(inputs, number)
         return _gradient(inner(leaves, sample, cotangents[number]), leaves)
 
     return _either(vectorised, one, parameters, count_samples(inputs))

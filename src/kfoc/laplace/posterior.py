@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature
-from kfoc.forward import Forward, Predict, count_samples, mapped
+from kfoc.forward import Forward, Predict, count_samples, sliced
 from kfoc.laplace import evidence, predictive, tuning
 from kfoc.laplace.evidence import DataFit
 from kfoc.laplace.predictive import OutputGaussian
@@ -24,6 +24,8 @@ from kfoc.persample import chunks
 
 PREDICTIVE_METHODS = ("linearised", "weights")
 PROBABILITY_METHODS = ("probit", "logits", "weights")
+# Of prior precisions: from 0.01 to 10,000.
+CANDIDATES = tuple(10 ** (k / 2) for k in range(-4, 9))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,12 +122,10 @@ class Laplace:
         if not count:
             raise ValueError("there are no inputs")
         with torch.no_grad():
-            width = forward.outputs(mapped(inputs, lambda t: t[:1]), {}).numel()
+            width = forward.outputs(sliced(inputs, slice(1)), {}).numel()
         numbers = width * sum(p.numel() for p in parameters.values())
         parts = [
-            predictive.linearised(
-                forward, self.posterior, parameters, mapped(inputs, lambda t, s=part: t[s])
-            )
+            predictive.linearised(forward, self.posterior, parameters, sliced(inputs, part))
             for part in chunks(count, numbers, chunk_size)
         ]
         return OutputGaussian(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -262,11 +262,12 @@ class Laplace:
     def tuned_by_validation(
         self,
         data: Iterable[tuple[Any, Any]],
-        candidates: Iterable[float] = tuple(10 ** (k / 2) for k in range(-4, 9)),
+        candidates: Iterable[float] = CANDIDATES,
         *,
         chunk_size: int | None = None,
     ) -> Laplace:
-        """With the prior precision, of `candidates`, that predicts data not trained on best.
+        """With the prior precision, of `candidates` (0.01 to 10,000 by half decades), that predicts
+        data not trained on best.
 
         By the mean negative log-likelihood of the linearised predictive (probit for classes). The
         Jacobians are taken once for all candidates.

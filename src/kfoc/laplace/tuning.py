@@ -40,16 +40,19 @@ def best_prior(
     """
     blocks = posterior.blocks
 
-    def term(layer: str, precision: float) -> float:
-        value = positive("prior_precision", precision)
-        return layer_term(blocks[layer], squared_norms[layer], value, scale).item()
+    def term(layer: str) -> Function:
+        def of_precision(precision: float) -> float:
+            value = positive("prior_precision", precision)
+            return layer_term(blocks[layer], squared_norms[layer], value, scale).item()
+
+        return of_precision
 
     if not per_layer:
-        return maximum(lambda p: sum(term(layer, p) for layer in blocks), bounds, "prior precision")
+        return maximum(lambda p: sum(term(layer)(p) for layer in blocks), bounds, "prior precision")
     best, total = {}, 0.0
     for layer in blocks:
         what = f"prior precision of layer {layer!r}"
-        best[layer], value = maximum(lambda p, layer=layer: term(layer, p), bounds, what)
+        best[layer], value = maximum(term(layer), bounds, what)
         total += value
     return best, total
 

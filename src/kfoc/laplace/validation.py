@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from kfoc.damped import DampedCurvature
-from kfoc.forward import Forward, batches, count_samples, mapped
+from kfoc.forward import Forward, batches, count_samples, sliced
 from kfoc.laplace.evidence import class_dimension
 from kfoc.laplace.predictive import OutputGaussian, Parameters, output_covariance, probit
 from kfoc.likelihoods import Categorical, Gaussian, Likelihood
@@ -35,7 +35,7 @@ def validation_losses(
             mean = forward.outputs(inputs, {})
         likelihood.check(mean, targets, "empirical")
         for part in chunks(count_samples(inputs), mean[0].numel() * size, chunk_size):
-            rows = jacobians(forward, parameters, mapped(inputs, lambda t, s=part: t[s]))
+            rows = jacobians(forward, parameters, sliced(inputs, part))
             for k, posterior in enumerate(posteriors):
                 outputs = OutputGaussian(mean[part], output_covariance(posterior, rows))
                 values = negative_log_likelihood(likelihood, outputs, targets[part], sigma_noise)
