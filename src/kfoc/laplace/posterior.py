@@ -67,14 +67,9 @@ class Laplace:
     predict: Predict | None = None
 
     def __post_init__(self) -> None:
-        likelihood = self._likelihood
+        self._sigma(self.sigma_noise)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and positive, found {self.temperature}")
-        sigma = positive("sigma_noise", self.sigma_noise).item()
-        if sigma != 1 and not isinstance(likelihood, Gaussian):
-            raise ValueError(
-                f"sigma_noise is for the gaussian likelihood, found {sigma:g} with {likelihood!r}"
-            )
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, found {self.num_samples}")
         if not len(self.curvature):
@@ -85,7 +80,7 @@ class Laplace:
     def posterior(self) -> DampedCurvature:
         """The precision of the posterior, factorised: to solve with, and to draw from."""
         priors = precisions(self.curvature.layers, self.prior_precision)
-        scale = self._scale(positive("sigma_noise", self.sigma_noise)).item()
+        scale = self._scale(self._sigma(self.sigma_noise)).item()
         return self._factorised.redamped({k: p.item() for k, p in priors.items()}, scale=scale)
 
     def sample(
@@ -215,7 +210,7 @@ class Laplace:
         """
         fit = self._checked_fit(data)
         prior = self.prior_precision if prior_precision is None else prior_precision
-        sigma = positive("sigma_noise", self.sigma_noise if sigma_noise is None else sigma_noise)
+        sigma = self._sigma(self.sigma_noise if sigma_noise is None else sigma_noise)
         log_likelihood = fit.log_likelihood(self._likelihood, sigma) / self.temperature
         return evidence.log_marginal_likelihood(
             log_likelihood,
@@ -250,14 +245,19 @@ class Laplace:
         def best(sigma: Tensor) -> tuple[float | dict[str, float], float]:
             return tuning.best_prior(posterior, norms, self._scale(sigma), per_layer, bounds)
 
-        changes = {}
-        sigma = positive("sigma_noise", self.sigma_noise)
+        changes: dict[str, Any] = {}
+        sigma = self._sigma(self.sigma_noise)
         if noise:
             changes["sigma_noise"] = tuning.best_noise(
                 fit, self._likelihood, self.temperature, lambda sigma: best(sigma)[1]
             )
             sigma = positive("sigma_noise", changes["sigma_noise"])
-        return self._changed(prior_precision=best(sigma)[0], **changes)
+        prior, _ = best(sigma)
+        found = prior if isinstance(prior, dict) else {"": prior}
+        for layer, precision in found.items():
+            of_layer = f" of layer {layer!r}" if per_layer else ""
+            tuning.warn_at_bound(precision, bounds, f"prior precision{of_layer}")
+        return self._changed(prior_precision=prior, **changes)
 
     def tuned_by_validation(
         self,
@@ -327,6 +327,14 @@ class Laplace:
         changed = replace(self, **changes)
         vars(changed)["_factorised"] = self._factorised
         return changed
+
+    def _sigma(self, value: Number) -> Tensor:
+        sigma, likelihood = positive("sigma_noise", value), self._likelihood
+        if sigma.item() != 1 and not isinstance(likelihood, Gaussian):
+            raise ValueError(
+                f"sigma_noise is for the gaussian likelihood, found {value} with {likelihood!r}"
+            )
+        return sigma
 
     def _scale(self, sigma: Tensor) -> Tensor:
         count = self.num_samples or self.curvature.num_samples

@@ -48,11 +48,10 @@ def best_prior(
         return of_precision
 
     if not per_layer:
-        return maximum(lambda p: sum(term(layer)(p) for layer in blocks), bounds, "prior precision")
+        return maximum(lambda p: sum(term(layer)(p) for layer in blocks), bounds)
     best, total = {}, 0.0
     for layer in blocks:
-        what = f"prior precision of layer {layer!r}"
-        best[layer], value = maximum(term(layer), bounds, what)
+        best[layer], value = maximum(term(layer), bounds)
         total += value
     return best, total
 
@@ -78,17 +77,17 @@ def best_noise(
         value = positive("sigma_noise", sigma)
         return fit.log_likelihood(likelihood, value).item() / temperature + share(value)
 
-    return maximum(evidence, (rms / 30, rms * 30), "sigma_noise")[0]
+    bounds = rms / 30, rms * 30
+    sigma, _ = maximum(evidence, bounds)
+    warn_at_bound(sigma, bounds, "sigma_noise")
+    return sigma
 
 
-def maximum(function: Function, bounds: Bounds, what: str) -> tuple[float, float]:
+def maximum(function: Function, bounds: Bounds) -> tuple[float, float]:
     """The argument and the value of the largest maximum on a logarithmic scale.
 
     Arguments for which the function raises a ValueError, as the log-determinant of an indefinite
     matrix does, are left out of the search.
-
-    Args:
-        what: the argument's name in the warning, given where the maximum is at a bound.
 
     Raises:
         ValueError: bad bounds, or an error for every argument.
@@ -113,13 +112,18 @@ def maximum(function: Function, bounds: Bounds, what: str) -> tuple[float, float
     if values[best] == -math.inf:
         raise errors[-1]
     log, found = _golden(value, logs[max(best - 1, 0)], logs[min(best + 1, count)])
-    if min(log - start, stop - log) < 10 * TOLERANCE:
-        warnings.warn(
-            f"the best {what} is at the bound {math.exp(log):.3g} of the search: give other bounds",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     return math.exp(log), found
+
+
+def warn_at_bound(value: float, bounds: Bounds, what: str) -> None:
+    """Tell the caller of `Laplace.tuned` where the search ended at a bound."""
+    if min(math.log(value / bounds[0]), math.log(bounds[1] / value)) < 10 * TOLERANCE:
+        warnings.warn(
+            f"the best {what} is at the bound {value:.3g} of the search: its maximum is beyond, or "
+            "nowhere",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _golden(value: Function, low: float, high: float) -> tuple[float, float]:
