@@ -7,7 +7,7 @@ and in the last four columns the best of nine on 250 digits held out for that.
 Out of distribution are capital letters in nine faces of the DejaVu fonts that come with matplotlib,
 turned and moved a little, without those that look like digits.
 
-    python examples/laplace.py            all seeds, some minutes
+    python examples/laplace.py            three seeds, some minutes
     python examples/laplace.py --quick    one seed, few digits, half a minute
 """
 
