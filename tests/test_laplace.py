@@ -13,6 +13,7 @@ from torch.func import functional_call
 import kfoc
 from kfoc import persample
 from kfoc.forward import Forward
+from kfoc.laplace import predictive
 from models import batches
 
 KINDS = {
@@ -161,6 +162,14 @@ def test_probabilities(likelihood: str) -> None:
     by_weights = laplace.probabilities(x, "weights", num=50)
     outputs = laplace.sampled_outputs(x, 50)
     torch.testing.assert_close(by_weights, link(outputs).mean(0))
+
+
+def test_draws_of_logits_have_their_covariance() -> None:
+    root = torch.tensor([[2.0, 0.0, 0.0], [-1.5, 1.0, 0.0], [1.0, 2.0, 0.0]])  # singular
+    outputs = kfoc.OutputGaussian(torch.tensor([[1.0, 0.0, -1.0]]), (root @ root.mT)[None])
+    found = predictive.monte_carlo(kfoc.Categorical(), outputs, 20_000, 0)
+    drawn = outputs.mean + torch.randn(100_000, 3) @ root.mT
+    torch.testing.assert_close(found[0], drawn.softmax(-1).mean(0), rtol=0, atol=0.01)
 
 
 def evidence(
