@@ -50,6 +50,14 @@ ALLOWED = {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
         "solver", "tied", "token_plan", "tokens",
     },
+    "forward": {"batches"},
+    "jacobians": {"batches", "forward"},
+    # What people do with a curvature knows of curvatures, not of how they are fitted.
+    "laplace": {
+        "batches", "blocks", "curvature", "damped", "forward", "jacobians", "laplace",
+        "likelihoods", "vectors",
+    },
+    "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
     "fit": {
         "batches", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
         "graph", "layers",

@@ -24,8 +24,10 @@ from kfoc.estimators import (
     nearest_kronecker_of_samples,
 )
 from kfoc.fit import fit
+from kfoc.influence import Influence, Ranking, influence
 from kfoc.interop import transformers as _transformers  # noqa: F401  (registers its layers)
 from kfoc.kronecker import KroneckerFit, nearest_kronecker
+from kfoc.laplace import DataFit, Laplace, OutputGaussian
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfoc.merge import Comparison
@@ -42,6 +44,7 @@ __all__ = [
     "Coverage",
     "Curvature",
     "DampedCurvature",
+    "DataFit",
     "DenseBlock",
     "Diagonal",
     "DiagonalBlock",
@@ -50,18 +53,23 @@ __all__ = [
     "Estimator",
     "Gaussian",
     "GroupedBlock",
+    "Influence",
     "KroneckerBlock",
     "KroneckerDiagonalBlock",
     "KroneckerFit",
+    "Laplace",
     "LayerCoverage",
     "Likelihood",
     "LowRankBlock",
+    "OutputGaussian",
     "ParameterCount",
+    "Ranking",
     "Report",
     "Rows",
     "Treatment",
     "Unsupported",
     "fit",
+    "influence",
     "nearest_kronecker",
     "nearest_kronecker_of_samples",
     "register",

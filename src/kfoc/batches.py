@@ -56,7 +56,7 @@ def moved(value: Any, model: nn.Module) -> Any:
     Looks into tuples, NamedTuples, lists, mappings and dataclasses; other objects are passed on.
     """
     device = next(model.parameters()).device
-    return _mapped(value, lambda tensor: _usable(tensor).to(device))
+    return mapped(value, lambda tensor: _usable(tensor).to(device))
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
@@ -165,18 +165,19 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it changed, in copies of what holds them."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, PackedSequence):  # its sizes stay on the CPU
         return value._replace(data=change(value.data))
     if isinstance(value, Mapping):
-        return _mapping(value, {key: _mapped(item, change) for key, item in value.items()})
+        return _mapping(value, {key: mapped(item, change) for key, item in value.items()})
     names = _fields(value)
     if names:
-        return _rebuilt(value, {name: _mapped(getattr(value, name), change) for name in names})
+        return _rebuilt(value, {name: mapped(getattr(value, name), change) for name in names})
     if isinstance(value, (tuple, list)):
-        items = (_mapped(item, change) for item in value)
+        items = (mapped(item, change) for item in value)
         return tuple(items) if isinstance(value, tuple) else list(items)
     return value
 

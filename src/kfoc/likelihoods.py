@@ -315,3 +315,19 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "gaussian": Gaussian(),
     "bernoulli": Bernoulli(),
 }
+
+
+def resolved(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood of a name, or the one given.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
+            f"{likelihood!r}"
+        )
+    return LIKELIHOODS[likelihood]

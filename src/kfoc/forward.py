@@ -1,0 +1,115 @@
+"""A model as a function of some of its parameters, which leaves the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from kfoc.batches import Predict, called, mapped, moved, unpacked
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The outputs of `model` at parameters of one's choice.
+
+    Attributes:
+        model: any module whose first dimension, of inputs and outputs, runs over the samples.
+        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+    """
+
+    model: nn.Module
+    predict: Predict | None = None
+
+    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The trained values, detached and not copied.
+
+        Raises:
+            ValueError: a name that is none of the model's parameters.
+        """
+        known = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones by any name
+        names = list(names)
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(
+                f"the model has no parameter {', '.join(missing)}: the curvature must be of this "
+                f"model, whose parameters are {', '.join(known)}"
+            )
+        return {name: known[name].detach() for name in names}
+
+    def outputs(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+        """(N, ...), with `parameters` in place of the model's own of the same names."""
+        swapped = {f"model.{name}": value for name, value in parameters.items()}
+        outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
+        outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"the model returned a {type(outputs).__name__}, not a tensor: pass "
+                "predict=lambda model, inputs: ... that returns the outputs"
+            )
+        return outputs
+
+    def moved(self, value: Any) -> Any:
+        """Tensors, however nested, on the model's device."""
+        return moved(value, self.model)
+
+    def check_deterministic(self) -> None:
+        """Raise where outputs depend on the other samples of the batch, or on chance."""
+        for name, module in self.model.named_modules():
+            if module.training and isinstance(module, (_BatchNorm, _DropoutNd)):
+                raise ValueError(
+                    f"layer {name!r} ({type(module).__name__}) is in train mode, where a sample's "
+                    "outputs depend on others or on chance: call model.eval()"
+                )
+
+
+class _Called(nn.Module):
+    """Gives `functional_call` one module to swap parameters in, whatever the model is called by."""
+
+    def __init__(self, model: nn.Module, predict: Predict | None) -> None:
+        super().__init__()
+        self.model = model
+        self.predict = predict
+
+    def forward(self, inputs: Any) -> Any:
+        return (self.predict or called)(self.model, inputs)
+
+
+def sliced(value: Any, part: slice | int) -> Any:
+    """A part of the samples of every tensor in `value`, however nested."""
+    return mapped(value, lambda tensor: tensor[part])
+
+
+def count_samples(inputs: Any) -> int:
+    """The size of the first dimension of the tensors in `inputs`.
+
+    Raises:
+        ValueError: no tensors, or several sizes.
+    """
+    sizes: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.add(len(tensor) if tensor.ndim else -1)
+        return tensor
+
+    mapped(inputs, note)
+    if len(sizes) != 1 or -1 in sizes:
+        found = "none" if not sizes else f"first dimensions of {sorted(sizes)}"
+        raise ValueError(
+            f"the inputs must be tensors whose first dimension runs over the samples, found {found}"
+        )
+    return sizes.pop()
+
+
+def batches(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Pairs (inputs, targets), of batches as `fit` takes them.
+
+    Raises:
+        ValueError: anything else.
+    """
+    return map(unpacked, data)

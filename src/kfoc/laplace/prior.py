@@ -1,0 +1,42 @@
+"""Prior precisions as users give them, and as scalars by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+Precisions = Number | Mapping[str, Number]
+
+
+def precisions(layers: tuple[str, ...], value: Precisions) -> dict[str, Tensor]:
+    """Layer name -> its precision, from one for all or one for each; gradients flow through.
+
+    Raises:
+        ValueError: layers that are missing or unknown, or a number that makes no sense.
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(layers, positive("prior_precision", value))
+    missing = [layer for layer in layers if layer not in value]
+    unknown = [layer for layer in value if layer not in layers]
+    if missing or unknown:
+        raise ValueError(
+            f"prior_precision by layer must have a number for each of {list(layers)}; "
+            f"missing: {missing}, unknown: {unknown}"
+        )
+    return {k: positive(f"prior_precision of layer {k!r}", value[k]) for k in layers}
+
+
+def positive(what: str, value: Number) -> Tensor:
+    """A scalar in float64 on the CPU, that gradients flow through.
+
+    Raises:
+        ValueError: anything but one finite positive number.
+    """
+    found = torch.as_tensor(value).to(device="cpu", dtype=torch.float64)
+    if found.numel() != 1 or not 0 < found.item() < math.inf:
+        raise ValueError(f"{what} must be one finite and positive number, found {value}")
+    return found.reshape(())
