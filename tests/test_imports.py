@@ -43,6 +43,11 @@ ALLOWED = {
         "capture", "certificate", "curvature", "estimators", "layers", "likelihoods", "samples",
         "selection",
     },
+    "encoding": set(),
+    "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},
+    "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
+    "natural_gradient": {"blocks", "encoding", "preconditioner", "tracker"},
+    "consolidation": {"curvature", "vectors"},
 }  # fmt: skip
 
 

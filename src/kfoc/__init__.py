@@ -11,6 +11,7 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
+from kfoc.consolidation import Consolidation
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature
 from kfoc.estimators import (
@@ -28,7 +29,9 @@ from kfoc.kronecker import KroneckerFit, nearest_kronecker
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfoc.merge import Comparison
+from kfoc.natural_gradient import NaturalGradient
 from kfoc.samples import Rows
+from kfoc.tracker import Tracker
 
 __all__ = [
     "KFAC",
@@ -38,6 +41,7 @@ __all__ = [
     "BlockDiagonal",
     "Categorical",
     "Comparison",
+    "Consolidation",
     "Curvature",
     "DampedCurvature",
     "DenseBlock",
@@ -53,8 +57,10 @@ __all__ = [
     "KroneckerFit",
     "Likelihood",
     "LowRankBlock",
+    "NaturalGradient",
     "Report",
     "Rows",
+    "Tracker",
     "Treatment",
     "Unsupported",
     "fit",
