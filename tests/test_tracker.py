@@ -190,9 +190,10 @@ def test_batch_norm_in_train_mode_is_run_by_its_running_statistics() -> None:
     model, (x, _) = normalised(), images(8)
     model[3] = nn.Identity()
     model.train()(x)
-    tracker = kfoc.Tracker(model, fisher="exact")
+    tracker = kfoc.Tracker(model, estimator=kfoc.KFAC(), fisher="exact")
     tracker.update(x)
-    assert_same(tracker.curvature(), kfoc.fit(model.eval(), [(x, None)], fisher="exact"))
+    expected = kfoc.fit(model.eval(), [(x, None)], estimator=kfoc.KFAC(), fisher="exact")
+    assert_same(tracker.curvature(), expected)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.8])
