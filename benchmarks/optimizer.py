@@ -2,12 +2,13 @@
 
     python benchmarks/optimizer.py [--quick] [--only PROBLEM ...]
 
-Every method gets the same effort: as many learning rates, everything else at one setting for all
-problems. Each run takes the same batches from the same start. The target is the training loss that
-the best run of AdamW has at its end (the mean over the last steps); of each method the run counts
-that reaches it in the fewest steps, and another that does so in the least time. Losses are those of
-the batches, before the step, smoothed; seconds leave out their evaluation alone. Writes
-results/optimizer.md, .json and .png (`--quick`: results/optimizer-quick.*).
+Every method gets the same effort: four values of one number, everything else at one setting for all
+problems. For AdamW it is the learning rate; for the natural gradients `kl_clip`, which sets the
+length of their steps (lr 0.1, damping 0.01, the curvature from at most 128 samples every 10 steps).
+All runs of a problem take the same batches from the same start. The target is the training loss that
+the best run of AdamW ends with; of each method those runs count that reach it in the fewest steps,
+and in the least time. Losses are those of the batches before the step, the mean of the last five.
+Writes results/optimizer.md, .json and .png (`--quick`: results/optimizer-quick.*).
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from workloads import digits
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("AdamW", "K-FAC", "K-FOC")
-RATES = {"AdamW": (3e-4, 1e-3, 3e-3, 1e-2), "natural": (0.03, 0.1, 0.3, 1.0)}
+GRIDS = {
+    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
+    "K-FAC": (1e-4, 3e-4, 1e-3, 3e-3),
+    "K-FOC": (1e-4, 3e-4, 1e-3, 3e-3),
+}
 SMOOTHING = 5  # steps
 
 
@@ -51,7 +56,7 @@ class Problem:
 class Run:
     problem: str
     method: str
-    lr: float
+    setting: float  # of `GRIDS`
     losses: list[float]
     seconds: list[float]  # since the start, after each step
 
@@ -101,18 +106,18 @@ def batches(data: tuple[Tensor, Tensor], size: int, steps: int) -> Iterator[tupl
         yield data[0][chosen], data[1][chosen]
 
 
-def made(problem: Problem, method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def made(problem: Problem, method: str, model: nn.Module, setting: float) -> torch.optim.Optimizer:
     if method == "AdamW":
-        return torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
+        return torch.optim.AdamW(model.parameters(), setting, weight_decay=0.0)
     estimator = kfoc.KFAC() if method == "K-FAC" else kfoc.KFOC()
-    return kfoc.NaturalGradient(model, lr, estimator=estimator, **problem.options)
+    return kfoc.NaturalGradient(model, estimator=estimator, kl_clip=setting, **problem.options)
 
 
-def trained(problem: Problem, method: str, lr: float) -> Run:
+def trained(problem: Problem, method: str, setting: float) -> Run:
     """One training run, timed."""
     torch.manual_seed(0)
     data, model = problem.data(), problem.build()
-    optimizer = made(problem, method, model, lr)
+    optimizer = made(problem, method, model, setting)
     losses: list[float] = []
     seconds: list[float] = []
     start = time.perf_counter()
@@ -127,11 +132,7 @@ def trained(problem: Problem, method: str, lr: float) -> Run:
         seconds.append(time.perf_counter() - start)
         if not losses[-1] < 1e3:  # diverged, and the rest would be NaN
             break
-    return Run(problem.name, method, lr, losses, seconds)
-
-
-def rates(method: str) -> tuple[float, ...]:
-    return RATES["AdamW" if method == "AdamW" else "natural"]
+    return Run(problem.name, method, setting, losses, seconds)
 
 
 def target(runs: list[Run], steps: int) -> float:
@@ -143,26 +144,26 @@ def target(runs: list[Run], steps: int) -> float:
 def row(problem: Problem, method: str, runs: list[Run], goal: float) -> dict[str, Any]:
     """Steps and seconds of a method's best runs, to the loss `goal`."""
     mine = [run for run in runs if run.method == method]
-    steps = {run.lr: run.reached(goal) for run in mine}
-    there = [(count, run) for run in mine if (count := steps[run.lr]) is not None]
+    there = [(count, run) for run in mine if (count := run.reached(goal)) is not None]
     found: dict[str, Any] = {"problem": problem.name, "method": method, "loss": goal}
     found["ms per step"] = 1e3 * min(run.seconds[-1] / len(run.losses) for run in mine)
     found["lowest loss"] = min(min(run.smoothed()) for run in mine)
     if there:
         count, best = min(there, key=lambda pair: pair[0])
         soonest = min(run.seconds[count - 1] for count, run in there)
-        found |= {"lr": best.lr, "steps": count, "seconds": soonest}
+        found |= {"setting": best.setting, "steps": count, "seconds": soonest}
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| problem | training loss | method | lr | steps | seconds | ms per step | lowest loss |",
+        "| problem | training loss | method | lr or kl_clip | steps | seconds | ms per step "
+        "| lowest loss |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:
         there = (
-            f"{r['lr']:g} | {r['steps']} | {r['seconds']:.2f}"
+            f"{r['setting']:g} | {r['steps']} | {r['seconds']:.2f}"
             if "steps" in r
             else "| not reached |"
         )
@@ -185,7 +186,7 @@ def draw(runs: list[Run], goals: dict[str, float], path: Path) -> None:
         for method, colour in zip(METHODS, ("tab:gray", "tab:orange", "tab:blue"), strict=True):
             mine = [run for run in runs if (run.problem, run.method) == (problem, method)]
             best = min(mine, key=lambda run: (run.reached(goal) or 10**9, min(run.smoothed())))
-            values, label = best.smoothed(), f"{method}, lr {best.lr:g}"
+            values, label = best.smoothed(), f"{method}, {best.setting:g}"
             axes[0, column].plot(range(1, len(values) + 1), values, color=colour, label=label)
             axes[1, column].plot(best.seconds, values, color=colour, label=label)
         for axis, name in zip(axes[:, column], ("steps", "seconds"), strict=True):
@@ -199,7 +200,7 @@ def draw(runs: list[Run], goals: dict[str, float], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few steps, two learning rates")
+    parser.add_argument("--quick", action="store_true", help="few steps, two settings")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of problems")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -215,8 +216,8 @@ def main() -> None:
             problem.steps = 20
         trained(problem, "AdamW", 1e-3)  # what is slow once is slow for none of them
         for method in METHODS:
-            for lr in rates(method)[1:3] if arguments.quick else rates(method):
-                runs.append(trained(problem, method, lr))
+            for setting in GRIDS[method][1:3] if arguments.quick else GRIDS[method]:
+                runs.append(trained(problem, method, setting))
         mine = [run for run in runs if run.problem == problem.name]
         goal = goals[problem.name] = target(mine, problem.steps)
         rows += [row(problem, method, mine, goal) for method in METHODS]

@@ -45,15 +45,16 @@ def test_a_stream_is_one_pass_however_often_it_is_asked(name: str, fisher: str) 
         tracker.update(inputs, targets)
         first, second = tracker.curvature(), tracker.curvature()
         assert_same(first, second, rtol=0.0)
-    found, expected = tracker.curvature(), kfoc.fit(
-        model, stream, estimator=ONE_PASS[name], fisher=fisher
+    found, expected = (
+        tracker.curvature(),
+        kfoc.fit(model, stream, estimator=ONE_PASS[name], fisher=fisher),
     )
     assert_same(found, expected)
     assert found.num_samples == expected.num_samples == 24
 
 
 def weighted_fisher(model: nn.Module, layer: str, stream: Data, decay: float) -> Tensor:
-    """The mean of the batches' exact blocks, the last weighted by its samples, earlier ones less."""
+    """The mean of the batches' exact blocks, by samples, and earlier ones less."""
     total, weight = 0.0, 0.0
     for inputs, _ in stream:
         block = oracle.fisher_block(model, layer, inputs, oracle.categorical_exact(model(inputs)))

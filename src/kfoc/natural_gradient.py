@@ -48,8 +48,9 @@ class NaturalGradient(torch.optim.Optimizer):
         method: "pi", factored Tikhonov damping (Martens & Grosse 2015), inverted by Cholesky; or
             "exact", by eigendecompositions, which take some twenty times as long.
         scale: of F against the loss, see above.
-        update_every: steps from one batch that is taken into the curvature to the next.
-        invert_every: steps from one inversion to the next; None: `update_every`.
+        update_every: steps from one batch that is taken into the curvature to the next. Within the
+            first interval, in which all changes fast, the steps 1, 2, 4, ... have one too.
+        invert_every: steps from one inversion to the next, likewise; None: `update_every`.
         samples: at most so many samples of a batch, its first, go into the curvature; None: all.
         kl_clip: d is scaled down to `sum lr^2 <g, d> <= kl_clip` (Ba, Grosse & Martens 2017), about
             twice the KL divergence that the step may cause; None: never.
@@ -73,7 +74,7 @@ class NaturalGradient(torch.optim.Optimizer):
         update_every: int = 10,
         invert_every: int | None = None,
         samples: int | None = 128,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 3e-4,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         other: str = "adamw",
@@ -111,7 +112,7 @@ class NaturalGradient(torch.optim.Optimizer):
             inputs: what the model (or `predict`) is called with.
             targets: for `fisher="empirical"` alone.
         """
-        if self.steps % self.update_every or self._observed == self.steps:
+        if not _due(self.steps, self.update_every) or self._observed == self.steps:
             return
         if self.samples is not None:
             inputs, targets = _first(inputs, self.samples), _first(targets, self.samples)
@@ -199,7 +200,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "there is no curvature yet: call optimizer.observe(inputs) in every iteration, "
                 "before optimizer.step()"
             )
-        due = self.steps % self.invert_every == 0 and self._inverted != self.steps
+        due = _due(self.steps, self.invert_every) and self._inverted != self.steps
         if self._preconditioner is None or due:
             damping = self.damping(self.steps) if callable(self.damping) else self.damping
             self._preconditioner = Preconditioner.of(
@@ -246,6 +247,11 @@ class NaturalGradient(torch.optim.Optimizer):
         mean = state["mean"] / (1 - 0.9 ** state["steps"])
         root = (state["square"] / (1 - 0.999 ** state["steps"])).sqrt_().add_(1e-8)
         parameter.addcdiv_(mean, root, value=-lr)
+
+
+def _due(step: int, every: int) -> bool:
+    """At every so many steps; in the first interval, in which all changes fast, at 1, 2, 4, ..."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
 
 
 def _gradient(name: str, parameter: Tensor) -> Tensor:

@@ -113,8 +113,10 @@ def _inverse(block: Block, damping: Damping) -> Inverse:
 
 def _of_factors(block: KroneckerBlock, damping: Damping) -> FactoredInverse | None:
     """Of factored Tikhonov damping (see `Damping`), or None where Cholesky fails."""
-    factors = [factor.float() if factor.element_size() < 4 else factor for factor in
-               (block.left, block.right)]
+    factors = [
+        factor.float() if factor.element_size() < 4 else factor
+        for factor in (block.left, block.right)
+    ]
     means = [_diagonal(factor).double().mean().item() for factor in factors]
     pi = (means[1] / means[0]) ** 0.5 if min(means) > 0 else 1.0
     root, scale = damping.damping**0.5, damping.scale**0.5

@@ -127,7 +127,8 @@ class Tracker:
         self._run = None
         run = self._begun()
         device = next(self.model.parameters()).device
-        unknown = [name for name, _ in state["states"]["items"] if name not in run.selection.modules]
+        names = [name for name, _ in state["states"]["items"]]
+        unknown = [name for name in names if name not in run.selection.modules]
         if unknown:
             raise ValueError(f"the state has layers that the model does not have: {unknown}")
         for name, reason in state["skipped"].items():

@@ -130,9 +130,7 @@ class KFOC(FactoredEstimator):
         online = self.aggregation == "online" and self.rank == 1
         return replace(self, decay=1.0) if online else self
 
-    def decayed_one(
-        self, state: _Aggregation | LowRank, factor: float
-    ) -> _Aggregation | LowRank:
+    def decayed_one(self, state: _Aggregation | LowRank, factor: float) -> _Aggregation | LowRank:
         if isinstance(state, LowRank):
             return super().decayed_one(state, factor)
         state.decay(factor)
