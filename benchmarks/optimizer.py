@@ -5,9 +5,9 @@
 Every method gets the same effort: four values of one number, everything else at one setting for all
 problems. For AdamW it is the learning rate; for the natural gradients `kl_clip`, which sets the
 length of their steps (lr 0.1, damping 0.01, the curvature from at most 128 samples every 10 steps).
-All runs of a problem take the same batches from the same start. The target is the training loss that
-the best run of AdamW ends with; of each method those runs count that reach it in the fewest steps,
-and in the least time. Losses are those of the batches before the step, the mean of the last five.
+All runs of a problem take the same batches from the same start. The target is the training loss
+that the best run of AdamW ends with; of each method those runs count that reach it in the fewest
+steps, and in the least time. Losses are those of the batches before the step, the mean of five.
 Writes results/optimizer.md, .json and .png (`--quick`: results/optimizer-quick.*).
 """
 

@@ -120,7 +120,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._observed = self.steps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the gradients; with a closure, after calling it once, returning its value.
 
         Raises:
