@@ -192,18 +192,18 @@ def test_a_layer_that_is_not_trained_as_a_whole_goes_by_the_first_order_method()
 
 
 def trainer(model: nn.Module, **options: Any) -> tuple[kfoc.NaturalGradient, Any]:
-    optimizer = kfoc.NaturalGradient(model, 0.05, update_every=2, samples=4, **options)
+    optimizer = kfoc.NaturalGradient(model, 0.05, update_every=1, samples=4, **options)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
 
 @pytest.mark.parametrize("method", ["pi", "exact"])
-@pytest.mark.parametrize("invert_every", [2, 3])
+@pytest.mark.parametrize("invert_every", [1, 3])
 @pytest.mark.parametrize("estimator", [kfoc.KFOC(), kfoc.KFAC()], ids=["kfoc", "kfac"])
 def test_a_saved_state_goes_on_bit_by_bit(
     method: str, invert_every: int, estimator: kfoc.Estimator
 ) -> None:
     torch.set_default_dtype(torch.float32)
-    x, y = images(20, torch.float32)
+    x, y = images(28, torch.float32)
     whole = nn.Sequential(*convolutional(torch.float32), nn.LayerNorm(3), nn.PReLU())
     options = {"method": method, "invert_every": invert_every, "estimator": estimator}
     optimizer, scheduler = trainer(whole, **options)
@@ -216,11 +216,11 @@ def test_a_saved_state_goes_on_bit_by_bit(
             optimizer.step()
             scheduler.step()
 
-    run(whole, range(3), optimizer, scheduler)
+    run(whole, range(5), optimizer, scheduler)  # the last inverse is older than the last batch
     file = io.BytesIO()
     saved = [whole.state_dict(), optimizer.state_dict(), scheduler.state_dict()]
     torch.save(saved, file)
-    run(whole, range(3, 5), optimizer, scheduler)
+    run(whole, range(5, 7), optimizer, scheduler)
 
     file.seek(0)
     again = nn.Sequential(*convolutional(torch.float32), nn.LayerNorm(3), nn.PReLU())
@@ -228,7 +228,7 @@ def test_a_saved_state_goes_on_bit_by_bit(
     states = torch.load(file, weights_only=True)
     for part, state in zip((again, fresh, fresh_scheduler), states, strict=True):
         part.load_state_dict(state)
-    run(again, range(3, 5), fresh, fresh_scheduler)
+    run(again, range(5, 7), fresh, fresh_scheduler)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
 

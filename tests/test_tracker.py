@@ -130,6 +130,19 @@ def test_decay_of_the_papers_aggregations(name: str) -> None:
     assert_same(tracker.curvature(), kfoc.fit(model, [(x, None)], fisher="exact"), rtol=1e-5)
 
 
+def test_decay_weighs_what_running_merges() -> None:
+    model, stream = convolutional(), data(16, 8)
+    tracker = kfoc.Tracker(model, estimator=kfoc.KFOC("running", rtol=0), decay=0.3, fisher="exact")
+    total = torch.zeros(())
+    for inputs, _ in stream:
+        tracker.update(inputs)
+        cotangents = oracle.categorical_exact(model(inputs).detach())
+        best, _, _ = oracle.optimum(oracle.fisher_block(model, "3", inputs, cotangents), 6, 65)
+        total = 0.3 * total + best
+    expected, _, _ = oracle.optimum(total / 1.3, 6, 65)
+    torch.testing.assert_close(tracker.curvature()["3"].to_dense(), expected, rtol=1e-6, atol=1e-9)
+
+
 class Branching(nn.Module):
     """A layer that only some batches reach."""
 
