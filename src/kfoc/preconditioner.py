@@ -2,7 +2,8 @@
 
 `Curvature.damped` takes eigendecompositions, which serve every power, damping and log-determinant.
 An optimizer solves alone, and forms the inverse anew every few steps: for factored damping the
-inverses of the two damped factors, by Cholesky, cost a twentieth of that.
+inverses of the two damped factors, by Cholesky, cost a third of that (1024 rows, one core), and
+solve with two products of matrices where an eigenbasis takes four.
 """
 
 from __future__ import annotations
