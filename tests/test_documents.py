@@ -1,9 +1,10 @@
-"""The code in docs/curvature.md and in examples/ runs as it stands."""
+"""The code in docs/ and in examples/ runs as it stands."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,23 @@ def test_interop_document() -> None:
             exec(code, scope)
         except ImportError as error:
             pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", ["training.md", "continual.md"])
+def test_training_with_a_curvature(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    scope: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.S):
+        exec(code, scope)
+    losses = scope["losses"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_consolidation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(sys, "argv", ["consolidation.py", "--quick"])
+    runpy.run_path(str(ROOT / "examples" / "consolidation.py"), run_name="__main__")
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    forgetting = {name.strip(): float(value) for name, _, value in rows}
+    assert len(forgetting) == 7
+    assert all(forgetting[name] < forgetting["no penalty"] for name in ("K-FAC", "K-FOC", "EK-FOC"))

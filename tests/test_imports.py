@@ -63,6 +63,11 @@ ALLOWED = {
         "graph", "layers",
         "likelihoods", "per_sample", "record", "samples", "selection",
     },
+    "encoding": set(),
+    "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},
+    "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
+    "natural_gradient": {"blocks", "encoding", "preconditioner", "tracker"},
+    "consolidation": {"curvature", "vectors"},
 }  # fmt: skip
 
 

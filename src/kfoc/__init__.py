@@ -11,6 +11,7 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
+from kfoc.consolidation import Consolidation
 from kfoc.coverage import Coverage, LayerCoverage, ParameterCount
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature
@@ -31,7 +32,9 @@ from kfoc.laplace import DataFit, Laplace, OutputGaussian
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfoc.merge import Comparison
+from kfoc.natural_gradient import NaturalGradient
 from kfoc.samples import Rows
+from kfoc.tracker import Tracker
 
 __all__ = [
     "KFAC",
@@ -41,6 +44,7 @@ __all__ = [
     "BlockDiagonal",
     "Categorical",
     "Comparison",
+    "Consolidation",
     "Coverage",
     "Curvature",
     "DampedCurvature",
@@ -61,11 +65,13 @@ __all__ = [
     "LayerCoverage",
     "Likelihood",
     "LowRankBlock",
+    "NaturalGradient",
     "OutputGaussian",
     "ParameterCount",
     "Ranking",
     "Report",
     "Rows",
+    "Tracker",
     "Treatment",
     "Unsupported",
     "fit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,7 @@ def fit(
     _check_options(estimator, fisher, mc_samples, probes, seed)
     chosen = _likelihood(likelihood)
     selection = select(model, layers, estimator.largest_factor)
-    _check_independent(model)
+    check_independent(model)
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
@@ -110,6 +111,34 @@ def fit(
             run.one_pass(data, record, progress)
             if run.done():
                 return run.finished()
+
+
+def streaming(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    estimator: Estimator,
+    fisher: str,
+    mc_samples: int,
+    layers: str | Iterable[str] | None,
+    predict: Predict | None,
+    seed: int,
+    decay: float,
+) -> _Run:
+    """A fit without an end, to be fed by `_Run.stream`; the arguments are those of `fit`.
+
+    Before each batch, all earlier ones count `decay` times.
+    """
+    _check_options(estimator, fisher, mc_samples, 0, seed)
+    if estimator.pass_limit > 1:
+        raise ValueError(
+            f"{estimator} needs several passes over the data, and a stream has one: use "
+            "kfoc.KFOC(), kfoc.KFAC() or kfoc.Diagonal()"
+        )
+    selection = select(model, layers, estimator.largest_factor)
+    chosen = _likelihood(likelihood)
+    run = _Run(model, chosen, estimator, fisher, mc_samples, predict, 0, seed, selection)
+    run.decay = decay
+    return run
 
 
 def _check_options(
@@ -139,7 +168,7 @@ def _likelihood(likelihood: str | Likelihood) -> Likelihood:
     return LIKELIHOODS[likelihood]
 
 
-def _check_independent(model: nn.Module) -> None:
+def check_independent(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
@@ -198,6 +227,10 @@ class _Run:
     shapes: dict[str, LayerSamples] = field(default_factory=dict)
     num_samples: int = 0
     passes: int = 0
+    decay: float | None = None  # of a stream, and so the three below
+    weight: float = 0.0  # of the samples so far, when the next ones count 1
+    batches: int = 0
+    updates: int = 0  # of any layer's state: whether a failed batch left traces
     marks: list[Mark] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
 
@@ -322,6 +355,9 @@ class _Run:
                 self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
                 self._update(name, samples.silent(index), 0, False)
+                if self.decay is not None and self.weight != index:
+                    share = self.weight / index
+                    self.states[name] = self.estimator.decayed(self.states[name], share)
         if type(samples) is not type(self.shapes[name]):
             raise ValueError(
                 f"layer {name!r}: it is called in another way than in the batches before (as "
@@ -329,12 +365,40 @@ class _Run:
             )
         if self.num_probes and not self.passes:
             self.probes[name].add(samples)
+        self.updates += 1
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
 
     def _silent(self, reached: set[str], count: int) -> None:
         """Layers that this batch did not reach have zero gradients for its samples."""
         for name in self.states.keys() - reached:
             self._update(name, self.shapes[name].silent(count), 0, False)
+
+    def stream(self, batch: Any) -> None:
+        """Take in one more batch."""
+        with _undisturbed(self.model), captured(self.selection) as record:
+            count = self._batch(batch, record, self.num_samples, self.batches, False)
+            self.num_samples, self.batches = self.num_samples + count, self.batches + 1
+            self.weight += count
+            # Now and not before the next batch, which may turn out to be no good.
+            if self.decay is not None and self.decay != 1:
+                self.weight *= self.decay
+                for name, state in self.states.items():
+                    self.states[name] = self.estimator.decayed(state, self.decay)
+
+    def snapshot(self) -> Curvature:
+        """The curvature of the stream so far; the states stay as they are."""
+        blocks = {}
+        skipped = dict(self.selection.skipped)
+        for name in self.selection.blocks:
+            if name in self.states:
+                # A copy of one layer at a time: what finishes a state may change it.
+                blocks[name] = self.estimator.finish(copy.deepcopy(self.states[name]), self.weight)
+            else:
+                skipped[name] = "its forward was never called"
+        layouts = {name: self.selection.layout(name) for name in blocks}
+        origin = repr(self.estimator), self.fisher, self.seed, parameter_counts(self.model)
+        count = max(1, round(self.weight / (self.decay or 1)))
+        return Curvature(blocks, count, layouts, skipped, *origin)
 
     def done(self) -> bool:
         """Hand every layer to its next pass; True where none needs one."""

@@ -32,8 +32,25 @@ class Estimator(ABC):
         return state, True
 
     @abstractmethod
-    def finish(self, state: Any, num_samples: int) -> Block:
+    def finish(self, state: Any, num_samples: float) -> Block:
         """The block, from the state after `num_samples` samples in each pass."""
+
+    def streaming(self) -> Estimator:
+        """The estimator to use where `decayed` is called before every batch."""
+        return self
+
+    def decayed(self, state: Any, factor: float) -> Any:
+        """The state, with all that it has seen counting `factor` times as much as what follows.
+
+        `finish` is then given the sum of the samples' weights for `num_samples`.
+
+        Raises:
+            ValueError: an estimator whose state does not allow that.
+        """
+        raise ValueError(
+            f"{self} cannot let old batches count less than new ones: use kfoc.KFOC(), kfoc.KFAC() "
+            "or kfoc.Diagonal(), or no decay"
+        )
 
     @property
     def pass_limit(self) -> int:

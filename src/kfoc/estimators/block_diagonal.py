@@ -43,5 +43,9 @@ class BlockDiagonal(Estimator):
         add_fisher(state.matrix, samples)
         return state
 
-    def finish(self, state: _State, num_samples: int) -> DenseBlock:
+    def decayed(self, state: _State, factor: float) -> _State:
+        state.matrix.mul_(factor)
+        return state
+
+    def finish(self, state: _State, num_samples: float) -> DenseBlock:
         return DenseBlock(mirrored(state.matrix) / num_samples, state.shape)

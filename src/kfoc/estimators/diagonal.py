@@ -34,5 +34,8 @@ class Diagonal(Estimator):
             state += gradients.square().sum((0, 1))
         return state
 
-    def finish(self, state: Tensor, num_samples: int) -> DiagonalBlock:
+    def decayed(self, state: Tensor, factor: float) -> Tensor:
+        return state.mul_(factor)
+
+    def finish(self, state: Tensor, num_samples: float) -> DiagonalBlock:
         return DiagonalBlock(state / num_samples)

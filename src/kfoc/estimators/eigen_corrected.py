@@ -95,7 +95,7 @@ class EigenCorrected(FactoredEstimator):
         state.base = None  # its memory is not needed any more
         return state, False
 
-    def finish_one(self, state: _State, num_samples: int) -> Block:
+    def finish_one(self, state: _State, num_samples: float) -> Block:
         if state.uncorrected is not None:
             return state.uncorrected
         if state.basis is None or state.sums is None:

@@ -73,8 +73,11 @@ class FactoredEstimator(Estimator):
     def next_pass_one(self, state: Any) -> tuple[Any, bool]:
         return state, True
 
+    def decayed_one(self, state: Any, factor: float) -> Any:
+        return super().decayed(state, factor)
+
     @abstractmethod
-    def finish_one(self, state: Any, num_samples: int) -> Block: ...
+    def finish_one(self, state: Any, num_samples: float) -> Block: ...
 
     def init_tied(self, layer: str, samples: Tied) -> Any:
         """As `init`, for an embedding and a head that share their weight."""
@@ -131,7 +134,16 @@ class FactoredEstimator(Estimator):
         groups = _Groups([one for one, _ in each], [done for _, done in each])
         return groups, all(groups.settled)
 
-    def finish(self, state: Any, num_samples: int) -> Block:
+    def decayed(self, state: Any, factor: float) -> Any:
+        if isinstance(state, _Other):
+            return _Other(state.estimator, state.estimator.decayed(state.state, factor))
+        if isinstance(state, _Rows):
+            return state._replace(total=state.total.mul_(factor))
+        if isinstance(state, _Groups):
+            return _Groups([self.decayed_one(s, factor) for s in state.states], state.settled)
+        return self.decayed_one(state, factor)
+
+    def finish(self, state: Any, num_samples: float) -> Block:
         if isinstance(state, _Other):
             return state.estimator.finish(state.state, num_samples)
         if isinstance(state, _Rows):
@@ -168,7 +180,7 @@ def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
     return _Rows(total, unit)
 
 
-def _rows_block(state: _Rows, num_samples: int) -> GroupedBlock:
+def _rows_block(state: _Rows, num_samples: float) -> GroupedBlock:
     fisher = (state.total + state.total.mT) * (state.unit / (2 * num_samples))
     one = fisher.new_ones(1, 1)
     blocks = tuple(

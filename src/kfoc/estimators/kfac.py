@@ -20,7 +20,7 @@ from kfoc.token_plan import add_counts
 class _State(NamedTuple):
     left: Tensor  # means over the samples so far, on and above the diagonal
     right: Tensor
-    samples: int
+    samples: float  # the sum of their weights
 
 
 class _TiedState(NamedTuple):
@@ -79,8 +79,14 @@ class KFAC(FactoredEstimator):
             self.update_one(state.embedding, samples.embedding, alone=alone),
         )
 
+    def decayed_one(self, state: _State | _TiedState, factor: float) -> _State | _TiedState:
+        # The factors are means: what they weigh against the next batch is the count alone.
+        if isinstance(state, _TiedState):
+            return _TiedState(*(one._replace(samples=one.samples * factor) for one in state))
+        return state._replace(samples=state.samples * factor)
+
     def finish_one(
-        self, state: _State | _TiedState, num_samples: int
+        self, state: _State | _TiedState, num_samples: float
     ) -> KroneckerBlock | KroneckerDiagonalBlock:
         if isinstance(state, _TiedState):
             head, embedding = state

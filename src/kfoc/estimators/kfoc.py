@@ -133,7 +133,18 @@ class KFOC(FactoredEstimator):
     def next_pass_one(self, state: _Aggregation | LowRank) -> tuple[_Aggregation | LowRank, bool]:
         return state, state.next_pass()
 
-    def finish_one(self, state: _Aggregation | LowRank, num_samples: int) -> Block:
+    def streaming(self) -> KFOC:
+        # Without the buffer, whose samples would have to be taken in at once at every decay.
+        online = self.aggregation == "online" and self.rank == 1
+        return replace(self, decay=1.0) if online else self
+
+    def decayed_one(self, state: _Aggregation | LowRank, factor: float) -> _Aggregation | LowRank:
+        if isinstance(state, LowRank):
+            return super().decayed_one(state, factor)
+        state.decay(factor)
+        return state
+
+    def finish_one(self, state: _Aggregation | LowRank, num_samples: float) -> Block:
         if isinstance(state, LowRank):
             return state.block(num_samples)
         left, right = state.result(num_samples)
@@ -181,7 +192,11 @@ class _Aggregation(ABC):
     def add(self, samples: Samples, alone: bool) -> None: ...
 
     @abstractmethod
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+    def decay(self, factor: float) -> None:
+        """Let all that was added so far count `factor` times."""
+
+    @abstractmethod
+    def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         """Left and right, balanced, of the mean Fisher over `num_samples` samples."""
 
     def next_pass(self) -> bool:
@@ -221,7 +236,11 @@ class _Approx(_Aggregation):
             self.left.add_(fit.left, alpha=root * samples.num_samples)
             self.right.add_(fit.right, alpha=samples.num_samples / root)
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+    def decay(self, factor: float) -> None:
+        self.left.mul_(factor)
+        self.right.mul_(factor)
+
+    def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         norms = self.left.norm().item() * self.right.norm().item()
         return balanced(self.left, self.right, norms / num_samples**2)
 
@@ -234,7 +253,7 @@ class _Running(_Aggregation):
 
     def __init__(self, config: KFOC, samples: Samples) -> None:
         super().__init__(config, samples)
-        self.count = 0
+        self.count = 0.0
 
     def add(self, samples: Samples, alone: bool) -> None:
         fit = self.solved_alone(samples) if alone else self.solved(samples)
@@ -246,7 +265,10 @@ class _Running(_Aggregation):
         merged = nearest_to_pair((self.left, self.right), (fit.left, fit.right), shares)
         self.left, self.right = merged
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+    def decay(self, factor: float) -> None:
+        self.count *= factor
+
+    def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         return self.left, self.right
 
 
@@ -399,7 +421,13 @@ class _Online(_Aggregation):
         contraction.accumulate(left, w_after, "left", c)
         contraction.accumulate(right, v_after, "right", c)
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+    def decay(self, factor: float) -> None:
+        self.flush()
+        if self.unit:
+            self._rescale(0.0, factor)
+        self.weight *= factor
+
+    def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         self.close()
         if self.single is not None:
             return self.single.left, self.single.right
@@ -464,7 +492,7 @@ class _Exact(_Online):
         self.side = side
         self._factors(side)[1].zero_()
 
-    def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
+    def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         if not self.sigmas:
             return super().result(num_samples)
         return balanced(self.left, self.right, self.sigmas[-1] * self.unit / num_samples)

@@ -194,7 +194,7 @@ class LowRank:
         self.fixed = [fixed.turned() for fixed in self.fixed]
         return False
 
-    def block(self, num_samples: int) -> LowRankBlock:
+    def block(self, num_samples: float) -> LowRankBlock:
         found = self._close() if self.found is None else self.found
         lefts, rights = found.terms(self.config.rank, self.unit / num_samples)
         return LowRankBlock(lefts, rights, report=self.report)

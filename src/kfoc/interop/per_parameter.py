@@ -81,7 +81,7 @@ class PerParameter(Estimator):
         base, done = self.base.next_pass(state.base)
         return _State(base, state.bias, True), done
 
-    def finish(self, state: _State, num_samples: int) -> Block:
+    def finish(self, state: _State, num_samples: float) -> Block:
         block = self.base.finish(state.base, num_samples)
         if state.bias is None:
             return block

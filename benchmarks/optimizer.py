@@ -1,0 +1,235 @@
+"""Steps and seconds to the same training loss: AdamW, and natural gradients by K-FAC and K-FOC.
+
+    python benchmarks/optimizer.py [--quick] [--only PROBLEM ...]
+
+Every method gets the same effort: four values of one number, everything else at one setting for all
+problems. For AdamW it is the learning rate; for the natural gradients `kl_clip`, which sets the
+length of their steps (lr 0.1, damping 0.01, the curvature from at most 128 samples every 10 steps).
+All runs of a problem take the same batches from the same start. The target is the training loss
+that the best run of AdamW ends with; of each method those runs count that reach it in the fewest
+steps, and in the least time. Losses are those of the batches before the step, the mean of five.
+
+Seconds are the processor's, on one thread: those of a clock where nothing else runs, and nearly the
+same where something does. Writes results/optimizer.md, .json and .png (`--quick`:
+results/optimizer-quick.*).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfoc
+from machine import describe
+from networks import GPT, lenet, mlp
+from workloads import digits
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("AdamW", "K-FAC", "K-FOC")
+GRIDS = {
+    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
+    "K-FAC": (1e-4, 3e-4, 1e-3, 3e-3),
+    "K-FOC": (1e-4, 3e-4, 1e-3, 3e-3),
+}
+SMOOTHING = 5  # steps
+
+
+@dataclass
+class Problem:
+    """A network, its data and how long to train it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    data: Callable[[], tuple[Tensor, Tensor]]
+    batch: int
+    steps: int
+    options: dict[str, Any] = field(default_factory=dict)  # of NaturalGradient
+
+
+@dataclass
+class Run:
+    problem: str
+    method: str
+    setting: float  # of `GRIDS`
+    losses: list[float]
+    seconds: list[float]  # of the processor, from the start to after each step
+
+    def smoothed(self) -> list[float]:
+        """The mean of the last few losses, at each step."""
+        windows = (self.losses[max(0, k + 1 - SMOOTHING) : k + 1] for k in range(len(self.losses)))
+        return [sum(window) / len(window) for window in windows]
+
+    def reached(self, target: float) -> int | None:
+        """The number of steps after which the smoothed loss is at the target."""
+        return next((k + 1 for k, v in enumerate(self.smoothed()) if v <= target), None)
+
+
+def images() -> tuple[Tensor, Tensor]:
+    x, y = digits()
+    return x.view(-1, 1, 28, 28), y
+
+
+def sequences() -> tuple[Tensor, Tensor]:
+    """As the workload `gpt-8` has them: the next token is the present one plus a random step."""
+    tokens = torch.randint(1, 9, (1024, 65)).cumsum(1) % 128
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+PROBLEMS = (
+    Problem("MLP 784-256-256-10, digits", lambda: mlp(784, 256, 256, 10), digits, 500, 100),
+    Problem("LeNet-5, digits", lenet, images, 500, 100),
+    Problem(
+        "GPT, 2 layers of width 128",
+        lambda: GPT(128, 64, width=128, heads=4, depth=2),
+        sequences,
+        16,
+        100,
+        {"scale": 1 / 64, "samples": 4, "layers": ["blocks.*", "head", "norm"]},
+    ),
+)
+
+
+def batches(data: tuple[Tensor, Tensor], size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random batches, the same for every run."""
+    generator = torch.Generator().manual_seed(1)
+    order: list[Tensor] = []
+    for _ in range(steps):
+        if not order:
+            order = list(torch.randperm(len(data[0]), generator=generator).split(size))[:-1]
+        chosen = order.pop()
+        yield data[0][chosen], data[1][chosen]
+
+
+def made(problem: Problem, method: str, model: nn.Module, setting: float) -> torch.optim.Optimizer:
+    if method == "AdamW":
+        return torch.optim.AdamW(model.parameters(), setting, weight_decay=0.0)
+    estimator = kfoc.KFAC() if method == "K-FAC" else kfoc.KFOC()
+    return kfoc.NaturalGradient(model, estimator=estimator, kl_clip=setting, **problem.options)
+
+
+def trained(problem: Problem, method: str, setting: float) -> Run:
+    """One training run, timed."""
+    torch.manual_seed(0)
+    data, model = problem.data(), problem.build()
+    optimizer = made(problem, method, model, setting)
+    losses: list[float] = []
+    seconds: list[float] = []
+    start = time.process_time()
+    for inputs, targets in batches(data, problem.batch, problem.steps):
+        if isinstance(optimizer, kfoc.NaturalGradient):
+            optimizer.observe(inputs)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        seconds.append(time.process_time() - start)
+        if not losses[-1] < 1e3:  # diverged, and the rest would be NaN
+            break
+    return Run(problem.name, method, setting, losses, seconds)
+
+
+def target(runs: list[Run], steps: int) -> float:
+    """The lowest smoothed loss that a complete run of AdamW ends with."""
+    ends = [r.smoothed()[-1] for r in runs if r.method == "AdamW" and len(r.losses) == steps]
+    return min(ends)
+
+
+def row(problem: Problem, method: str, runs: list[Run], goal: float) -> dict[str, Any]:
+    """Steps and seconds of a method's best runs, to the loss `goal`."""
+    mine = [run for run in runs if run.method == method]
+    there = [(count, run) for run in mine if (count := run.reached(goal)) is not None]
+    found: dict[str, Any] = {"problem": problem.name, "method": method, "loss": goal}
+    found["ms per step"] = 1e3 * min(run.seconds[-1] / len(run.losses) for run in mine)
+    found["lowest loss"] = min(min(run.smoothed()) for run in mine)
+    if there:
+        count, best = min(there, key=lambda pair: pair[0])
+        soonest = min(run.seconds[count - 1] for count, run in there)
+        found |= {"setting": best.setting, "steps": count, "seconds": soonest}
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| problem | training loss | method | lr or kl_clip | steps | seconds | ms per step "
+        "| lowest loss |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        there = (
+            f"{r['setting']:g} | {r['steps']} | {r['seconds']:.2f}"
+            if "steps" in r
+            else "| not reached |"
+        )
+        lines.append(
+            f"| {r['problem']} | {r['loss']:.4f} | {r['method']} | {there} | "
+            f"{r['ms per step']:.1f} | {r['lowest loss']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: list[Run], goals: dict[str, float], path: Path) -> None:
+    """Best run of each method: loss against steps, and against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(goals), figsize=(4.2 * len(goals), 6), squeeze=False)
+    for column, (problem, goal) in enumerate(goals.items()):
+        for method, colour in zip(METHODS, ("tab:gray", "tab:orange", "tab:blue"), strict=True):
+            mine = [run for run in runs if (run.problem, run.method) == (problem, method)]
+            best = min(mine, key=lambda run: (run.reached(goal) or 10**9, min(run.smoothed())))
+            values, label = best.smoothed(), f"{method}, {best.setting:g}"
+            axes[0, column].plot(range(1, len(values) + 1), values, color=colour, label=label)
+            axes[1, column].plot(best.seconds, values, color=colour, label=label)
+        for axis, name in zip(axes[:, column], ("steps", "seconds"), strict=True):
+            axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
+            axis.set(yscale="log", xlabel=name, ylabel="training loss")
+        axes[0, column].set_title(problem, fontsize=10)
+        axes[0, column].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few steps, two settings")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names of problems")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    name = "optimizer-quick" if arguments.quick else "optimizer"
+    runs: list[Run] = []
+    rows: list[dict[str, Any]] = []
+    goals: dict[str, float] = {}
+    for problem in PROBLEMS:
+        if not any(part in problem.name for part in arguments.only):
+            continue
+        if arguments.quick:
+            problem.steps = 20
+        trained(problem, "AdamW", 1e-3)  # what is slow once is slow for none of them
+        for method in METHODS:
+            for setting in GRIDS[method][1:3] if arguments.quick else GRIDS[method]:
+                runs.append(trained(problem, method, setting))
+        mine = [run for run in runs if run.problem == problem.name]
+        goal = goals[problem.name] = target(mine, problem.steps)
+        rows += [row(problem, method, mine, goal) for method in METHODS]
+        print(table(rows[-len(METHODS) :]), flush=True)
+        content = {"machine": describe(threads=1), "rows": rows}
+        content["runs"] = [asdict(run) for run in runs]
+        (RESULTS / f"{name}.json").write_text(json.dumps(content))
+        (RESULTS / f"{name}.md").write_text(table(rows))
+    draw(runs, goals, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

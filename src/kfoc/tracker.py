@@ -1,0 +1,208 @@
+"""A curvature that is kept up to date batch by batch, as training needs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kfoc.curvature import Curvature
+from kfoc.encoding import decoded, encoded
+from kfoc.estimators import KFOC, Estimator
+from kfoc.fit import Predict, check_independent, streaming
+from kfoc.likelihoods import Likelihood
+
+
+class Tracker:
+    """The curvature of a stream of batches: `fit`, one batch at a time.
+
+    Between calls the model carries no hooks, and each call leaves it, its gradients and the global
+    random state as they were. The model may be in train mode; `BatchNorm` layers are then run by
+    their running statistics, as in eval mode, for samples have gradients of their own only so. The
+    curvature is in that one respect not that of the function that is being trained.
+
+    Args:
+        model: as for `fit`, and so are likelihood, fisher, mc_samples, layers, predict and seed.
+        likelihood: "categorical", "gaussian", "bernoulli", or a `Likelihood`.
+        estimator: KFOC() by default; any that takes one pass. `KFOC(decay=d)` means `decay=d`.
+        decay: what all batches so far count before each new one, in (0, 1]. 1 weighs all samples
+            alike, as `fit` does; the parameters change in training, and old batches mislead.
+        fisher: "mc", "exact" or "empirical".
+        mc_samples: draws per sample, for "mc".
+        layers: names or patterns of the layers to treat; None: all that can be.
+        predict: `(model, inputs) -> outputs`.
+        seed: of the draws; they depend on it and on the number of samples seen so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood = "categorical",
+        *,
+        estimator: Estimator | None = None,
+        decay: float = 1.0,
+        fisher: str = "mc",
+        mc_samples: int = 1,
+        layers: str | Iterable[str] | None = None,
+        predict: Predict | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.likelihood = likelihood
+        self.estimator = KFOC() if estimator is None else estimator
+        self.decay = decay
+        self.fisher = fisher
+        self.mc_samples = mc_samples
+        self.layers = layers
+        self.predict = predict
+        self.seed = seed
+        self._run: Any = None
+        self._failure = ""
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches have been taken in."""
+        return 0 if self._run is None else self._run.batches
+
+    def update(self, inputs: Any, targets: Any = None) -> None:
+        """Take in one batch; targets are needed for `fisher="empirical"` alone.
+
+        Raises:
+            ValueError: as `fit` does. Where the model's outputs are at fault, nothing has changed;
+                where a layer is, others may have taken the batch in by then, and the tracker can
+                be used no more until a state is loaded into it.
+        """
+        self._check_usable()
+        run = self._begun()
+        before = run.updates
+        with _running_statistics(self.model):
+            check_independent(self.model)
+            try:
+                run.stream((inputs, targets))
+            except BaseException as error:
+                if run.updates != before:
+                    self._failure = str(error) or type(error).__name__
+                raise
+
+    def curvature(self) -> Curvature:
+        """The curvature of what has been seen so far; updates may go on afterwards.
+
+        Its `num_samples` is the (rounded) sum of the samples' weights: with decay, how many recent
+        samples it is in effect the mean over.
+        """
+        self._check_usable()
+        if not self.num_batches:
+            raise ValueError("there is no curvature before the first batch: call update(...)")
+        return self._run.snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that has been collected, in dicts, lists, numbers, strings and tensors."""
+        self._check_usable()
+        run = self._begun()
+        return {
+            "settings": self._settings(),
+            "num_samples": run.num_samples,
+            "batches": run.batches,
+            "weight": run.weight,
+            "states": encoded(run.states),
+            "shapes": encoded(run.shapes),
+            "loose": list(run.selection.loose),
+            "skipped": dict(run.selection.skipped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where another tracker of the same model and settings was, bit by bit.
+
+        Raises:
+            ValueError: a state of other settings, of another model, or of another version.
+        """
+        if state["settings"] != self._settings():
+            raise ValueError(
+                f"the state is one of {state['settings']}, and this tracker has {self._settings()}"
+            )
+        self._run = None
+        run = self._begun()
+        device = next(self.model.parameters()).device
+        names = [name for name, _ in state["states"]["items"]]
+        unknown = [name for name in names if name not in run.selection.blocks]
+        if unknown:
+            raise ValueError(f"the state has layers that the model does not have: {unknown}")
+        # What earlier batches showed of the model.
+        for name in state["loose"]:
+            if name in run.selection.modules:
+                run.selection.drop(name, "")
+        for name, reason in state["skipped"].items():
+            if name in run.selection.blocks:
+                run.selection.skip(name, reason)
+        run.num_samples, run.batches = state["num_samples"], state["batches"]
+        run.weight = state["weight"]
+        run.states = decoded(state["states"], device)
+        run.shapes = decoded(state["shapes"], device)
+        self._failure = ""
+
+    def _settings(self) -> str:
+        return (
+            f"{self.likelihood!r}, {self.estimator}, decay={self._decay()}, fisher={self.fisher!r},"
+            f" mc_samples={self.mc_samples}, seed={self.seed}"
+        )
+
+    def _decay(self) -> float:
+        """The decay, given here or by the estimator."""
+        decay = self.decay
+        if isinstance(self.estimator, KFOC) and self.estimator.decay is not None:
+            if decay not in (1.0, self.estimator.decay):
+                raise ValueError(
+                    f"decay is {decay} and that of {self.estimator} is another: give one of them"
+                )
+            decay = self.estimator.decay
+        if not 0 < decay <= 1 or not math.isfinite(decay):
+            raise ValueError(f"decay must lie in (0, 1], found {decay}")
+        return decay
+
+    def _begun(self) -> Any:
+        if self._run is None:
+            estimator, decay = self.estimator, self._decay()
+            if isinstance(estimator, KFOC) and estimator.decay is not None:
+                estimator.check()
+                estimator = replace(estimator, decay=None)
+            self._run = streaming(
+                self.model,
+                self.likelihood,
+                estimator.streaming() if decay < 1 else estimator,
+                self.fisher,
+                self.mc_samples,
+                self.layers,
+                self.predict,
+                self.seed,
+                decay,
+            )
+        return self._run
+
+    def _check_usable(self) -> None:
+        if self._failure:
+            raise ValueError(
+                "an update failed half-way, so that layers may have seen different data "
+                f"({self._failure}): load an earlier state_dict, or begin with a new Tracker"
+            )
+
+
+@contextmanager
+def _running_statistics(model: nn.Module) -> Iterator[None]:
+    """`BatchNorm` layers in eval mode, where they have statistics to run by."""
+    changed = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    ]
+    try:
+        for module in changed:
+            module.training = False
+        yield
+    finally:
+        for module in changed:
+            module.training = True
