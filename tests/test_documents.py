@@ -83,3 +83,12 @@ def test_consolidation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     forgetting = {name.strip(): float(value) for name, _, value in rows}
     assert len(forgetting) == 7
     assert all(forgetting[name] < forgetting["no penalty"] for name in ("K-FAC", "K-FOC", "EK-FOC"))
+
+
+def test_natural_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    runpy.run_path(str(ROOT / "examples" / "natural_gradient.py"), run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    last = {name: float(values[-1]) for name, *values in lines}
+    assert last["K-FOC"] < 0.5 * last["AdamW"]
+    assert last["K-FAC"] < 0.5 * last["AdamW"]

@@ -66,7 +66,7 @@ ALLOWED = {
     "encoding": set(),
     "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},
     "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
-    "natural_gradient": {"blocks", "encoding", "preconditioner", "tracker"},
+    "natural_gradient": {"batches", "blocks", "encoding", "preconditioner", "tracker"},
     "consolidation": {"curvature", "vectors"},
 }  # fmt: skip
 

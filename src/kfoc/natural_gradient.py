@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.batches import mapped
 from kfoc.blocks import METHODS
 from kfoc.encoding import decoded, encoded
 from kfoc.preconditioner import Preconditioner
@@ -262,14 +263,8 @@ def _gradient(name: str, parameter: Tensor) -> Tensor:
 
 
 def _first(value: Any, count: int) -> Any:
-    """The first `count` samples of tensors in (nested) tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim else value
-    if isinstance(value, dict):
-        return {key: _first(item, count) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_first(item, count) for item in value)
-    return value
+    """The first `count` samples of the tensors in a batch."""
+    return mapped(value, lambda tensor: tensor[:count] if tensor.ndim else tensor)
 
 
 def _check_choices(method: str, other: str) -> None:
