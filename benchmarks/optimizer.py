@@ -2,10 +2,11 @@
 
     python benchmarks/optimizer.py [--quick] [--only PROBLEM ...]
 
-Every method has four values of one number here, and everything else at one setting for all problems.
-What these settings of the natural gradients are was found by about 18 trials before, on the two digit
-networks; AdamW had its usual ones. For AdamW the number is the learning rate; for the natural gradients `kl_clip`, which sets the
-length of their steps (lr 0.1, damping 0.01, the curvature from at most 128 samples every 10 steps).
+Every method has four values of one number here, and everything else at one setting for all
+problems. The settings of the natural gradients were found by about 18 trials before, on the two
+digit networks; AdamW had its usual ones. For AdamW the number is the learning rate; for the natural
+gradients `kl_clip`, which sets the length of their steps (lr 0.1, damping 0.01, the curvature from
+at most 128 samples every 10 steps).
 All runs of a problem take the same batches from the same start. The target is the training loss
 that the best run of AdamW ends with; of each method those runs count that reach it in the fewest
 steps, and in the least time. Losses are those of the batches before the step, the mean of five.
