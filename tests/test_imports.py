@@ -11,7 +11,7 @@ SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
     "kronecker": set(),
-    "samples": set(),
+    "samples": {"memory"},
     "tokens": {"samples"},
     "tied": {"samples"},
     "likelihoods": set(),
@@ -29,6 +29,8 @@ ALLOWED = {
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {"layers"},
     "graph": set(),
+    "progress": set(),
+    "memory": set(),
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
     "selection": {"attention", "embedding", "layers", "layout"},
@@ -44,12 +46,12 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "solver", "tied", "token_plan", "tokens",
+        "solver", "tied", "token_plan", "tokens", "memory",
     },
     "fit": {
         "batches", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
         "graph", "layers",
-        "likelihoods", "per_sample", "record", "samples", "selection",
+        "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
     },
 }  # fmt: skip
 

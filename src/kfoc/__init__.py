@@ -29,6 +29,7 @@ from kfoc.kronecker import KroneckerFit, nearest_kronecker
 from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfoc.merge import Comparison
+from kfoc.progress import Progress
 from kfoc.samples import Rows
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Likelihood",
     "LowRankBlock",
     "ParameterCount",
+    "Progress",
     "Report",
     "Rows",
     "Treatment",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,9 @@ from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
+from kfoc.memory import advised, within
 from kfoc.per_sample import Regions
+from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
@@ -49,7 +50,7 @@ def fit(
     predict: Predict | None = None,
     probes: int = 0,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | Callable[[Progress], Any] = False,
 ) -> Curvature:
     """Estimate the Fisher information of a model, one block per layer, from a pass over data.
 
@@ -86,7 +87,8 @@ def fit(
         probes: how many Gaussian probes certify each block (`relative_error`, with its standard
             error); they take `2 * probes` weights' memory per layer. 16 is plenty.
         seed: of the draws and probes; the same seed gives the same draws for any batch size.
-        progress: report samples and rate on standard error.
+        progress: True: passes, samples, rate, and the time left where the data has a length, on
+            standard error; or a callable that gets a `Progress` after every batch.
 
     Returns:
         The blocks by layer name, of the mean Fisher over the samples.
@@ -96,6 +98,7 @@ def fit(
     """
     estimator = KFOC() if estimator is None else estimator
     _check_options(estimator, fisher, mc_samples, probes, seed)
+    report = reporter(progress)
     chosen = _likelihood(likelihood)
     selection = select(model, layers, estimator.largest_factor)
     _check_independent(model)
@@ -107,7 +110,7 @@ def fit(
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
     with _undisturbed(model), captured(selection) as record:
         while True:
-            run.one_pass(data, record, progress)
+            run.one_pass(data, record, report)
             if run.done():
                 return run.finished()
 
@@ -201,19 +204,22 @@ class _Run:
     marks: list[Mark] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
 
-    def one_pass(self, data: Iterable[Any], record: Record, progress: bool) -> None:
+    def one_pass(
+        self, data: Iterable[Any], record: Record, report: Callable[[Progress], Any] | None
+    ) -> None:
         index = number = 0
-        meter = _Meter(self.passes + 1) if progress else None
+        meter = self._meter(data, report) if report else None
         batches = iter(data)
         batch = next(batches, _END)
         while batch is not _END:
             # One ahead: a data set of a single batch gets that batch's optimum.
             following = next(batches, _END)
             alone = number == 0 and following is _END
-            index += self._batch(batch, record, index, number, alone)
+            with within(f"batch {number}"):
+                index += self._batch(batch, record, index, number, alone)
             batch, number = following, number + 1
             if meter:
-                meter.show(index, last=following is _END)
+                meter.show(number, index, last=following is _END)
         if not number:
             raise ValueError(f"data has no batches (pass {self.passes + 1})")
         if self.passes and number != len(self.marks):
@@ -223,26 +229,36 @@ class _Run:
             )
         self.num_samples, self.passes = index, self.passes + 1
 
+    def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any]) -> Meter:
+        changes = [self.estimator.change(state) for state in self.states.values()]
+        known = [change for change in changes if change is not None]
+        batches = len(self.marks) if self.passes else length(data)
+        limit = self.estimator.pass_limit
+        return Meter(report, self.passes + 1, limit, batches, max(known, default=None))
+
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
         try:
             check_next_token(self.model, batch, self.predict)
             inputs, targets = unpacked(batch)
             record.clear()
-            outputs = self._outputs(inputs, number)
+            with advised("the forward pass", "use smaller batches"):
+                outputs = self._outputs(inputs, number)
             record.closed = True
             if not outputs.isfinite().all():
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
-            grads = self._gradients(outputs, targets, record, index)
+            with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
+                grads = self._gradients(outputs, targets, record, index)
             del outputs  # and with it the graph, but for what regions need of it
             # Regions first: the graph lives no longer than they do.
             reached = [*record.regions, *record.calls]
             for name in reached:
                 if name not in self.settled:
-                    self._take(name, record, grads.pop(name), count, index, alone)
+                    with advised(f"layer {name!r}", _LESS_MEMORY):
+                        self._take(name, record, grads.pop(name), count, index, alone)
             self._silent(self.settled.union(reached), count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
@@ -339,7 +355,8 @@ class _Run:
     def done(self) -> bool:
         """Hand every layer to its next pass; True where none needs one."""
         for name in self.states.keys() - self.settled:
-            self.states[name], settled = self.estimator.next_pass(self.states[name])
+            with advised(f"layer {name!r}", _LESS_MEMORY):
+                self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
         return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
@@ -354,7 +371,8 @@ class _Run:
         blocks = {}
         for name in self.selection.blocks:
             # A layer at a time: states and blocks together would take the memory twice.
-            block = self.estimator.finish(self.states.pop(name), self.num_samples)
+            with advised(f"layer {name!r}", _LESS_MEMORY):
+                block = self.estimator.finish(self.states.pop(name), self.num_samples)
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block
@@ -364,20 +382,7 @@ class _Run:
 
 
 _END = object()
-
-
-class _Meter:
-    """Samples and rate of one pass, on one line of standard error."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.start = number, time.perf_counter()
-        self.shown = 0.0
-
-    def show(self, samples: int, last: bool) -> None:
-        now = time.perf_counter()
-        if last or now - self.shown > 0.2:
-            self.shown = now
-            rate = samples / max(now - self.start, 1e-9)
-            end = "\n" if last else ""
-            line = f"\rkfoc: pass {self.number}, {samples} samples, {rate:.0f}/s"
-            print(line, end=end, file=sys.stderr, flush=True)
+_LESS_MEMORY = (
+    "use smaller batches, a smaller memory_limit or buffer of kfoc.KFOC, or leave the layer out by "
+    "layers=..."
+)

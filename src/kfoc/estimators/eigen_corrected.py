@@ -95,6 +95,9 @@ class EigenCorrected(FactoredEstimator):
         state.base = None  # its memory is not needed any more
         return state, False
 
+    def change_one(self, state: _State) -> float | None:
+        return None if state.base is None else self.base.change_one(state.base)
+
     def finish_one(self, state: _State, num_samples: int) -> Block:
         if state.uncorrected is not None:
             return state.uncorrected

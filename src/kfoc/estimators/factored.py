@@ -73,6 +73,9 @@ class FactoredEstimator(Estimator):
     def next_pass_one(self, state: Any) -> tuple[Any, bool]:
         return state, True
 
+    def change_one(self, state: Any) -> float | None:
+        return None
+
     @abstractmethod
     def finish_one(self, state: Any, num_samples: int) -> Block: ...
 
@@ -130,6 +133,13 @@ class FactoredEstimator(Estimator):
         ]
         groups = _Groups([one for one, _ in each], [done for _, done in each])
         return groups, all(groups.settled)
+
+    def change(self, state: Any) -> float | None:
+        if isinstance(state, _Other | _Rows):
+            return None
+        states = state.states if isinstance(state, _Groups) else [state]
+        changes = [self.change_one(one) for one in states]
+        return max((change for change in changes if change is not None), default=None)
 
     def finish(self, state: Any, num_samples: int) -> Block:
         if isinstance(state, _Other):

@@ -23,6 +23,7 @@ from kfoc.kronecker import (
     opposite,
     settled,
 )
+from kfoc.memory import out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
 from kfoc.products import mirrored
@@ -133,6 +134,15 @@ class KFOC(FactoredEstimator):
     def next_pass_one(self, state: _Aggregation | LowRank) -> tuple[_Aggregation | LowRank, bool]:
         return state, state.next_pass()
 
+    def change_one(self, state: _Aggregation | LowRank) -> float | None:
+        if isinstance(state, LowRank):
+            sigmas = state.norms
+        else:
+            sigmas = state.sigmas if isinstance(state, _Exact) else []
+        if len(sigmas) < 2:
+            return None
+        return abs(sigmas[-1] - sigmas[-2]) / (sigmas[-1] or 1.0)
+
     def finish_one(self, state: _Aggregation | LowRank, num_samples: int) -> Block:
         if isinstance(state, LowRank):
             return state.block(num_samples)
@@ -141,7 +151,18 @@ class KFOC(FactoredEstimator):
         return kind(left, right, report=state.report)
 
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
-        """The optimum of one batch, of the mean over its samples."""
+        """The optimum of one batch, of the mean over its samples.
+
+        Where memory does not suffice for the planned contraction, by one that keeps nothing.
+        """
+        try:
+            return self._solved(samples, certify)
+        except (RuntimeError, MemoryError) as error:
+            if self.plan or not self.memory_limit or not out_of_memory(error):
+                raise
+        return replace(self, memory_limit=0)._solved(samples, certify)
+
+    def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         contraction, scale = self.contraction(samples)
         return fit_contraction(
             contraction,
