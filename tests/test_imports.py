@@ -49,7 +49,7 @@ ALLOWED = {
         "solver", "tied", "token_plan", "tokens", "memory",
     },
     "fit": {
-        "batches", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
+        "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
         "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
     },

@@ -21,6 +21,7 @@ from kfoc.batches import (
     moved,
     unpacked,
 )
+from kfoc.blocks import Block
 from kfoc.capture import captured, output_gradients, take_samples
 from kfoc.certificate import Probes
 from kfoc.checks import untreatable
@@ -373,12 +374,22 @@ class _Run:
             # A layer at a time: states and blocks together would take the memory twice.
             with advised(f"layer {name!r}", _LESS_MEMORY):
                 block = self.estimator.finish(self.states.pop(name), self.num_samples)
+            _check_range(name, block)
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block
         layouts = {name: self.selection.layout(name) for name in blocks}
         origin = repr(self.estimator), self.fisher, self.seed, parameter_counts(self.model)
         return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
+
+
+def _check_range(name: str, block: Block) -> None:
+    """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype."""
+    if not all(tensor.isfinite().all() for tensor in block.tensors()):
+        raise ValueError(
+            f"layer {name!r}: its block has numbers beyond the range of {block.dtype}: bring its "
+            "inputs or the outputs to a smaller scale, or fit the model in float64 (model.double())"
+        )
 
 
 _END = object()

@@ -179,10 +179,11 @@ def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
 
 
 def _rows_block(state: _Rows, num_samples: int) -> GroupedBlock:
-    fisher = (state.total + state.total.mT) * (state.unit / (2 * num_samples))
-    one = fisher.new_ones(1, 1)
+    total, scale = (state.total + state.total.mT) / 2, state.unit / num_samples
+    one = total.new_ones(1, 1)
+    # Norms are those of the total, near one: squares of F's own numbers may leave their range.
     blocks = tuple(
-        KroneckerBlock(*balanced(one, each, each.norm().item()), report=Report(plan="rows"))
-        for each in fisher
+        KroneckerBlock(*balanced(one, each, each.norm().item() * scale), report=Report(plan="rows"))
+        for each in total
     )
     return GroupedBlock(blocks, report=Report(plan="rows"))

@@ -234,16 +234,20 @@ class _Approx(_Aggregation):
     would make every average exact, where the paper reports an error of 0.29 for batches of one.
     """
 
+    unit = 0.0  # the scale of `left`, which may leave the range of its dtype
+
     def add(self, samples: Samples, alone: bool) -> None:
         fit = self.solved_alone(samples) if alone else self.solved(samples)
-        root = math.sqrt(fit.sigma)
+        root, unit = math.sqrt(fit.sigma), max(self.unit, fit.sigma)
         if root:
             # Both have the norm `root`; the means over batches are weighted by their samples.
-            self.left.add_(fit.left, alpha=root * samples.num_samples)
+            self.left.mul_(self.unit / unit)
+            self.left.add_(fit.left, alpha=root / unit * samples.num_samples)
             self.right.add_(fit.right, alpha=samples.num_samples / root)
+            self.unit = unit
 
     def result(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        norms = self.left.norm().item() * self.right.norm().item()
+        norms = self.left.norm().item() * self.right.norm().item() * self.unit
         return balanced(self.left, self.right, norms / num_samples**2)
 
 
