@@ -285,3 +285,174 @@ def check_close(block: kfoc.Block, expected: kfoc.Block) -> None:
     reference = expected.to_dense()
     assert (values - reference).norm() <= 5e-3 * reference.norm()
     assert block.relative_error == pytest.approx(expected.relative_error, abs=5e-3)
+
+
+class ScaledByInput(nn.Module):
+    """The first input, an amplitude, scales the outputs: gradients of any scale in one data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv1d(1, 2, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, amplitude: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.convolution(x)).flatten(1)) * amplitude
+
+
+@pytest.mark.parametrize("scales", [(1e-15, 1.0, 1e10), (1e10, 1.0, 1e-15), (0.0, 1e-15, 1e-12)])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_batches_of_very_different_scales(
+    estimator: kfoc.Estimator, scales: tuple[float, ...]
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    model, x = ScaledByInput(), torch.randn(9, 1, 4)
+    amplitudes = [torch.full((3, 1), scale) for scale in scales]
+    data = [((part, a), None) for part, a in zip(x.split(3), amplitudes, strict=True)]
+    options: dict[str, Any] = {"likelihood": "gaussian", "fisher": "exact", "probes": 4}
+    found = kfoc.fit(model, data, estimator=estimator, **options)
+    double = [((part.double(), a.double()), None) for (part, a), _ in data]
+    expected = kfoc.fit(model.double(), double, estimator=estimator, **options)
+    for layer, block in found.items():
+        check_close(block, expected[layer])
+
+
+def linear_fit(x: Tensor, amplitude: Tensor, estimator: kfoc.Estimator) -> kfoc.Curvature:
+    class Amplified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: Tensor, amplitude: Tensor) -> Tensor:
+            return self.layer(x) * amplitude
+
+    torch.manual_seed(0)
+    model = Amplified().to(x.dtype)
+    data = [((a, b), None) for a, b in zip(x.split(4), amplitude.split(4), strict=True)]
+    return kfoc.fit(model, data, "gaussian", fisher="exact", estimator=estimator)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if "KFAC" not in repr(e)], ids=repr)
+def test_inputs_and_gradients_of_opposite_scales(estimator: kfoc.Estimator, scale: float) -> None:
+    """Neither squares to a float32, and F is of ordinary size."""
+    x, amplitude = torch.randn(8, 3), torch.rand(8, 1) + 0.5
+    expected = linear_fit(x, amplitude, estimator)["layer"].to_dense()
+    single = (x * scale).float(), (amplitude / scale).float()
+    found = linear_fit(*single, estimator)["layer"].to_dense().double()
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_blocks_beyond_the_range_of_their_dtype_are_refused() -> None:
+    x = torch.randn(8, 3).float()
+    with pytest.raises(ValueError, match=r"layer 'layer': its block has numbers beyond the range"):
+        linear_fit(x, torch.full((8, 1), 1e25).float(), kfoc.BlockDiagonal())
+    with pytest.raises(ValueError, match=r"of torch\.float32: .*model\.double\(\)"):
+        linear_fit(x * 1e25, torch.full((8, 1), 1e-25).float(), kfoc.KFAC())
+
+
+def zero_model() -> nn.Sequential:
+    model = convolutional()
+    nn.init.zeros_(model[5].weight)
+    return model
+
+
+def without_gradient() -> dict[str, tuple[nn.Module, list[Any], dict[str, Any]]]:
+    """Fits whose every gradient is zero, by one reason or another."""
+    model, (x, y) = convolutional(), images(6)
+    one_class = nn.Sequential(*convolutional()[:5], nn.Linear(6, 1))
+    perfect = [(part, model(part).detach()) for part in x.split(4)]
+    certain = convolutional()
+    certain[5].bias.data[0] = 2000.0
+    return {
+        "one class": (one_class, batches(x, y * 0, 4), {"fisher": "exact"}),
+        "one class drawn": (one_class, [(x, None)], {}),
+        "labels ignored": (model, batches(x, y * 0 - 100, 4), {"fisher": "exact"}),
+        "labels ignored, empirical": (model, batches(x, y * 0 - 100, 4), {"fisher": "empirical"}),
+        "labels ignored, drawn": (model, batches(x, y * 0 - 100, 6), {}),
+        "perfect": (model, perfect, {"likelihood": "gaussian", "fisher": "empirical"}),
+        "certain": (certain, batches(x, y, 4), {"fisher": "exact"}),
+    }
+
+
+@pytest.mark.parametrize("reason", without_gradient())
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_no_gradient_gives_zero_blocks(estimator: kfoc.Estimator, reason: str) -> None:
+    model, data, options = without_gradient()[reason]
+    before = state(model)
+    found = kfoc.fit(model, data, estimator=estimator, probes=2, **options)
+    assert state(model) == before
+    for layer, block in found.items():
+        if not isinstance(estimator, kfoc.KFAC):  # whose inputs are not zero
+            assert all(not torch.isnan(tensor).any() for tensor in block.tensors())
+        assert not block.to_dense().any(), layer
+        assert block.relative_error == 0
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for name, value in found.solve(v, damping=0.5).items():
+        torch.testing.assert_close(value, 2 * v[name])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_zero_inputs_leave_the_bias(estimator: kfoc.Estimator) -> None:
+    """And outputs that are the same for every sample."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    data = [(torch.zeros(3, 3), None)] * 2
+    options: dict[str, Any] = {"likelihood": "gaussian", "fisher": "exact", "probes": 8}
+    found = kfoc.fit(model, data, estimator=estimator, **options)
+    exact = kfoc.fit(model, data, estimator=kfoc.BlockDiagonal(), **options)
+    expected = exact["0"].to_dense()
+    if isinstance(estimator, kfoc.Diagonal):
+        expected = expected.diagonal().diag()
+    # F = left (x) e e^T is a Kronecker product, with its eigenvectors.
+    torch.testing.assert_close(found["0"].to_dense(), expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+@pytest.mark.parametrize("size", [1, 4])
+def test_copies_of_one_sample_count_as_one(estimator: kfoc.Estimator, size: int) -> None:
+    model, (x, _) = convolutional(), images(1)
+    one = [(x, None)]
+    many = [(x.expand(size, -1, -1, -1), None)] * (4 // size)
+    options: dict[str, Any] = {"fisher": "exact", "estimator": estimator}
+    expected, found = kfoc.fit(model, one, **options), kfoc.fit(model, many, **options)
+    exact = kfoc.fit(model, one, fisher="exact", estimator=kfoc.BlockDiagonal())
+    for layer, block in found.items():
+        fisher = exact[layer].to_dense()
+        errors = [oracle.relative_error(fisher, b.to_dense()) for b in (block, expected[layer])]
+        assert errors[0] == pytest.approx(errors[1], abs=1e-2)
+
+
+def test_layers_of_one_input_and_one_output() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
+    x = torch.randn(1, 1)
+    for estimator in ESTIMATORS:
+        found = kfoc.fit(model, [(x, None)], "gaussian", fisher="exact", estimator=estimator)
+        expected = torch.tanh(model[0](x)).square().item()
+        assert found["2"].to_dense().item() == pytest.approx(expected)
+
+
+def test_sequences_without_any_position() -> None:
+    class Summed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x).sum(1))
+
+    model = Summed(nn.Linear(3, 4), nn.Linear(4, 2))
+    for estimator in ESTIMATORS:
+        found = kfoc.fit(model, [(torch.randn(3, 0, 3), None)] * 2, "gaussian", estimator=estimator)
+        assert not found["0"].to_dense().any()
+        assert found["1"].to_dense().any()
+
+
+def test_batches_without_any_sample_are_named() -> None:
+    model, (x, y) = convolutional(), images(4)
+    with pytest.raises(ValueError, match=r"batch 1: the model's outputs have the shape \(0, 3\)"):
+        kfoc.fit(model, [(x, y), (x[:0], y[:0])])
+
+
+def test_ties_have_an_optimum() -> None:
+    """sigma_1 = sigma_2: any mixture is as good, and the iteration must settle on one."""
+    inputs = torch.eye(3)[:, None]  # one position each
+    grads = torch.eye(3)[None, :, None]
+    for plan in ("gram", "primal", "dense", "gradients", "positions", "position_gram"):
+        fit = kfoc.nearest_kronecker_of_samples(inputs, grads, plan=plan, rtol=0)
+        assert fit.converged
+        assert fit.relative_error == pytest.approx(math.sqrt(2 / 3))
+        oracle.assert_psd_and_symmetric(fit.left)

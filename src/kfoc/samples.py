@@ -236,7 +236,10 @@ class LayerSamples(Protocol):
         ...
 
     def rescaled(self) -> tuple[LayerSamples, float]:
-        """The samples brought to a magnitude near one, and the factor that F then lacks."""
+        """The samples brought to a magnitude near one, and the factor that F then lacks.
+
+        The factor is 0 where F is, so that it says nothing of the scale of other batches.
+        """
         ...
 
     def silent(self, count: int) -> LayerSamples:
@@ -345,7 +348,8 @@ class Samples:
         them, would vanish in them. Scales are powers of two: nothing is rounded.
         """
         input_scale, grad_scale = (power_of_two(largest) for largest in self.magnitudes)
-        return self.scaled_down(input_scale, grad_scale), (input_scale * grad_scale) ** 2
+        scale = (input_scale * grad_scale) ** 2 if all(self.magnitudes) else 0.0
+        return self.scaled_down(input_scale, grad_scale), scale
 
     def scaled_down(self, input_scale: float, grad_scale: float) -> Samples:
         inputs, grads = self.inputs, self.grads
@@ -406,7 +410,7 @@ class Grouped:
         """As `Samples.rescaled`, with the same scales for all groups."""
         scales = [power_of_two(largest) for largest in self.magnitudes]
         groups = tuple(group.scaled_down(*scales) for group in self.groups)
-        return Grouped(groups), (scales[0] * scales[1]) ** 2
+        return Grouped(groups), (scales[0] * scales[1]) ** 2 if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Grouped:
         return Grouped(tuple(group.silent(count) for group in self.groups))
@@ -448,7 +452,8 @@ class Direct:
 
     def rescaled(self) -> tuple[Direct, float]:
         scale = power_of_two(self.magnitudes[1])
-        return (Direct(self.grads / scale) if scale != 1.0 else self), scale**2
+        scaled = Direct(self.grads / scale) if scale != 1.0 else self
+        return scaled, scale**2 if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
@@ -519,7 +524,7 @@ class Depthwise:
             (inputs.scaled(1 / a) if a != 1.0 else inputs, grads / g if g != 1.0 else grads)
             for inputs, grads in self.calls
         )
-        return Depthwise(calls), (a * g) ** 2
+        return Depthwise(calls), (a * g) ** 2 if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Depthwise:
         """`count` samples without any gradient, of one position and in no memory."""

@@ -111,9 +111,10 @@ def add_squares(total: Tensor, samples: Samples, basis: tuple[Tensor, Tensor]) -
     left, right = basis
     if samples.num_positions == 1:
         # X = g a^T: the square of U^T g (V^T a)^T is an outer product too, and X is not formed.
-        inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
-        grads = (samples.grads[:, :, 0] @ left).square().sum(0)
-        total.addmm_(grads.mT, inputs.square())
+        rescaled, scale = samples.rescaled()  # their squares may leave the range that X^2 is in
+        inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
+        grads = (rescaled.grads[:, :, 0] @ left).square().sum(0)
+        total.addmm_(grads.mT, inputs.square(), alpha=scale)
         return
     for gradients in gradient_chunks(samples, CHUNK):
         total += (left.mT @ gradients @ right).square().sum((0, 1))

@@ -166,9 +166,9 @@ def _as_samples(samples: Tied) -> Samples:
 
 def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
     """Add a batch's `sum X_g^T X_g` for every row g, in the larger of the scales."""
-    if not samples.magnitudes[1]:  # without a scale of its own
-        return state
     rescaled, scale = samples.rescaled()
+    if not scale:
+        return state
     unit = max(state.unit, scale)
     total = state.total.mul_(state.unit / unit)
     o, i = samples.shape

@@ -310,7 +310,7 @@ class _Online(_Aggregation):
         if self.fisher is not None:
             rescaled, scale = samples.rescaled()
             self._weigh(samples, scale)
-            add_fisher(self.fisher, rescaled, scale / self.unit)
+            add_fisher(self.fisher, rescaled, scale / (self.unit or 1.0))
             return
         held = sum(part.numel for part in self.pending)
         if self.pending and (
@@ -359,7 +359,7 @@ class _Online(_Aggregation):
         contraction, scale = self.config.contraction(samples)
         self.report = replace(self.report, plan=contraction.plan)
         self._weigh(samples, scale)
-        self._step(contraction, scale / self.unit)
+        self._step(contraction, scale / (self.unit or 1.0))
 
     def _weigh(self, samples: Samples, scale: float) -> None:
         """Make room for one more batch: the decay, and the scale that all sums are in."""
@@ -369,6 +369,8 @@ class _Online(_Aggregation):
 
     def _rescale(self, scale: float, decay: float) -> None:
         unit = max(self.unit, scale)
+        if not unit:  # zeros alone, so far
+            return
         factor = decay * self.unit / unit
         if self.fisher is not None:
             self.fisher *= factor
@@ -458,7 +460,7 @@ class _Exact(_Online):
         contraction, scale = self.config.contraction(samples)
         fixed, image = self._factors(self.side)
         step = contraction.apply(fixed, self.side)
-        contraction.accumulate(image, step, opposite(self.side), scale / self.unit)
+        contraction.accumulate(image, step, opposite(self.side), scale / (self.unit or 1.0))
 
     def next_pass(self) -> bool:
         self.close()
