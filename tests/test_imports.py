@@ -31,6 +31,7 @@ ALLOWED = {
     "graph": set(),
     "progress": set(),
     "memory": set(),
+    "threads": set(),
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
     "selection": {"attention", "embedding", "layers", "layout"},
@@ -52,6 +53,7 @@ ALLOWED = {
         "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
         "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
+        "threads",
     },
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ def test_without_a_length() -> None:
 def test_passes_and_the_change_of_sigma() -> None:
     x, y = images(40)
     estimator = kfoc.KFOC("exact", rtol=1e-12, buffer=0, passes=6)
+
     # A generator function behind an iterable without a length: counted in the first pass.
     class Stream:
         def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

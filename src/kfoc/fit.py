@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +36,7 @@ from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
+from kfoc.threads import random_state_kept, seeded, uncompiled
 
 
 def fit(
@@ -163,10 +163,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     before = [buffer.clone() for buffer in buffers]
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with (
-        torch.random.fork_rng(gpus),
+        random_state_kept(gpus),
         torch.inference_mode(False),
         torch.enable_grad(),
-        _uncompiled(),
+        uncompiled(),
     ):
         try:
             yield
@@ -174,13 +174,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """torch.compile out of force, where anything may have been compiled and torch can do that."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 @dataclass
@@ -293,18 +286,10 @@ class _Run:
         self._update(name, samples, index, alone)
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
-        generator = torch.default_generator
-        state = generator.get_state()
-        # Whatever the forward pass draws is a function of seed and batch, on every pass. Seeded
-        # by generator: torch.manual_seed queues a traceback per call where there is no GPU.
+        # Whatever the forward pass draws is a function of seed and batch, on every pass.
         seed = (self.seed * 1_000_003 + number) % 2**63
-        generator.manual_seed(seed)
-        if next(self.model.parameters()).is_cuda:
-            torch.cuda.manual_seed(seed)
-        try:
+        with seeded(seed, cuda=next(self.model.parameters()).is_cuda):
             outputs = (self.predict or called)(self.model, moved(inputs, self.model))
-        finally:
-            generator.set_state(state)
         return checked_outputs(outputs, inputs)
 
     def _gradients(

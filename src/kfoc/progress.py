@@ -113,9 +113,7 @@ class Meter:
         seconds = time.perf_counter() - self.start
         batches = batch if last else self.batches
         self.report(
-            Progress(
-                self.number, self.limit, batch, batches, samples, seconds, self.change, last
-            )
+            Progress(self.number, self.limit, batch, batches, samples, seconds, self.change, last)
         )
 
 
