@@ -93,12 +93,12 @@ def faulty(where: str, error: BaseException) -> tuple[nn.Module, Any, dict[str, 
     return model, data, options
 
 
-class TheirOwn(ValueError):
+class OwnError(ValueError):
     """A user's error, of a class that kfoc raises itself."""
 
 
 @pytest.mark.parametrize("where", ["model", "loader", "backward", "progress", "predict"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk"), TheirOwn("own")], ids=repr)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk"), OwnError("own")], ids=repr)
 def test_whatever_raises_the_model_comes_back(where: str, error: BaseException) -> None:
     expected = error if where in ("model", "loader") else KeyboardInterrupt()
     model, data, options = faulty(where, error)

@@ -50,8 +50,8 @@ ALLOWED = {
         "solver", "tied", "token_plan", "tokens", "memory",
     },
     "fit": {
-        "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
-        "graph", "layers",
+        "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
+        "estimators", "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
         "threads",
     },

@@ -32,7 +32,7 @@ class Estimator(ABC):
         return state, True
 
     def change(self, state: Any) -> float | None:
-        """How much the last pass changed the estimate, relatively; None where there is no telling."""
+        """How much the last pass changed sigma, relatively; None where that is not known."""
         return None
 
     @abstractmethod
