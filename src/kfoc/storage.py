@@ -226,6 +226,9 @@ def _given(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Block:
         if "tensor" in part:
             fields[name] = tensors[part["tensor"]]
         elif "blocks" in part:
+            inside = [item["kind"] for item in part["blocks"]]
+            if entry["kind"] in inside:  # what a hundred levels cost is two to their power
+                raise ValueError(f"a {entry['kind']} inside of another")
             fields[name] = tuple(_given(item, tensors) for item in part["blocks"])
         else:
             value = part["value"]
