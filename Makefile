@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce reproduce-full test lint benchmark clean
+# Cases of each property test in a nightly run.
+CASES ?= 2000
+
+.PHONY: reproduce reproduce-full test nightly lint benchmark clean
 
 reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
 	$(BIN)/kfoc reproduce --quick --out results-quick
@@ -13,6 +16,9 @@ reproduce-full: $(VENV)/ready  ## the same on all data with ten seeds, into resu
 
 test: $(VENV)/ready lint  ## lint, types, tests
 	$(BIN)/python -m pytest
+
+nightly: $(VENV)/ready  ## thousands of random cases of the property tests, other ones every time
+	KFOC_PROFILE=nightly KFOC_CASES=$(CASES) $(BIN)/python -m pytest tests/test_properties.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

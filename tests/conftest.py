@@ -1,10 +1,11 @@
 """Tests run in float64 unless they say otherwise, and from a fixed state of the generator."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Threads cost more than they bring on tensors of this size, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -19,9 +20,18 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-# The same cases in every run of the suite.
-settings.register_profile("suite", derandomize=True, deadline=None)
-settings.load_profile("suite")
+# The same cases in every run of the suite; in nightly ones, other and more cases of those tests
+# that leave their number to the profile (test_properties.py): KFOC_CASES for each of them.
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=200)
+settings.register_profile(
+    "nightly",
+    max_examples=int(os.environ.get("KFOC_CASES", "2000")),
+    deadline=None,
+    print_blob=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("KFOC_PROFILE", "suite"))
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

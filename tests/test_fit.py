@@ -192,7 +192,7 @@ def test_half_precision_accumulates_in_float32() -> None:
 def test_progress_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     model, (x, y) = convolutional(), images(12)
     kfoc.fit(model, batches(x, y, 4), progress=True)
-    assert "pass 1, 12 samples" in capsys.readouterr().err
+    assert "pass 1, batch 3 of 3, 12 samples" in capsys.readouterr().err
 
 
 def bad(name: str) -> tuple[nn.Module, object, dict]:

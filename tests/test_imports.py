@@ -11,7 +11,7 @@ SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
     "kronecker": set(),
-    "samples": set(),
+    "samples": {"memory"},
     "tokens": {"samples"},
     "tied": {"samples"},
     "likelihoods": set(),
@@ -32,6 +32,9 @@ ALLOWED = {
         "products", "samples", "vectors",
     },
     "graph": set(),
+    "progress": set(),
+    "memory": set(),
+    "threads": set(),
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
     "selection": {"attention", "embedding", "layers", "layout"},
@@ -48,7 +51,7 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "solver", "tied", "token_plan", "tokens",
+        "solver", "tied", "token_plan", "tokens", "memory",
     },
     "forward": {"batches"},
     "jacobians": {"batches", "forward"},
@@ -59,9 +62,10 @@ ALLOWED = {
     },
     "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
     "fit": {
-        "batches", "capture", "certificate", "checks", "coverage", "curvature", "estimators",
-        "graph", "layers",
-        "likelihoods", "per_sample", "record", "samples", "selection",
+        "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
+        "estimators", "graph", "layers",
+        "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
+        "threads",
     },
     "encoding": set(),
     "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},

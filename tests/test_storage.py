@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import kfoc
 from curvatures import block, curvature
+from kfoc import storage
 from kfoc.blocks import KINDS
 from models import batches, convolutional, images
 
@@ -237,3 +239,115 @@ def test_tensors_that_do_not_fit_each_other(path: Path, case: str) -> None:
     bad.save(path)
     with pytest.raises(ValueError, match=r"has a block of shape|do not fit each other"):
         kfoc.Curvature.load(path)
+
+
+def parted(path: Path) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and what follows."""
+    whole = path.read_bytes()
+    stop = 8 + struct.unpack("<Q", whole[:8])[0]
+    return json.loads(whole[8:stop]), whole[stop:]
+
+
+HOSTILE_SIZES = [2**60, 2**63, 2**64 - 1, 2**31, 100_000_001, 0]
+
+
+@pytest.mark.parametrize("size", HOSTILE_SIZES)
+def test_sizes_that_no_file_has(path: Path, size: int) -> None:
+    """A header that claims more bytes than there are: nothing is allocated for it."""
+    everything().save(path)
+    path.write_bytes(struct.pack("<Q", size) + path.read_bytes()[8:])
+    with pytest.raises(ValueError, match="damaged"):
+        kfoc.Curvature.load(path)
+
+
+HOSTILE_TENSORS: list[dict] = [
+    {"shape": [2**40, 2**20]},
+    {"shape": [-1]},
+    {"data_offsets": [0, 2**60]},
+    {"data_offsets": [8, 0]},
+    {"dtype": "F128"},
+    {"dtype": "I64"},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE_TENSORS, ids=repr)
+def test_tensors_that_are_not_what_the_header_says(path: Path, change: dict) -> None:
+    everything().save(path)
+    header, rest = parted(path)
+    header["0.left"].update(change)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+    with pytest.raises(ValueError, match="damaged"):
+        kfoc.Curvature.load(path)
+
+
+HOSTILE_TEXTS = {
+    "deep": "[" * 100_000,
+    "no object": "NaN",
+    "a long number": '{"version": ' + "9" * 5000 + "}",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_TEXTS)
+def test_descriptions_that_are_none(path: Path, case: str) -> None:
+    everything().save(path)
+    header, rest = parted(path)
+    header["__metadata__"]["kfoc"] = HOSTILE_TEXTS[case]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+    with pytest.raises(ValueError, match="damaged: its description is no JSON"):
+        kfoc.Curvature.load(path)
+
+
+def forged(path: Path, change: Callable[[dict], object]) -> None:
+    """The file with its description changed, and a checksum that fits."""
+    tensors = safetensors.load_file(str(path))
+    content = json.loads(parted(path)[0]["__metadata__"]["kfoc"])
+    change(content)
+    text = json.dumps(content)
+    header = {"kfoc": text, "checksum": storage._checksum(text, tensors)}
+    safetensors.save_file(tensors, str(path), metadata=header)
+
+
+def nested(content: dict) -> None:
+    block = content["layers"][0]["block"]
+    for _ in range(100):
+        part = {"blocks": {"blocks": [block]}}
+        block = {"kind": "GroupedBlock", "report": {}, "parts": part}
+    content["layers"][0]["block"] = block
+
+
+FORGED: dict[str, Callable[[dict], object]] = {
+    "layers": lambda c: c.update(layers=5),
+    "a layer": lambda c: c.update(layers=[1]),
+    "a layer twice": lambda c: c["layers"].append(c["layers"][0]),
+    "a name": lambda c: c["layers"][0].update(name=None),
+    "kind": lambda c: c["layers"][0]["block"].update(kind=["x"]),
+    "no parts": lambda c: c["layers"][0]["block"].update(parts={}),
+    "nested": nested,
+    "shapes": lambda c: c["layers"][0]["layout"].update(shapes=[]),
+    "huge shapes": lambda c: c["layers"][0]["layout"].update(shapes=[[10**30, 3]]),
+    "report": lambda c: c["layers"][0]["block"].update(report={"evil": 1}),
+    "version": lambda c: c.update(version=True),
+    "negative version": lambda c: c.update(version=-1),
+    "samples": lambda c: c.update(num_samples=-3),
+    "samples as truth": lambda c: c.update(num_samples=True),
+    "seed": lambda c: c.update(seed="1"),
+    "skipped": lambda c: c.update(skipped={"a": [1]}),
+    "counts": lambda c: c.update(counts={"a": 1}),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_descriptions(path: Path, case: str) -> None:
+    """Even with the right checksum, what does not make a curvature is refused, and named."""
+    everything().save(path)
+    forged(path, FORGED[case])
+    with pytest.raises(ValueError, match="damaged"):
+        kfoc.Curvature.load(path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        kfoc.Curvature.load(tmp_path)

@@ -33,6 +33,7 @@ from kfoc.layers import Treatment, Unsupported, register
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfoc.merge import Comparison
 from kfoc.natural_gradient import NaturalGradient
+from kfoc.progress import Progress
 from kfoc.samples import Rows
 from kfoc.tracker import Tracker
 
@@ -68,6 +69,7 @@ __all__ = [
     "NaturalGradient",
     "OutputGaussian",
     "ParameterCount",
+    "Progress",
     "Ranking",
     "Report",
     "Rows",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +23,9 @@ from kfoc.selection import Selection
 
 T = TypeVar("T")
 
+# How many fits each thread is in the midst of.
+_FITTING: Counter[int] = Counter()
+
 
 @contextmanager
 def captured(selection: Selection) -> Iterator[Record]:
@@ -30,6 +35,7 @@ def captured(selection: Selection) -> Iterator[Record]:
     """
     record = Record()
     handles = []
+    _FITTING[record.thread] += 1
     try:
         for name, module in selection.modules.items():
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
@@ -47,6 +53,7 @@ def captured(selection: Selection) -> Iterator[Record]:
         for handle in handles:
             handle.remove()
         record.clear()
+        _FITTING[record.thread] -= 1
 
 
 def _checker(name: str) -> Callable[..., None]:
@@ -74,12 +81,16 @@ def _replayer(
 ) -> Callable[..., Any]:
     """A hook that puts a module's replayed output in the place of its own, if they agree.
 
-    It takes the same steps again when a checkpointed region runs again, as that has to.
+    It takes the same steps again when a checkpointed region runs again, as that has to, possibly in
+    a thread of autograd's. In a thread that fits the same model, that fit's own hook does so.
     """
     names = {part: part_name(name, part) for part in whole.parts}
     treatments = {part: selection.treatments.get(full) for part, full in names.items()}
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        thread = threading.get_ident()
+        if thread != record.thread and _FITTING[thread]:
+            return None
         steps: list[tuple[str, int | None, Tensor, Tensor]] = []
         try:
             replayed = whole.replay(args, kwargs, lambda *step: steps.append(step))

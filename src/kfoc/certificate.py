@@ -32,6 +32,8 @@ class Probes:
     def add(self, samples: LayerSamples) -> None:
         """Add the batch's part of `F v`: `sum_{s,n} X <X, v>`."""
         rescaled, scale = samples.rescaled()
+        if not scale:
+            return
         o, i = samples.shape
         if scale > self.unit:
             self.products *= self.unit / scale

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from kfoc.batches import (
     moved,
     unpacked,
 )
+from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
 from kfoc.capture import captured, output_gradients, take_samples
 from kfoc.certificate import Probes
 from kfoc.checks import untreatable
@@ -32,10 +31,13 @@ from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
+from kfoc.memory import advised, within
 from kfoc.per_sample import Regions
+from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection, select
+from kfoc.threads import random_state_kept, seeded, uncompiled
 
 
 def fit(
@@ -50,7 +52,7 @@ def fit(
     predict: Predict | None = None,
     probes: int = 0,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | Callable[[Progress], Any] = False,
 ) -> Curvature:
     """Estimate the Fisher information of a model, one block per layer, from a pass over data.
 
@@ -87,7 +89,8 @@ def fit(
         probes: how many Gaussian probes certify each block (`relative_error`, with its standard
             error); they take `2 * probes` weights' memory per layer. 16 is plenty.
         seed: of the draws and probes; the same seed gives the same draws for any batch size.
-        progress: report samples and rate on standard error.
+        progress: True: passes, samples, rate, and the time left where the data has a length, on
+            standard error; or a callable that gets a `Progress` after every batch.
 
     Returns:
         The blocks by layer name, of the mean Fisher over the samples.
@@ -97,6 +100,7 @@ def fit(
     """
     estimator = KFOC() if estimator is None else estimator
     _check_options(estimator, fisher, mc_samples, probes, seed)
+    report = reporter(progress)
     chosen = _likelihood(likelihood)
     selection = select(model, layers, estimator.largest_factor)
     check_independent(model)
@@ -108,7 +112,7 @@ def fit(
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
     with _undisturbed(model), captured(selection) as record:
         while True:
-            run.one_pass(data, record, progress)
+            run.one_pass(data, record, report)
             if run.done():
                 return run.finished()
 
@@ -188,10 +192,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     before = [buffer.clone() for buffer in buffers]
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with (
-        torch.random.fork_rng(gpus),
+        random_state_kept(gpus),
         torch.inference_mode(False),
         torch.enable_grad(),
-        _uncompiled(),
+        uncompiled(),
     ):
         try:
             yield
@@ -199,13 +203,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """torch.compile out of force, where anything may have been compiled and torch can do that."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 @dataclass
@@ -234,19 +231,22 @@ class _Run:
     marks: list[Mark] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
 
-    def one_pass(self, data: Iterable[Any], record: Record, progress: bool) -> None:
+    def one_pass(
+        self, data: Iterable[Any], record: Record, report: Callable[[Progress], Any] | None
+    ) -> None:
         index = number = 0
-        meter = _Meter(self.passes + 1) if progress else None
+        meter = self._meter(data, report) if report else None
         batches = iter(data)
         batch = next(batches, _END)
         while batch is not _END:
             # One ahead: a data set of a single batch gets that batch's optimum.
             following = next(batches, _END)
             alone = number == 0 and following is _END
-            index += self._batch(batch, record, index, number, alone)
+            with within(f"batch {number}"):
+                index += self._batch(batch, record, index, number, alone)
             batch, number = following, number + 1
             if meter:
-                meter.show(index, last=following is _END)
+                meter.show(number, index, last=following is _END)
         if not number:
             raise ValueError(f"data has no batches (pass {self.passes + 1})")
         if self.passes and number != len(self.marks):
@@ -256,26 +256,36 @@ class _Run:
             )
         self.num_samples, self.passes = index, self.passes + 1
 
+    def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any]) -> Meter:
+        changes = [self.estimator.change(state) for state in self.states.values()]
+        known = [change for change in changes if change is not None]
+        batches = len(self.marks) if self.passes else length(data)
+        limit = self.estimator.pass_limit
+        return Meter(report, self.passes + 1, limit, batches, max(known, default=None))
+
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
         try:
             check_next_token(self.model, batch, self.predict)
             inputs, targets = unpacked(batch)
             record.clear()
-            outputs = self._outputs(inputs, number)
+            with advised("the forward pass", "use smaller batches"):
+                outputs = self._outputs(inputs, number)
             record.closed = True
             if not outputs.isfinite().all():
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
-            grads = self._gradients(outputs, targets, record, index)
+            with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
+                grads = self._gradients(outputs, targets, record, index)
             del outputs  # and with it the graph, but for what regions need of it
             # Regions first: the graph lives no longer than they do.
             reached = [*record.regions, *record.calls]
             for name in reached:
                 if name not in self.settled:
-                    self._take(name, record, grads.pop(name), count, index, alone)
+                    with advised(f"layer {name!r}", _LESS_MEMORY):
+                        self._take(name, record, grads.pop(name), count, index, alone)
             self._silent(self.settled.union(reached), count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
@@ -309,18 +319,10 @@ class _Run:
         self._update(name, samples, index, alone)
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
-        generator = torch.default_generator
-        state = generator.get_state()
-        # Whatever the forward pass draws is a function of seed and batch, on every pass. Seeded
-        # by generator: torch.manual_seed queues a traceback per call where there is no GPU.
+        # Whatever the forward pass draws is a function of seed and batch, on every pass.
         seed = (self.seed * 1_000_003 + number) % 2**63
-        generator.manual_seed(seed)
-        if next(self.model.parameters()).is_cuda:
-            torch.cuda.manual_seed(seed)
-        try:
+        with seeded(seed, cuda=next(self.model.parameters()).is_cuda):
             outputs = (self.predict or called)(self.model, moved(inputs, self.model))
-        finally:
-            generator.set_state(state)
         return checked_outputs(outputs, inputs)
 
     def _gradients(
@@ -403,7 +405,8 @@ class _Run:
     def done(self) -> bool:
         """Hand every layer to its next pass; True where none needs one."""
         for name in self.states.keys() - self.settled:
-            self.states[name], settled = self.estimator.next_pass(self.states[name])
+            with advised(f"layer {name!r}", _LESS_MEMORY):
+                self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
         return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
@@ -418,7 +421,9 @@ class _Run:
         blocks = {}
         for name in self.selection.blocks:
             # A layer at a time: states and blocks together would take the memory twice.
-            block = self.estimator.finish(self.states.pop(name), self.num_samples)
+            with advised(f"layer {name!r}", _LESS_MEMORY):
+                block = self.estimator.finish(self.states.pop(name), self.num_samples)
+            _check_range(name, block)
             if self.num_probes:
                 block = self.probes[name].certified(block, self.num_samples)
             blocks[name] = block
@@ -427,21 +432,30 @@ class _Run:
         return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
 
 
+def _telling(block: Block) -> Iterator[Tensor]:
+    """Numbers of a block of which one is not finite where any is: those of a semi-definite factor
+    are bounded by its diagonal, and all of them would take as long as a small fit."""
+    if isinstance(block, GroupedBlock):
+        for part in block.blocks:
+            yield from _telling(part)
+    elif isinstance(block, KroneckerBlock):
+        for factor in block.tensors():
+            yield factor.diagonal() if factor.ndim == 2 else factor
+    else:
+        yield from block.tensors()
+
+
+def _check_range(name: str, block: Block) -> None:
+    """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype."""
+    if not all(tensor.isfinite().all() for tensor in _telling(block)):
+        raise ValueError(
+            f"layer {name!r}: its block has numbers beyond the range of {block.dtype}: bring its "
+            "inputs or the outputs to a smaller scale, or fit the model in float64 (model.double())"
+        )
+
+
 _END = object()
-
-
-class _Meter:
-    """Samples and rate of one pass, on one line of standard error."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.start = number, time.perf_counter()
-        self.shown = 0.0
-
-    def show(self, samples: int, last: bool) -> None:
-        now = time.perf_counter()
-        if last or now - self.shown > 0.2:
-            self.shown = now
-            rate = samples / max(now - self.start, 1e-9)
-            end = "\n" if last else ""
-            line = f"\rkfoc: pass {self.number}, {samples} samples, {rate:.0f}/s"
-            print(line, end=end, file=sys.stderr, flush=True)
+_LESS_MEMORY = (
+    "use smaller batches, a smaller memory_limit or buffer of kfoc.KFOC, or leave the layer out by "
+    "layers=..."
+)

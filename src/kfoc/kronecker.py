@@ -218,11 +218,19 @@ def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]
     The norms are taken as Python floats, one factor at a time, so that no product of the two
     scales can overflow.
     """
-    left_norm, right_norm = left.norm().item(), right.norm().item()
+    left_norm, right_norm = norm_of(left), norm_of(right)
     if not sigma or not left_norm or not right_norm:
         return torch.zeros_like(left), torch.zeros_like(right)
     root = math.sqrt(sigma)
     return left * (root / left_norm), right * (root / right_norm)
+
+
+def norm_of(tensor: Tensor) -> float:
+    """The Frobenius norm, also of numbers whose squares leave the range of the dtype."""
+    norm = tensor.norm().item()
+    if 1e-15 < norm < 1e15:
+        return norm
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
 
 
 def relative_error(sigma: float, total: float | None) -> float | None:
@@ -365,7 +373,7 @@ def nearest_to_pair(
     """
     if not _nonzero(first) or not _nonzero(second):
         (left, right), share = (first, shares[0]) if _nonzero(first) else (second, shares[1])
-        return balanced(left, right, share * left.norm().item() * right.norm().item())
+        return balanced(left, right, share * norm_of(left) * norm_of(right))
     norms, triangles = zip(*(_gram_schmidt(first[k], second[k]) for k in range(2)), strict=True)
     weights = torch.tensor(
         [shares[k] * norms[0][k] * norms[1][k] for k in range(2)], dtype=torch.float64
@@ -387,15 +395,16 @@ def nearest_to_pair(
 
 
 def _nonzero(term: tuple[Tensor, Tensor]) -> bool:
-    return term[0].norm().item() * term[1].norm().item() > 0
+    return norm_of(term[0]) * norm_of(term[1]) > 0
 
 
 def _gram_schmidt(first: Tensor, second: Tensor) -> tuple[list[float], Tensor]:
     """Norms of two matrices, and the triangle R of QR = [first, second] once normalised."""
-    norms = [first.norm().item(), second.norm().item()]
+    norms = [norm_of(first), norm_of(second)]
     along = torch.dot(first.flatten() / norms[0], second.flatten()).item() / norms[1]
     if along < 0.9:
         rest = math.sqrt(1 - along**2)
     else:  # the root would lose half the digits
-        rest = torch.sub(second, first, alpha=along * norms[1] / norms[0]).norm().item() / norms[1]
+        difference = torch.sub(second, first, alpha=along * norms[1] / norms[0])
+        rest = norm_of(difference) / norms[1]
     return norms, torch.tensor([[1.0, along], [0.0, rest]], dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class Record:
         problems: layer name -> what was wrong with a call that could not be recorded.
         mute: layers that were called where no gradient is recorded: theirs is zero.
         closed: after the forward pass. Checkpointed layers run again in the backward pass.
+        thread: whose calls are recorded. Others may run the model too, or fit it.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Record:
     problems: dict[str, str] = field(default_factory=dict)
     mute: set[str] = field(default_factory=set)
     closed: bool = False
+    thread: int = field(default_factory=threading.get_ident)
 
     def clear(self) -> None:
         """Forget everything, and record."""
@@ -70,7 +73,7 @@ class Record:
         self, name: str, treatment: Treatment, value: Any, output: Any, group: int | None = None
     ) -> None:
         """Record one call, or why that is impossible."""
-        if self.closed:
+        if self.closed or threading.get_ident() != self.thread:
             return
         for what, found in (("input", value), ("output", output)):
             if not isinstance(found, Tensor):

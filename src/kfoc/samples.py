@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kfoc.memory import out_of_memory
+
 
 class Inputs(Protocol):
     """A layer's inputs, (N, T, i), of which any range of samples can be asked for."""
@@ -234,7 +236,10 @@ class LayerSamples(Protocol):
         ...
 
     def rescaled(self) -> tuple[LayerSamples, float]:
-        """The samples brought to a magnitude near one, and the factor that F then lacks."""
+        """The samples brought to a magnitude near one, and the factor that F then lacks.
+
+        The factor is 0 where F is, so that it says nothing of the scale of other batches.
+        """
         ...
 
     def silent(self, count: int) -> LayerSamples:
@@ -343,7 +348,8 @@ class Samples:
         them, would vanish in them. Scales are powers of two: nothing is rounded.
         """
         input_scale, grad_scale = (power_of_two(largest) for largest in self.magnitudes)
-        return self.scaled_down(input_scale, grad_scale), (input_scale * grad_scale) ** 2
+        scale = (input_scale * grad_scale) ** 2 if all(self.magnitudes) else 0.0
+        return self.scaled_down(input_scale, grad_scale), scale
 
     def scaled_down(self, input_scale: float, grad_scale: float) -> Samples:
         inputs, grads = self.inputs, self.grads
@@ -404,7 +410,7 @@ class Grouped:
         """As `Samples.rescaled`, with the same scales for all groups."""
         scales = [power_of_two(largest) for largest in self.magnitudes]
         groups = tuple(group.scaled_down(*scales) for group in self.groups)
-        return Grouped(groups), (scales[0] * scales[1]) ** 2
+        return Grouped(groups), (scales[0] * scales[1]) ** 2 if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Grouped:
         return Grouped(tuple(group.silent(count) for group in self.groups))
@@ -446,7 +452,8 @@ class Direct:
 
     def rescaled(self) -> tuple[Direct, float]:
         scale = power_of_two(self.magnitudes[1])
-        return (Direct(self.grads / scale) if scale != 1.0 else self), scale**2
+        scaled = Direct(self.grads / scale) if scale != 1.0 else self
+        return scaled, scale**2 if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
@@ -517,7 +524,7 @@ class Depthwise:
             (inputs.scaled(1 / a) if a != 1.0 else inputs, grads / g if g != 1.0 else grads)
             for inputs, grads in self.calls
         )
-        return Depthwise(calls), (a * g) ** 2
+        return Depthwise(calls), (a * g) ** 2 if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Depthwise:
         """`count` samples without any gradient, of one position and in no memory."""
@@ -548,11 +555,33 @@ def chunks(samples: LayerSamples, floats_per_sample: int, limit: int) -> Iterato
 
 
 def gradient_chunks(samples: LayerSamples, limit: int) -> Iterator[Tensor]:
-    """Per-sample gradients X, (S, n, o, i), by chunks whose temporaries hold `limit` floats."""
+    """Per-sample gradients X, (S, n, o, i), by chunks whose temporaries hold `limit` floats.
+
+    Where memory does not suffice for a chunk, the rest goes by chunks of half its samples.
+    """
     o, i = samples.shape
     per_sample = max(samples.num_directions * o * i, samples.num_positions * i)
-    for start, stop in chunks(samples, per_sample, limit):
-        yield samples.gradients(start, stop)
+    size, start = max(1, limit // max(1, per_sample)), 0
+    while start < samples.num_samples:
+        stop = min(start + size, samples.num_samples)
+        found = _formed(samples, start, stop)
+        if found is None:
+            size = (stop - start + 1) // 2
+            continue
+        yield found
+        del found  # or the next chunk would be formed beside it
+        start = stop
+
+
+def _formed(samples: LayerSamples, start: int, stop: int) -> Tensor | None:
+    """The per-sample gradients; None where several do not fit into memory together."""
+    try:
+        return samples.gradients(start, stop)
+    except (RuntimeError, MemoryError) as error:
+        if stop - start == 1 or not out_of_memory(error):
+            raise
+    # Outside of the handler, whose traceback keeps alive what had been formed so far.
+    return None
 
 
 def magnitude(values: Tensor) -> float:

@@ -95,7 +95,9 @@ def read(path: str | os.PathLike[str]) -> Stored:
         )
     content = _content(path, header[KEY])
     version = content.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or version < 1:  # a bool is an int too
+        raise ValueError(f"{str(path)!r} is damaged: its version of the format is {version!r}")
+    if version > VERSION:
         raise ValueError(
             f"{str(path)!r} has version {version} of the format, and this kfoc reads up to "
             f"{VERSION}: update kfoc"
@@ -105,7 +107,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise ValueError(f"{str(path)!r} is damaged: its checksum does not fit what it holds")
     try:
         return _restored(content, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged or not a curvature: {error}") from error
 
 
@@ -135,7 +137,7 @@ def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Ten
 def _content(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers that are too long
         raise ValueError(f"{str(path)!r} is damaged: its description is no JSON") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} is damaged: its description is no JSON object")
@@ -183,12 +185,18 @@ def _taken(block: Block, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]
 
 def _restored(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
     for name, types in METADATA.items():
-        if not isinstance(content.get(name), types):
+        if type(content.get(name)) not in types:
             raise ValueError(f"{name} is {content.get(name)!r}")
+    if content["num_samples"] < 1:
+        raise ValueError(f"num_samples is {content['num_samples']}")
+    if not all(isinstance(reason, str) for reason in content["skipped"].values()):
+        raise ValueError("skipped has a reason that is no text")
     blocks: dict[str, Block] = {}
     layouts: dict[str, Layout] = {}
     for layer in content["layers"]:
         name, layout = layer["name"], layer["layout"]
+        if not isinstance(name, str) or name in blocks:
+            raise ValueError(f"layer {name!r} is there twice, or has no name")
         shapes = tuple(tuple(shape) for shape in layout["shapes"])
         layouts[name] = Layout(tuple(layout["names"]), shapes, layout["kind"], layout["groups"])
         blocks[name] = _given(layer["block"], tensors)
@@ -218,6 +226,9 @@ def _given(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Block:
         if "tensor" in part:
             fields[name] = tensors[part["tensor"]]
         elif "blocks" in part:
+            inside = [item["kind"] for item in part["blocks"]]
+            if entry["kind"] in inside:  # what a hundred levels cost is two to their power
+                raise ValueError(f"a {entry['kind']} inside of another")
             fields[name] = tuple(_given(item, tensors) for item in part["blocks"])
         else:
             value = part["value"]

@@ -31,6 +31,10 @@ class Estimator(ABC):
         """The state for another pass over the data, and whether none is needed any more."""
         return state, True
 
+    def change(self, state: Any) -> float | None:
+        """How much the last pass changed sigma, relatively; None where that is not known."""
+        return None
+
     @abstractmethod
     def finish(self, state: Any, num_samples: float) -> Block:
         """The block, from the state after `num_samples` samples in each pass."""

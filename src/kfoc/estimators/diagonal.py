@@ -27,9 +27,10 @@ class Diagonal(Estimator):
             return state
         if samples.num_positions == 1 and isinstance(samples, Samples):
             # X = g a^T squares to g^2 (a^2)^T: one product, and no per-sample gradient.
-            inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
-            grads = samples.grads[:, :, 0].square().sum(0)
-            return state.addmm_(grads.mT, inputs)
+            rescaled, scale = samples.rescaled()  # g^2 and a^2 may leave the range that X^2 is in
+            inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
+            grads = rescaled.grads[:, :, 0].square().sum(0)
+            return state.addmm_(grads.mT, inputs, alpha=scale)
         for gradients in gradient_chunks(samples, CHUNK):
             state += gradients.square().sum((0, 1))
         return state

@@ -95,6 +95,9 @@ class EigenCorrected(FactoredEstimator):
         state.base = None  # its memory is not needed any more
         return state, False
 
+    def change_one(self, state: _State) -> float | None:
+        return None if state.base is None else self.base.change_one(state.base)
+
     def finish_one(self, state: _State, num_samples: float) -> Block:
         if state.uncorrected is not None:
             return state.uncorrected
@@ -108,9 +111,10 @@ def add_squares(total: Tensor, samples: Samples, basis: tuple[Tensor, Tensor]) -
     left, right = basis
     if samples.num_positions == 1:
         # X = g a^T: the square of U^T g (V^T a)^T is an outer product too, and X is not formed.
-        inputs = samples.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
-        grads = (samples.grads[:, :, 0] @ left).square().sum(0)
-        total.addmm_(grads.mT, inputs.square())
+        rescaled, scale = samples.rescaled()  # their squares may leave the range that X^2 is in
+        inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
+        grads = (rescaled.grads[:, :, 0] @ left).square().sum(0)
+        total.addmm_(grads.mT, inputs.square(), alpha=scale)
         return
     for gradients in gradient_chunks(samples, CHUNK):
         total += (left.mT @ gradients @ right).square().sum((0, 1))

@@ -76,6 +76,9 @@ class FactoredEstimator(Estimator):
     def decayed_one(self, state: Any, factor: float) -> Any:
         return super().decayed(state, factor)
 
+    def change_one(self, state: Any) -> float | None:
+        return None
+
     @abstractmethod
     def finish_one(self, state: Any, num_samples: float) -> Block: ...
 
@@ -143,6 +146,13 @@ class FactoredEstimator(Estimator):
             return _Groups([self.decayed_one(s, factor) for s in state.states], state.settled)
         return self.decayed_one(state, factor)
 
+    def change(self, state: Any) -> float | None:
+        if isinstance(state, _Other | _Rows):
+            return None
+        states = state.states if isinstance(state, _Groups) else [state]
+        changes = [self.change_one(one) for one in states]
+        return max((change for change in changes if change is not None), default=None)
+
     def finish(self, state: Any, num_samples: float) -> Block:
         if isinstance(state, _Other):
             return state.estimator.finish(state.state, num_samples)
@@ -168,9 +178,9 @@ def _as_samples(samples: Tied) -> Samples:
 
 def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
     """Add a batch's `sum X_g^T X_g` for every row g, in the larger of the scales."""
-    if not samples.magnitudes[1]:  # without a scale of its own
-        return state
     rescaled, scale = samples.rescaled()
+    if not scale:
+        return state
     unit = max(state.unit, scale)
     total = state.total.mul_(state.unit / unit)
     o, i = samples.shape
@@ -181,10 +191,11 @@ def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
 
 
 def _rows_block(state: _Rows, num_samples: float) -> GroupedBlock:
-    fisher = (state.total + state.total.mT) * (state.unit / (2 * num_samples))
-    one = fisher.new_ones(1, 1)
+    total, scale = (state.total + state.total.mT) / 2, state.unit / num_samples
+    one = total.new_ones(1, 1)
+    # Norms are those of the total, near one: squares of F's own numbers may leave their range.
     blocks = tuple(
-        KroneckerBlock(*balanced(one, each, each.norm().item()), report=Report(plan="rows"))
-        for each in fisher
+        KroneckerBlock(*balanced(one, each, each.norm().item() * scale), report=Report(plan="rows"))
+        for each in total
     )
     return GroupedBlock(blocks, report=Report(plan="rows"))

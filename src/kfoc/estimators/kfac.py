@@ -42,9 +42,10 @@ class KFAC(FactoredEstimator):
     """
 
     def init_one(self, layer: str, samples: Samples) -> _State:
-        o = samples.shape[0]
-        new_zeros = samples.grads.new_zeros
-        return _State(new_zeros(o, o), new_zeros(samples.right_shape), 0)
+        o, like = samples.shape[0], samples.grads
+        # Not zeros, which would be written twice: the first batch takes nothing of what is there.
+        full = like.new_empty if len(samples.right_shape) == 2 else like.new_zeros
+        return _State(like.new_empty(o, o), full(samples.right_shape), 0)
 
     def update_one(self, state: _State, samples: Samples, *, alone: bool) -> _State:
         count = state.samples + samples.num_samples

@@ -23,6 +23,7 @@ from kfoc.kronecker import (
     opposite,
     settled,
 )
+from kfoc.memory import out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
 from kfoc.products import mirrored
@@ -144,6 +145,15 @@ class KFOC(FactoredEstimator):
         state.decay(factor)
         return state
 
+    def change_one(self, state: _Aggregation | LowRank) -> float | None:
+        if isinstance(state, LowRank):
+            sigmas = state.norms
+        else:
+            sigmas = state.sigmas if isinstance(state, _Exact) else []
+        if len(sigmas) < 2:
+            return None
+        return abs(sigmas[-1] - sigmas[-2]) / (sigmas[-1] or 1.0)
+
     def finish_one(self, state: _Aggregation | LowRank, num_samples: float) -> Block:
         if isinstance(state, LowRank):
             return state.block(num_samples)
@@ -152,7 +162,18 @@ class KFOC(FactoredEstimator):
         return kind(left, right, report=state.report)
 
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
-        """The optimum of one batch, of the mean over its samples."""
+        """The optimum of one batch, of the mean over its samples.
+
+        Where memory does not suffice for the planned contraction, by one that keeps nothing.
+        """
+        try:
+            return self._solved(samples, certify)
+        except (RuntimeError, MemoryError) as error:
+            if self.plan or not self.memory_limit or not out_of_memory(error):
+                raise
+        return replace(self, memory_limit=0)._solved(samples, certify)
+
+    def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         contraction, scale = self.contraction(samples)
         return fit_contraction(
             contraction,
@@ -228,20 +249,24 @@ class _Approx(_Aggregation):
     would make every average exact, where the paper reports an error of 0.29 for batches of one.
     """
 
+    unit = 0.0  # the scale of `left`, which may leave the range of its dtype
+
     def add(self, samples: Samples, alone: bool) -> None:
         fit = self.solved_alone(samples) if alone else self.solved(samples)
-        root = math.sqrt(fit.sigma)
+        root, unit = math.sqrt(fit.sigma), max(self.unit, fit.sigma)
         if root:
             # Both have the norm `root`; the means over batches are weighted by their samples.
-            self.left.add_(fit.left, alpha=root * samples.num_samples)
+            self.left.mul_(self.unit / unit)
+            self.left.add_(fit.left, alpha=root / unit * samples.num_samples)
             self.right.add_(fit.right, alpha=samples.num_samples / root)
+            self.unit = unit
 
     def decay(self, factor: float) -> None:
         self.left.mul_(factor)
         self.right.mul_(factor)
 
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
-        norms = self.left.norm().item() * self.right.norm().item()
+        norms = self.left.norm().item() * self.right.norm().item() * self.unit
         return balanced(self.left, self.right, norms / num_samples**2)
 
 
@@ -307,7 +332,7 @@ class _Online(_Aggregation):
         if self.fisher is not None:
             rescaled, scale = samples.rescaled()
             self._weigh(samples, scale)
-            add_fisher(self.fisher, rescaled, scale / self.unit)
+            add_fisher(self.fisher, rescaled, scale / (self.unit or 1.0))
             return
         held = sum(part.numel for part in self.pending)
         if self.pending and (
@@ -356,7 +381,7 @@ class _Online(_Aggregation):
         contraction, scale = self.config.contraction(samples)
         self.report = replace(self.report, plan=contraction.plan)
         self._weigh(samples, scale)
-        self._step(contraction, scale / self.unit)
+        self._step(contraction, scale / (self.unit or 1.0))
 
     def _weigh(self, samples: Samples, scale: float) -> None:
         """Make room for one more batch: the decay, and the scale that all sums are in."""
@@ -366,6 +391,8 @@ class _Online(_Aggregation):
 
     def _rescale(self, scale: float, decay: float) -> None:
         unit = max(self.unit, scale)
+        if not unit:  # zeros alone, so far
+            return
         factor = decay * self.unit / unit
         if self.fisher is not None:
             self.fisher *= factor
@@ -461,7 +488,7 @@ class _Exact(_Online):
         contraction, scale = self.config.contraction(samples)
         fixed, image = self._factors(self.side)
         step = contraction.apply(fixed, self.side)
-        contraction.accumulate(image, step, opposite(self.side), scale / self.unit)
+        contraction.accumulate(image, step, opposite(self.side), scale / (self.unit or 1.0))
 
     def next_pass(self) -> bool:
         self.close()

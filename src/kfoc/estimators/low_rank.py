@@ -162,7 +162,7 @@ class LowRank:
         if self.fisher is not None:
             rescaled, scale = samples.rescaled()
             self._rescale(scale)
-            add_fisher(self.fisher, rescaled, scale / self.unit)
+            add_fisher(self.fisher, rescaled, scale / (self.unit or 1.0))
             return
         if self.fixed:
             self._absorb(samples)
@@ -227,7 +227,7 @@ class LowRank:
         for _, scale in rescaled:
             self._rescale(scale)
         limit = self.config.memory_limit // max(1, len(rescaled))
-        return [(SampleSteps(part, limit), scale / self.unit) for part, scale in rescaled]
+        return [(SampleSteps(part, limit), scale / (self.unit or 1.0)) for part, scale in rescaled]
 
     def _solved(self, steps: HalfSteps, plan: str, rtol: float, max_steps: int) -> Singular:
         found = leading(
@@ -240,7 +240,7 @@ class LowRank:
         rescaled, scale = samples.rescaled()
         steps = SampleSteps(rescaled, self.config.memory_limit)
         for fixed in self.fixed:
-            fixed.add(steps, scale / self.unit)
+            fixed.add(steps, scale / (self.unit or 1.0))
 
     def _rescale(self, scale: float) -> None:
         """Make room for a batch of this scale; after the first pass there is room for all."""

@@ -1,0 +1,44 @@
+"""Running out of memory: how it shows, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# torch.OutOfMemoryError came with torch 2.5; before, and under this name still, it is CUDA's.
+OutOfMemory: type[RuntimeError] = torch.cuda.OutOfMemoryError
+# How the allocator of the CPU says it, in a plain RuntimeError.
+_ON_CPU = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device."""
+    if isinstance(error, (OutOfMemory, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ON_CPU)
+
+
+@contextmanager
+def advised(what: str, advice: str) -> Iterator[None]:
+    """Where memory runs out inside, say in what, and what to lower.
+
+    Raises:
+        OutOfMemory: in the place of whichever exception said so.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{what}: memory ran out: {advice} ({error})") from error
+
+
+@contextmanager
+def within(what: str) -> Iterator[None]:
+    """Put `what` before the message of memory that ran out."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{what}: {error}") from error.__cause__ or error

@@ -1,0 +1,89 @@
+"""State that all threads share: the global generators, and whether torch.compile is in force.
+
+Fits in several threads must not see each other's, so whoever changes it holds a lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+# Reentrant: a model's forward may fit another model.
+_RANDOM, _COMPILER = threading.RLock(), threading.RLock()
+
+
+@contextmanager
+def random_state_kept(gpus: Sequence[int]) -> Iterator[None]:
+    """The global generators of the CPU and these GPUs are left as they are found.
+
+    With fits in several threads, as one of them finds them.
+    """
+    fork = torch.random.fork_rng(gpus)
+    with _RANDOM:
+        fork.__enter__()
+    try:
+        yield
+    finally:
+        with _RANDOM:
+            fork.__exit__(None, None, None)
+
+
+@contextmanager
+def seeded(seed: int, cuda: bool) -> Iterator[None]:
+    """What is drawn inside is a function of the seed; the CPU's generator then goes on as before.
+
+    One thread at a time.
+    """
+    generator = torch.default_generator
+    with _RANDOM:
+        state = generator.get_state()
+        # By generator: torch.manual_seed queues a traceback per call where there is no GPU.
+        generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            generator.set_state(state)
+
+
+class _Eager:
+    """torch.compile out of force from the first of its users' entry to the last one's exit."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.stance: AbstractContextManager[Any] | None = None
+
+    def enter(self) -> None:
+        with _COMPILER:
+            self.users += 1
+            # Only where anything may have been compiled, and torch can do that.
+            loaded = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+            if self.stance is None and loaded:
+                self.stance = torch.compiler.set_stance("force_eager")
+                self.stance.__enter__()
+
+    def exit(self) -> None:
+        with _COMPILER:
+            self.users -= 1
+            if not self.users and self.stance is not None:
+                stance, self.stance = self.stance, None
+                stance.__exit__(None, None, None)
+
+
+_EAGER = _Eager()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled modules run as they were written: a compiled region has no layers to watch."""
+    _EAGER.enter()
+    try:
+        yield
+    finally:
+        _EAGER.exit()
