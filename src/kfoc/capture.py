@@ -56,8 +56,19 @@ def captured(selection: Selection) -> Iterator[Record]:
         _FITTING[record.thread] -= 1
 
 
+def _over(arguments: tuple, expected: int) -> bool:
+    """Whether the fit that a hook belongs to ended while another thread was about to call it.
+
+    torch then no longer knows that the hook takes keyword arguments, and passes none.
+    """
+    return len(arguments) < expected
+
+
 def _checker(name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> None:
+        if _over(rest, 1):
+            return
+        (kwargs,) = rest
         value = first_argument(args, kwargs)
         integer = isinstance(value, Tensor) and not value.is_floating_point()
         if integer and not isinstance(module, nn.Embedding):
@@ -70,7 +81,10 @@ def _checker(name: str) -> Callable[..., None]:
 
 
 def _recorder(record: Record, name: str, treatment: Treatment) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> None:
+        if _over(rest, 2):
+            return
+        kwargs, output = rest
         record.add(name, treatment, treatment.value(args, kwargs), output)
 
     return hook
@@ -87,7 +101,10 @@ def _replayer(
     names = {part: part_name(name, part) for part in whole.parts}
     treatments = {part: selection.treatments.get(full) for part, full in names.items()}
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> Any:
+        if _over(rest, 2):
+            return None
+        kwargs, output = rest
         thread = threading.get_ident()
         if thread != record.thread and _FITTING[thread]:
             return None
