@@ -71,7 +71,7 @@ ALLOWED = {
     "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},
     "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
     "natural_gradient": {"batches", "blocks", "encoding", "preconditioner", "tracker"},
-    "consolidation": {"curvature", "vectors"},
+    "consolidation": {"curvature", "storage", "vectors"},
 }  # fmt: skip
 
 

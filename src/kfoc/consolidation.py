@@ -7,12 +7,12 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfoc.curvature import Curvature
+from kfoc.storage import safetensors_torch
 from kfoc.vectors import Vector
 
 ANCHORS = ("latest", "each")
@@ -98,7 +98,7 @@ class Consolidation:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write everything into a folder, made where it is not there (`pip install kfoc[io]`)."""
-        torch_format = _safetensors()
+        torch_format = safetensors_torch()
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         # Last comes what makes the folder readable: a save that is cut off cannot be mistaken.
@@ -120,7 +120,7 @@ class Consolidation:
             FileNotFoundError: the folder, or a file in it, is not there.
             ValueError: a file that is damaged.
         """
-        torch_format = _safetensors()
+        torch_format = safetensors_torch()
         source = Path(folder)
         index = json.loads((source / _INDEX).read_text())
         found = cls(index["strength"], index["anchors"])
@@ -141,13 +141,3 @@ def _parameters(model: nn.Module, curvature: Curvature) -> dict[str, Tensor]:
     if missing:
         raise ValueError(f"the curvature covers {missing}, which the model does not have")
     return {name: known[name] for name in names}
-
-
-def _safetensors() -> Any:
-    try:
-        from safetensors import torch as torch_format
-    except ImportError as error:
-        raise ImportError(
-            "saving and loading needs the package safetensors: pip install kfoc[io]"
-        ) from error
-    return torch_format

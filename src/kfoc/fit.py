@@ -30,7 +30,7 @@ from kfoc.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
-from kfoc.likelihoods import FISHER_TYPES, LIKELIHOODS, Likelihood
+from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
 from kfoc.memory import advised, within
 from kfoc.per_sample import Regions
 from kfoc.progress import Meter, Progress, length, reporter
@@ -101,7 +101,7 @@ def fit(
     estimator = KFOC() if estimator is None else estimator
     _check_options(estimator, fisher, mc_samples, probes, seed)
     report = reporter(progress)
-    chosen = _likelihood(likelihood)
+    chosen = resolved(likelihood)
     selection = select(model, layers, estimator.largest_factor)
     check_independent(model)
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
@@ -139,7 +139,7 @@ def streaming(
             "kfoc.KFOC(), kfoc.KFAC() or kfoc.Diagonal()"
         )
     selection = select(model, layers, estimator.largest_factor)
-    chosen = _likelihood(likelihood)
+    chosen = resolved(likelihood)
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, 0, seed, selection)
     run.decay = decay
     return run
@@ -159,17 +159,6 @@ def _check_options(
         raise ValueError(f"probes must not be negative, found {probes}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit 64 bits, found {seed}")
-
-
-def _likelihood(likelihood: str | Likelihood) -> Likelihood:
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
-            f"{likelihood!r}"
-        )
-    return LIKELIHOODS[likelihood]
 
 
 def check_independent(model: nn.Module) -> None:

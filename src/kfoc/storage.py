@@ -49,7 +49,7 @@ def write(path: str | os.PathLike[str], stored: Stored) -> None:
         FileNotFoundError: the folder does not exist.
         ImportError: safetensors is not installed.
     """
-    torch_format = _safetensors()
+    torch_format = safetensors_torch()
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write into")
@@ -84,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         ImportError: safetensors is not installed.
         ValueError: the file is damaged, of another format, or of a newer version.
     """
-    _safetensors()
+    safetensors_torch()
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     header, tensors = _opened(path)
@@ -111,7 +111,8 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise ValueError(f"{str(path)!r} is damaged or not a curvature: {error}") from error
 
 
-def _safetensors() -> Any:
+def safetensors_torch() -> Any:
+    """The module `safetensors.torch`. Raises ImportError with what to install."""
     try:
         from safetensors import torch as torch_format
     except ImportError as error:
