@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import kfoc
+from kfoc.capture import captured
+from kfoc.selection import select
 from kfoc.threads import seeded, uncompiled
 from models import batches, convolutional, images
 
@@ -151,3 +153,13 @@ def test_compilation_is_back_in_force_after_the_last_of_overlapping_fits() -> No
     assert eval_frame._stance.stance == "force_eager"
     second.__exit__(None, None, None)
     assert eval_frame._stance.stance == before
+
+
+def test_hooks_of_a_fit_that_ended_meanwhile_do_nothing() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with captured(select(model, None)) as record:
+        (before,), (after,) = model._forward_pre_hooks.values(), model._forward_hooks.values()
+        # As torch calls them once their entry among those with keyword arguments is gone.
+        assert before(model, (x,)) is None
+        assert after(model, (x,), model(x)) is None
+        assert len(record.calls[""]) == 1  # that of model(x) itself
