@@ -64,8 +64,8 @@ ALLOWED = {
     "fingerprint": {"encoding"},
     "checkpoint": {"encoding", "fingerprint", "selection"},
     "fit": {
-        "batches", "blocks", "capture", "certificate", "checkpoint", "checks", "coverage", "curvature",
-        "estimators", "graph", "layers",
+        "batches", "blocks", "capture", "certificate", "checkpoint", "checks", "coverage",
+        "curvature", "estimators", "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
         "threads",
     },

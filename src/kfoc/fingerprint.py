@@ -107,8 +107,10 @@ def described(value: Any, depth: int = 4) -> str:
     parts: Mapping[Any, Any] = {}
     if isinstance(value, Mapping):
         parts = value
-    elif is_dataclass(value) or hasattr(value, "__dict__"):
+    elif "__dataclass_fields__" in type(value).__dict__:
         parts = held(value)
+    elif hasattr(value, "__dict__"):  # also of a class derived from a dataclass, without being one
+        parts = (held(value) if is_dataclass(value) else {}) | vars(value)
     inside = ", ".join(f"{key}={described(item, depth - 1)}" for key, item in parts.items())
     return f"{kind}({inside})"
 

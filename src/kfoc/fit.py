@@ -265,9 +265,7 @@ class _Run:
         self.num_samples, self.passes = index, self.passes + 1
         return number
 
-    def _meter(
-        self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float
-    ) -> Meter:
+    def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
         changes = [self.estimator.change(state) for state in self.states.values()]
         known = [change for change in changes if change is not None]
         batches = len(self.marks) if self.passes else length(data)
