@@ -196,18 +196,29 @@ class Slow:
             yield batch
 
 
+def long() -> tuple[nn.Module, list, dict[str, Any]]:
+    model, (x, y) = convolutional(), images(60)
+    return model, batches(x, y, 4), {"probes": 4}
+
+
+def long_of_tokens() -> tuple[nn.Module, list, dict[str, Any]]:
+    model, data, options = tokens()
+    return model, data * 3, options
+
+
 KILLED = {
-    "online": kfoc.KFOC(buffer=2000),
-    "exact": kfoc.KFOC("exact", buffer=0, passes=3),
-    "ekfac": kfoc.EigenCorrected(kfoc.KFAC()),
+    "online": (long, kfoc.KFOC(buffer=2000)),
+    "exact": (long, kfoc.KFOC("exact", buffer=0, passes=3)),
+    "tokens": (long_of_tokens, kfoc.KFOC("exact", buffer=300, passes=3)),
+    "ekfac": (long, kfoc.EigenCorrected(kfoc.KFAC())),
 }
 
 
-def one_fit(name: str, pause: float, **options: Any) -> kfoc.Curvature:
+def one_fit(name: str, pause: float, **more: Any) -> kfoc.Curvature:
     torch.manual_seed(3)
-    model, (x, y) = convolutional(), images(60)
-    data = Slow(batches(x, y, 4), pause)
-    return kfoc.fit(model, data, estimator=KILLED[name], probes=4, **options)
+    build, estimator = KILLED[name]
+    model, data, options = build()
+    return kfoc.fit(model, Slow(data, pause), estimator=estimator, **options, **more)
 
 
 def attempt(name: str, directory: Path, slow_disk: bool, ready: Connection) -> None:
@@ -235,7 +246,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     context.set_forkserver_preload(["torch", "kfoc", "pytest"])
     moments = random.Random(0)
     kills = in_a_save = rounds = 0
-    while kills < 20:
+    while kills < 20 or rounds < len(KILLED):
         name = list(KILLED)[rounds % len(KILLED)]
         directory = tmp_path / f"{rounds}"
         process, code, here = None, -signal.SIGKILL, 0
@@ -525,8 +536,8 @@ def test_what_the_document_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_on_a_gpu(tmp_path: Path) -> None:
     model, (x, y) = convolutional().cuda(), images(20)
     data = batches(x, y, 4)
-    for estimator in KILLED.values():
-        directory = tmp_path / str(estimator)[:5]
+    for _, estimator in KILLED.values():
+        directory = tmp_path / str(estimator)
         every = kfoc.Checkpoint(directory, seconds=None, batches=1)
         with pytest.raises(StopError):
             kfoc.fit(model, Cut(data), estimator=estimator, checkpoint=every)

@@ -1,8 +1,8 @@
 """The package's own objects as plain dicts, lists, numbers, strings and tensors, and back.
 
-For `state_dict`s and checkpoints: what comes out goes through `torch.save` and
-`torch.load(weights_only=True)`. Only classes of this package are rebuilt, field by field; nothing is
-called and nothing unpickled.
+For `state_dict`s and checkpoints: what comes out goes through `torch.save` and, with
+`weights_only=True`, `torch.load`. Only classes of this package are rebuilt, field by field; nothing
+is called and nothing unpickled.
 """
 
 from __future__ import annotations
