@@ -61,9 +61,11 @@ ALLOWED = {
         "likelihoods", "vectors",
     },
     "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
+    "fingerprint": {"encoding"},
+    "checkpoint": {"encoding", "fingerprint", "selection"},
     "fit": {
-        "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
-        "estimators", "graph", "layers",
+        "batches", "blocks", "capture", "certificate", "checkpoint", "checks", "coverage",
+        "curvature", "estimators", "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
         "threads",
     },

@@ -11,6 +11,7 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
+from kfoc.checkpoint import Checkpoint
 from kfoc.consolidation import Consolidation
 from kfoc.coverage import Coverage, LayerCoverage, ParameterCount
 from kfoc.curvature import Curvature
@@ -44,6 +45,7 @@ __all__ = [
     "Block",
     "BlockDiagonal",
     "Categorical",
+    "Checkpoint",
     "Comparison",
     "Consolidation",
     "Coverage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from kfoc.batches import (
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
 from kfoc.capture import captured, output_gradients, take_samples
 from kfoc.certificate import Probes
+from kfoc.checkpoint import Checkpoint, Keeper
 from kfoc.checks import untreatable
 from kfoc.coverage import parameter_counts
 from kfoc.curvature import Curvature
@@ -53,6 +55,8 @@ def fit(
     probes: int = 0,
     seed: int = 0,
     progress: bool | Callable[[Progress], Any] = False,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Curvature:
     """Estimate the Fisher information of a model, one block per layer, from a pass over data.
 
@@ -91,6 +95,10 @@ def fit(
         seed: of the draws and probes; the same seed gives the same draws for any batch size.
         progress: True: passes, samples, rate, and the time left where the data has a length, on
             standard error; or a callable that gets a `Progress` after every batch.
+        checkpoint: a directory, or a `Checkpoint` of one, to save the state of the fit to: every
+            minute and after every pass. It stays when the fit has ended.
+        resume: go on from the checkpoint, if there is one, to the same bits: the batches that it
+            had taken in are read and dropped, so data must yield the same ones in the same order.
 
     Returns:
         The blocks by layer name, of the mean Fisher over the samples.
@@ -110,11 +118,14 @@ def fit(
             "pass a list or a DataLoader"
         )
     run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
+    keeper = Keeper(checkpoint, resume, run)
     with _undisturbed(model), captured(selection) as record:
-        while True:
-            run.one_pass(data, record, report)
-            if run.done():
-                return run.finished()
+        done = keeper.restored(run, data)
+        while not done:
+            number = run.one_pass(data, record, report, keeper)
+            done = run.done()
+            keeper.after_pass(run, run.num_samples, number, done)
+        return run.finished()
 
 
 def streaming(
@@ -221,21 +232,29 @@ class _Run:
     regions: Regions = field(default_factory=Regions)
 
     def one_pass(
-        self, data: Iterable[Any], record: Record, report: Callable[[Progress], Any] | None
-    ) -> None:
-        index = number = 0
-        meter = self._meter(data, report) if report else None
+        self,
+        data: Iterable[Any],
+        record: Record,
+        report: Callable[[Progress], Any] | None,
+        keeper: Keeper,
+    ) -> int:
+        """Take in all batches, or those that a checkpoint had not; returns the number of all."""
         batches = iter(data)
+        index, number = keeper.begun(batches)
+        meter = self._meter(data, report, keeper.spent) if report else None
         batch = next(batches, _END)
         while batch is not _END:
             # One ahead: a data set of a single batch gets that batch's optimum.
             following = next(batches, _END)
             alone = number == 0 and following is _END
+            keeper.saw(batch)
             with within(f"batch {number}"):
                 index += self._batch(batch, record, index, number, alone)
             batch, number = following, number + 1
             if meter:
                 meter.show(number, index, last=following is _END)
+            if following is not _END:
+                keeper.after_batch(self, index, number)
         if not number:
             raise ValueError(f"data has no batches (pass {self.passes + 1})")
         if self.passes and number != len(self.marks):
@@ -244,13 +263,16 @@ class _Run:
                 f"{len(self.marks)}: several passes need the same batches each time"
             )
         self.num_samples, self.passes = index, self.passes + 1
+        return number
 
-    def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any]) -> Meter:
+    def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
         changes = [self.estimator.change(state) for state in self.states.values()]
         known = [change for change in changes if change is not None]
         batches = len(self.marks) if self.passes else length(data)
         limit = self.estimator.pass_limit
-        return Meter(report, self.passes + 1, limit, batches, max(known, default=None))
+        meter = Meter(report, self.passes + 1, limit, batches, max(known, default=None))
+        meter.start -= spent
+        return meter
 
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""

@@ -1,0 +1,345 @@
+"""Fits that can be interrupted at any moment: their state in a file, and on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kfoc.encoding import decoded, encoded, written
+from kfoc.fingerprint import Trail, described, differences, of_model
+from kfoc.selection import Selection
+
+FILE = "fit.checkpoint"
+MAGIC = b"kfoc checkpoint 1\n"
+_END = object()
+# What a fit's state is made of: attributes of the run, and what it has learnt of the model.
+_FIELDS = ("states", "settled", "probes", "shapes", "num_samples", "passes", "marks")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often `fit` saves its state.
+
+    The state is saved after the first batch (so that a folder that cannot be written to, or a state
+    that cannot be saved, shows at once), then at the given intervals, and at the end of every pass.
+    An interval is counted from the end of a save, so that saving never takes most of the time.
+
+    Attributes:
+        directory: of one fit's checkpoint; made if it is not there.
+        seconds: save when so many have gone by; None: not by time.
+        batches: save when so many batches have been taken in; None: not by their number.
+    """
+
+    directory: str | os.PathLike[str]
+    seconds: float | None = 60.0
+    batches: int | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for what makes no sense."""
+        if self.seconds is not None and not self.seconds >= 0:
+            raise ValueError(f"checkpoint: seconds must not be negative, found {self.seconds}")
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(f"checkpoint: batches must be at least 1, found {self.batches}")
+        if Path(self.directory).exists() and not Path(self.directory).is_dir():
+            raise ValueError(
+                f"checkpoint: {str(self.directory)!r} is a file, and must be a directory"
+            )
+
+    @property
+    def path(self) -> Path:
+        """The file. A fit by several processes would need one for each, told apart here."""
+        return Path(self.directory) / FILE
+
+
+class Run(Protocol):
+    """What is read here of a fit between two batches."""
+
+    model: nn.Module
+    likelihood: Any
+    estimator: Any
+    fisher: str
+    mc_samples: int
+    predict: Any
+    num_probes: int
+    seed: int
+    selection: Selection
+    passes: int
+    regions: Any
+
+
+class Keeper:
+    """Saves a fit's state as it goes, or goes on from a saved one; nothing without a checkpoint.
+
+    Attributes:
+        batches, samples: taken in in this pass before it went on from a checkpoint.
+        spent: seconds that this pass took before that.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint | str | os.PathLike[str] | None, resume: bool, run: Run
+    ) -> None:
+        """
+        Raises:
+            ValueError: options that make no sense, a directory with a checkpoint that is not to be
+                resumed, or one of another fit, or damaged.
+        """
+        self.batches = self.samples = 0
+        self.spent = 0.0
+        self._trail = Trail()
+        self._saved: dict[str, Any] | None = None
+        if checkpoint is None:
+            if resume:
+                raise ValueError("resume=True needs the checkpoint=... to go on from")
+            self._settings = None
+            return
+        own = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        own.check()
+        self._settings = own
+        self._fingerprint = _fingerprint(run)
+        if own.path.exists():
+            if not resume:
+                raise ValueError(
+                    f"checkpoint: {str(own.path)!r} is there already: pass resume=True to go on "
+                    "from it (at once, if that fit has ended), or remove it"
+                )
+            self._saved = self._opened(own.path)
+        own.path.parent.mkdir(parents=True, exist_ok=True)
+        self._since, self._last = time.monotonic(), 0
+        self._start = time.monotonic()
+
+    def _opened(self, path: Path) -> dict[str, Any]:
+        content = read(path)
+        found = differences(content["fingerprint"], self._fingerprint)
+        if found:
+            shown = "; ".join(found[:4]) + ("; and more" if len(found) > 4 else "")
+            raise ValueError(
+                f"checkpoint: {str(path)!r} is of another fit: {shown}. Fit as then, or remove it "
+                "to begin anew"
+            )
+        return content
+
+    def restored(self, run: Run, data: Iterable[Any]) -> bool:
+        """Put the run where the checkpoint was taken; True where no batch is to be taken in.
+
+        Raises:
+            ValueError: the checkpoint is of a fit that had ended, of other data.
+        """
+        if self._saved is None:
+            return False
+        saved = self._saved
+        for name, value in decoded(saved["run"], None).items():
+            setattr(run, name, value)
+        run.regions.verified = decoded(saved["verified"], None)
+        _restore_selection(run, saved["selection"])
+        with torch.no_grad():
+            for name, buffer in _training_buffers(run.model).items():
+                buffer.copy_(saved["buffers"][name])
+        if not saved["done"]:
+            return False
+        batches = iter(data)
+        self.begun(batches)
+        if next(batches, _END) is not _END:
+            raise ValueError(self._other_data("has more"))
+        return True
+
+    def begun(self, batches: Iterator[Any]) -> tuple[int, int]:
+        """At the start of a pass, drop what it had taken in before: (samples, batches).
+
+        Raises:
+            ValueError: it is not what had been taken in.
+        """
+        saved, self._saved = self._saved, None
+        self._trail = Trail()
+        self._start, self.spent = time.monotonic(), 0.0
+        self.samples = self.batches = 0
+        if saved is not None:
+            self.samples, self.batches = saved["samples"], saved["batches"]
+            self.spent = saved["seconds"]
+            for number in range(self.batches):
+                batch = next(batches, _END)
+                if batch is _END:
+                    raise ValueError(self._other_data(f"ends after {number}"))
+                self._trail.add(batch)
+            if self._trail.digest != saved["trail"]:
+                raise ValueError(self._other_data("has others"))
+            self._start = time.monotonic()
+            self._since = self._start
+        self._last = self.batches
+        return self.samples, self.batches
+
+    def _other_data(self, how: str) -> str:
+        return (
+            f"the checkpoint had taken in {self.batches} batches of the pass, and data {how}: "
+            "resume=True needs the same batches in the same order (DataLoader: shuffle=False, or a "
+            "generator with the same seed; an iterator from its beginning)"
+        )
+
+    def saw(self, batch: Any) -> None:
+        """A batch that is about to be taken in."""
+        if self._settings is not None:
+            self._trail.add(batch)
+
+    def after_batch(self, run: Run, samples: int, batches: int) -> None:
+        """Save if it is time; so many samples and batches of this pass have been taken in."""
+        if self._settings is None:
+            return
+        seconds, number = self._settings.seconds, self._settings.batches
+        late = seconds is not None and time.monotonic() - self._since >= seconds
+        many = number is not None and batches - self._last >= number
+        first = batches == 1 and not run.passes
+        if first or late or many:
+            self._save(run, samples, batches, done=False)
+
+    def after_pass(self, run: Run, samples: int, batches: int, done: bool) -> None:
+        """Save; `done` where no further pass is needed."""
+        if self._settings is None:
+            return
+        if done:
+            self._save(run, samples, batches, done=True)
+        else:
+            self._trail = Trail()
+            self._start, self.spent = time.monotonic(), 0.0
+            self._save(run, 0, 0, done=False)
+
+    def _save(self, run: Run, samples: int, batches: int, done: bool) -> None:
+        if self._settings is None:
+            return
+        content = {
+            "fingerprint": self._fingerprint,
+            "run": encoded({name: getattr(run, name) for name in _FIELDS}, written),
+            "verified": encoded(run.regions.verified),
+            "selection": _selection_of(run),
+            "buffers": _training_buffers(run.model),
+            "samples": samples,
+            "batches": batches,
+            "trail": self._trail.digest,
+            "seconds": self.spent + time.monotonic() - self._start,
+            "done": done,
+        }
+        write(self._settings.path, content)
+        self._since, self._last = time.monotonic(), batches
+
+
+def _fingerprint(run: Run) -> dict[str, str]:
+    """All that the numbers of a fit depend on, but the data."""
+    package = importlib.import_module(__name__.partition(".")[0])
+    return {
+        "kfoc": package.__version__,
+        "torch": str(torch.__version__),
+        "estimator": described(run.estimator),
+        "likelihood": described(run.likelihood),
+        "fisher": run.fisher,
+        "mc_samples": str(run.mc_samples),
+        "probes": str(run.num_probes),
+        "seed": str(run.seed),
+        "predict": described(run.predict),
+        "layers": ", ".join(map(repr, run.selection.blocks)),
+        "layers asked for by name": ", ".join(map(repr, sorted(run.selection.named))),
+    } | of_model(run.model)
+
+
+def _training_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What forward passes may change in a model, as spectral normalisation does in train mode."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if model.get_submodule(name.rpartition(".")[0]).training
+    }
+
+
+def _selection_of(run: Run) -> dict[str, Any]:
+    """Which layers are treated by now; the treatments themselves follow from the model."""
+    selection = run.selection
+    return {
+        "modules": list(selection.modules),
+        "twins": list(selection.twins),
+        "loose": {name: list(parameters) for name, parameters in selection.loose.items()},
+        "skipped": dict(selection.skipped),
+    }
+
+
+def _restore_selection(run: Run, saved: dict[str, Any]) -> None:
+    """In place: what watches the forward passes watches it as it was at the start of the fit."""
+    selection = run.selection
+    for held in (selection.modules, selection.treatments):
+        for name in held.keys() - set(saved["modules"]):
+            del held[name]
+    for name in selection.twins.keys() - set(saved["twins"]):
+        del selection.twins[name]
+    loose = {
+        name: {key: run.model.get_parameter(key) for key in parameters}
+        for name, parameters in saved["loose"].items()
+    }
+    selection.loose.clear()
+    selection.loose.update(loose)
+    selection.skipped.clear()
+    selection.skipped.update(saved["skipped"])
+
+
+class _Hashed:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, piece: Any) -> int:
+        self.digest.update(piece)
+        return self.file.write(piece)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Put a file in the place of the one that is there, which stays until the new one is complete.
+
+    A line that says what it is, the SHA-256 of the rest, and the rest: by `torch.save`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(MAGIC + bytes(32))
+            hashed = _Hashed(file)
+            torch.save(content, hashed)  # type: ignore[arg-type]
+            file.seek(len(MAGIC))
+            file.write(hashed.digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a file that `write` wrote; tensors are where they were.
+
+    Raises:
+        ValueError: a file that is damaged, or no checkpoint.
+    """
+    with open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+        digest, payload = file.read(32), file.read()
+    if start != MAGIC:
+        raise ValueError(f"checkpoint: {str(path)!r} is none of kfoc's: remove it to begin anew")
+    if hashlib.sha256(payload).digest() != digest:
+        raise ValueError(f"checkpoint: {str(path)!r} is damaged: remove it to begin anew")
+    # Nothing in it is unpickled but plain containers, numbers and tensors.
+    content: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
+    return content
