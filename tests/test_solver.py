@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kfoc
 from kfoc import kronecker, solver
 from kfoc.planner import contract
 from kfoc.samples import Rows, Samples
@@ -91,3 +92,32 @@ def test_psd_check() -> None:
     assert kronecker.positive(torch.ones(3, 3))
     assert not kronecker.positive(torch.diag(torch.tensor([1.0, -1e-6, 1.0])))
     assert not kronecker.positive(torch.stack([torch.eye(3), -torch.eye(3)]))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [(2**-3, 2**-6), (2**-6, 2**-3), (1.0, 2**-7), (2**-7, 2**-7), (2**7, 2**-5), (2**7, 2**7)],
+)
+@pytest.mark.parametrize(
+    ("plan", "shape"),
+    [("primal", (1, 1, 1, 1)), *((plan, (9, 1, 5, 4)) for plan in ("primal", "gram", "gradients"))]
+    + [(plan, (9, 3, 5, 4)) for plan in ("gradients", "positions", "position_gram", "dense")],
+)
+def test_sigmas_whose_powers_leave_the_range(
+    plan: str, shape: tuple[int, int, int, int], scales: tuple[float, float]
+) -> None:
+    """Samples of scales that are left as they are; some layers once got zero factors in float32."""
+    count, positions, o, i = shape
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(count, positions, i, generator=generator)
+    grads = torch.randn(1, count, positions, o, generator=generator)
+    scale = (scales[0] * scales[1]) ** 2
+    found = kfoc.nearest_kronecker_of_samples(
+        (inputs * scales[0]).float(), (grads * scales[1]).float(), plan=plan
+    )
+    expected = kfoc.nearest_kronecker_of_samples(inputs, grads, rtol=0.0)
+    assert found.sigma == pytest.approx(expected.sigma * scale, rel=1e-4)
+    product = torch.kron(found.left, found.right).double() / scale
+    optimum = torch.kron(expected.left, expected.right)
+    assert (product - optimum).norm() < 0.01 * optimum.norm()
+    assert found.converged

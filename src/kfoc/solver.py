@@ -18,6 +18,7 @@ from kfoc.kronecker import (
     Iterate,
     KroneckerFit,
     Side,
+    norm_of,
     power_iteration,
     relative_error,
     settled,
@@ -99,15 +100,33 @@ class _Krylov:
         self.contraction = contraction
         self.length = 3 if contraction.implicit else 2
         self.steps = steps
-        self.chain = self._images([start], self.length + 2)
+        self.unit = 1.0
+        self.chain = self._chain(start)
+        # Of the norm that inner products of implicit representations give, in these units.
+        self.root = math.sqrt(self.unit) if contraction.implicit else 1.0
         self.shapes = [x.shape for x in self.chain[:2]]
         self.basis: list[Tensor] = []  # per level, as rows: the current one, new, last change
+
+    def _chain(self, start: Tensor) -> list[Tensor]:
+        """The start and its images, in units of sigma where powers of it might leave the range.
+
+        Inner products along the chain have up to the eighth power of sigma.
+        """
+        self.start_unit = _unit(norm_of(start))
+        chain = self._images([start / self.start_unit if self.start_unit != 1.0 else start], 3)
+        norms = norm_of(chain[0]), norm_of(chain[2])
+        self.unit = _unit(math.sqrt(norms[1] / norms[0])) if all(norms) else 1.0
+        if self.unit != 1.0:
+            chain[1] = chain[1] / self.unit
+            chain[2] = chain[2] / self.unit / self.unit
+        return self._images(chain, self.length + 2)
 
     def _images(self, chain: list[Tensor], length: int) -> list[Tensor]:
         """The chain, which starts on the left, continued by half steps."""
         while len(chain) < length:
             side: Side = "left" if len(chain) % 2 else "right"
-            chain.append(self.contraction.advance(chain[-1], side))
+            image = self.contraction.advance(chain[-1], side)
+            chain.append(image / self.unit if self.unit != 1.0 else image)
             self.steps += 1
         return chain
 
@@ -118,18 +137,20 @@ class _Krylov:
     def first_sigmas(self) -> list[float]:
         """Sigma after the start and each of three half steps of the power iteration."""
         norms = [self._norm(level) for level in range(4)]
-        return [norms[0], *(b / a if a else 0.0 for a, b in pairwise(norms))]
+        ratios = [self.unit * b / a if a else 0.0 for a, b in pairwise(norms)]
+        return [self.start_unit * self.root * norms[0], *ratios]
 
     def first_pair(self, sigmas: list[float]) -> Iterate:
         """What the power iteration ends with after three half steps."""
-        norm = self._norm(2) or 1.0
-        return Iterate(self.chain[2] / norm, self.chain[3] / norm, sigmas[-1], 3, True, "right")
+        norm = (self._norm(2) or 1.0) * self.root
+        left, right = self.chain[2] / norm, self.chain[3] * (self.unit / norm)
+        return Iterate(left, right, sigmas[-1], 3, True, "right")
 
     def continued(self, sigmas: list[float], rtol: float, max_steps: int) -> Iterate:
         """The power iteration, from where the chain ends."""
         end = len(self.chain) - 1
         side: Side = "right" if end % 2 else "left"
-        start = self.chain[end] / self._norm(end - 1)
+        start = self.chain[end] * (self.unit / (self._norm(end - 1) * self.root))
         return power_iteration(self.contraction, start, side, rtol, max_steps, history=sigmas[:end])
 
     def improve(self, precision: float) -> tuple[float, float]:
@@ -150,7 +171,7 @@ class _Krylov:
         both[1, 0] = 0.0  # the change: what was added to the current one
         for rows in self.basis:
             rows[::2] = both.to(rows) @ rows
-        return math.sqrt(theta), max(second / theta, 0.1) if theta else 1.0
+        return self.unit * math.sqrt(theta), max(second / theta, 0.1) if theta else 1.0
 
     def _products(self, level: int) -> Tensor:
         """Inner products of the basis, (3, 3), of the factors on one level."""
@@ -171,23 +192,29 @@ class _Krylov:
         if self.contraction.implicit:
             image = self._current(2)
         else:
-            image = self.contraction.advance(self._current(1), "right")
-            self.steps += 1
+            image = self._images([self._current(0), self._current(1)], 3)[-1]
         for rows, new in zip(self.basis, self._images([image], self.length), strict=True):
             rows[1] = new.flatten()
 
     def pair(self, sigma: float, converged: bool) -> Iterate | None:
         """The current right factor, of unit norm, with its left image; None if it is not PSD."""
-        right = self._current(1) / sigma
+        right = self._current(1) * (self.unit / (sigma * self.root))
         if not self.contraction.positive(right, "right"):
             return None
         if self.contraction.implicit:
-            left = self._current(2) / sigma
+            left = self._current(2) * (self.unit**2 / (sigma * self.root))
         else:
             left = self.contraction.advance(right, "right")
             sigma = left.norm().item()
             self.steps += 1
         return Iterate(left, right, sigma, self.steps, converged, "left")
+
+
+def _unit(norm: float) -> float:
+    """A power of two near a norm, by which nothing is rounded; 1 where that is harmless."""
+    if norm == 0.0 or 2.0**-8 <= norm <= 2.0**8:
+        return 1.0
+    return 2.0 ** round(math.log2(norm))
 
 
 def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:
