@@ -8,7 +8,7 @@ def digits() -> tuple[nn.Module, list, dict]:
     """A small convolutional classifier of made-up images: (model, data, arguments of kfoc.fit)."""
     torch.manual_seed(0)
     labels = torch.randint(5, (1000,))
-    images = torch.randn(5, 1, 12, 12)[labels] + 0.7 * torch.randn(1000, 1, 12, 12)
+    images = torch.randn(5, 1, 12, 12)[labels] + 2.0 * torch.randn(1000, 1, 12, 12)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1),
         nn.ReLU(),
@@ -20,7 +20,7 @@ def digits() -> tuple[nn.Module, list, dict]:
         nn.Linear(32, 5),
     )
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(40):
+    for _ in range(25):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()

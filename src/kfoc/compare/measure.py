@@ -263,9 +263,7 @@ def _study(
     some = next(iter(fits.values()))
     # A layer that one of the estimators refuses could not be compared.
     names = [name for name in some if all(name in curvature for curvature in fits.values())]
-    skipped = {
-        layer: reason for c in fits.values() for layer, reason in c.skipped.items()
-    }
+    skipped = {layer: reason for c in fits.values() for layer, reason in c.skipped.items()}
     layers = tuple(
         Layer(
             name,
