@@ -79,14 +79,16 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, most: int) -> list[float]:
-        """Powers of ten within the range, every so many; 1, 2 and 5 times them in a short one."""
+        """Powers of ten within the range, every so many; in a short one, multiples of them."""
         first, last = math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9)
-        if last - first < 1:
-            near = range(first - 1, last + 2)
-            found = [m * 10.0**e for e in near for m in (1, 2, 5)]
-            return [t for t in found if self.low - 1e-9 <= math.log10(t) <= self.high + 1e-9]
         every = -(-(last - first + 1) // most)
-        return [10.0**e for e in range(first, last + 1) if e % every == 0]
+        found = [10.0**e for e in range(first, last + 1) if every < 2 or e % every == 0]
+        for digits in ((1, 2, 5), (1, 2, 3, 4, 5, 6, 8)):
+            if len(found) < 3:
+                near = range(first - 1, last + 2)
+                finer = [m * 10.0**e for e in near for m in digits]
+                found = [t for t in finer if self.low - 1e-9 <= math.log10(t) <= self.high + 1e-9]
+        return found
 
 
 def lines(

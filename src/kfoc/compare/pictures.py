@@ -59,7 +59,7 @@ def heatmaps(block: Block) -> tuple[Heatmap, ...]:
     elif isinstance(block, EigenBlock):
         named = [("eigenvalues in the eigenbasis", block.eigenvalues)]
     elif isinstance(block, DiagonalBlock):
-        named = [("diagonal, as the weight", block.diagonal)]
+        named = [("laid out as the weight", block.diagonal)]
     elif isinstance(block, DenseBlock):
         named = [("exact block", block.matrix)]
     else:

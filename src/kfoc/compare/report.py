@@ -76,8 +76,12 @@ def _overview(study: Study) -> str:
         rows.append(
             f'<tr><th scope="row"><span class="swatch {name}"></span>{escape(label)}</th>'
             f"{''.join(f'<td>{cell}</td>' for cell in cells)}"
-            f'<td class="text soft">{escape(ESTIMATORS[name].meaning)}</td></tr>'
+            "</tr>"
         )
+    meanings = "; ".join(
+        f"{escape(label)}: {escape(ESTIMATORS[name].meaning)}"
+        for name, label in study.labels.items()
+    )
     heads = (
         "median error",
         "range over layers",
@@ -90,9 +94,8 @@ def _overview(study: Study) -> str:
         "<h2>Estimators</h2>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Estimators"><table>'
         '<thead><tr><th scope="col">estimator</th>'
-        f"{''.join(f'<th scope=col>{head}</th>' for head in heads)}"
-        '<th scope="col" class="text">what it is</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"{''.join(f'<th scope=col>{head}</th>' for head in heads)}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div><p class='soft note'>{meanings}.</p>"
     )
 
 
@@ -107,7 +110,7 @@ def _limit(study: Study) -> float:
 def _errors(study: Study) -> str:
     limit = _limit(study)
     figures = "".join(
-        f"<figure><h3>{_name(layer)} <span class='soft'>{_shape(layer)}</span></h3>"
+        f"<figure><h3>{_name(layer)} <span class='soft size'>{_shape(layer)}</span></h3>"
         f"{_bars(study, layer, limit)}</figure>"
         for layer in study.layers
     )
@@ -206,7 +209,7 @@ def _map(label: str, picture: Heatmap) -> str:
     return (
         f"<figure class='map'><img src='{picture.uri}' alt='{escape(words)}'>"
         f"<figcaption><b>{escape(label)}</b><br>{escape(picture.name)}, "
-        f"{rows:,} × {columns:,}</figcaption></figure>"
+        f"<span class='whole'>{rows:,} × {columns:,}</span></figcaption></figure>"
     )
 
 

@@ -71,6 +71,9 @@ vertical-align:-.5px}
 .grid-of{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));
 gap:24px 32px}
 .grid-of>*{min-width:0}
+.note{font-size:.85rem}
+.whole,.size{white-space:nowrap}
+.size{font-weight:400;font-size:.82rem;margin-left:6px}
 figure{margin:0}
 svg{display:block;width:100%;max-width:420px;height:auto;overflow:visible}
 svg text{font-size:11px;fill:var(--ink);font-variant-numeric:tabular-nums}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,11 +20,13 @@ def show(study: Study, console: Console) -> None:
 
 
 def _errors(study: Study) -> Table:
-    table = Table(title="Relative error ± standard error", title_justify="left")
+    table = Table(
+        title="Relative error ± standard error", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("layer", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     for label in study.labels.values():
-        table.add_column(escape(label), justify="right")
+        table.add_column(escape(label), justify="right", no_wrap=True)
     for layer in study.layers:
         best = study.closest(layer)
         cells = [
@@ -38,7 +41,7 @@ def _errors(study: Study) -> Table:
 
 
 def _costs(study: Study) -> Table:
-    table = Table(title="Cost of a fit, all layers", title_justify="left")
+    table = Table(title="Cost of a fit, all layers", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("estimator")
     for head in ("time", "/ K-FAC", "numbers kept", "closest at layers"):
         table.add_column(head, justify="right")
