@@ -193,7 +193,7 @@ def test_png_decodes_to_what_was_drawn() -> None:
 
     with image.open(BytesIO(content)) as opened:
         pixels = torch.tensor(list(opened.convert("RGBA").tobytes())).view(2, 3, 4)
-    assert pixels[..., 3].tolist() == [[255, 128, 0], [128, 255, 181]]
+    assert pixels[..., 3].tolist() == [[255, 129, 0], [129, 255, 181]]
     assert pixels[0, 0, :3].tolist() == list(pictures.POSITIVE)
     assert pixels[1, 1, :3].tolist() == list(pictures.NEGATIVE)
 
@@ -268,8 +268,8 @@ def test_names_are_escaped() -> None:
 def test_report_without_standard_error(study: Study) -> None:
     """One probe has no spread: no "nan" in a chart or table."""
     entry = replace(study.layers[0].entries["kfac"], standard_error=math.nan)
-    layer = replace(study.layers[0], entries={"kfac": entry})
-    text = page(replace(study, layers=(layer,), labels={"kfac": "K-FAC"}))
+    layer = replace(study.layers[0], entries={"kfac": entry}, by_samples={})
+    text = page(replace(study, layers=(layer,), labels={"kfac": "K-FAC"}, seconds={"kfac": 1.0}))
     assert "nan" not in text
 
 
@@ -323,7 +323,14 @@ def test_in_a_browser(study: Study, tmp_path: Path, width: int) -> None:
     frame = f'<iframe srcdoc="{html.escape(text)}" style="border:0;width:{width}px;height:900px">'
     path = tmp_path / "frame.html"
     path.write_text(f"<!DOCTYPE html><body>{frame}</iframe>{script}", encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
     done = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
@@ -368,7 +375,7 @@ def test_command(tmp_path: Path) -> None:
     assert content["settings"]["likelihood"] == "gaussian"
     assert content["settings"]["seed"] == "3"
     assert list(content["seconds"]) == ["kfac", "ekfoc"]
-    assert "Curvature estimators" in out.read_text(encoding="utf-8")
+    assert "Curvature estimators compared" in out.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

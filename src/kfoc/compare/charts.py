@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from kfoc.compare.words import measured
+
 # Units are CSS pixels at the width of a narrow phone's column; the page lets charts grow a little.
 WIDTH = 320
 LABEL, VALUE = 64, 96
@@ -36,7 +38,7 @@ def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
     """Horizontal bars from 0 to `limit` with whiskers of one standard error, and their numbers."""
     span = WIDTH - LABEL - VALUE
     height = ROW * len(entries) + 2
-    described = "; ".join(f"{b.label} {b.value:.3f} ± {b.deviation:.3f}" for b in entries)
+    described = "; ".join(f"{b.label} {measured(b.value, b.deviation)}" for b in entries)
     parts = [_open(height, f"{title}: {described}")]
     for place in (0.5, 1.0):
         if place <= limit:
@@ -51,13 +53,14 @@ def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
             f'<rect class="fill {bar.key}" x="{LABEL}" y="{middle - BAR / 2}" '
             f'width="{length:.1f}" height="{BAR}"/>'
         )
-        ends = [min(max(bar.value + s * bar.deviation, 0.0), limit) for s in (-1, 1)]
+        deviation = 0.0 if math.isnan(bar.deviation) else bar.deviation
+        ends = [min(max(bar.value + s * deviation, 0.0), limit) for s in (-1, 1)]
         low, high = (LABEL + span * end / limit for end in ends)
         parts.append(
             f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}'
             f'M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6"/>'
             f'<text class="number" x="{WIDTH}" y="{middle + 4}" text-anchor="end">'
-            f"{bar.value:.3f} ± {bar.deviation:.3f}</text>"
+            f"{measured(bar.value, bar.deviation)}</text>"
         )
     parts.append(f'<line class="axis" x1="{LABEL}" x2="{LABEL}" y1="0" y2="{height}"/></svg>')
     return "".join(parts)

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-import kfoc
+from kfoc import fit
 
 # What the command decides itself.
 OWN = ("model", "data", "estimator", "probes", "progress")
-ARGUMENTS = tuple(name for name in inspect.signature(kfoc.fit).parameters if name not in OWN)
+ARGUMENTS = tuple(name for name in inspect.signature(fit).parameters if name not in OWN)
 
 
 class CompareError(ValueError):

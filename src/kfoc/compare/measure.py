@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -126,6 +127,8 @@ class Study:
         for layer in content["layers"]:
             for entry in layer["entries"].values():
                 del entry["heatmaps"], entry["spectrum"]
+                if math.isnan(entry["standard_error"]):  # of one probe; JSON has no NaN
+                    entry["standard_error"] = None
         return content
 
 

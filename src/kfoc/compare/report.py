@@ -21,9 +21,9 @@ def page(study: Study) -> str:
     """The report."""
     title = f"Curvature estimators on {study.title}"
     body = [
-        f"<h1>{escape(title)}</h1>",
-        '<p class="soft">How far each estimate of the Fisher information is from the exact block, '
-        "layer by layer, and what it costs.</p>",
+        "<h1>Curvature estimators compared</h1>",
+        f"<p class='soft'>On <code>{escape(study.title)}</code>: how far each estimate of the "
+        "Fisher information is from the exact block, layer by layer, and what it costs.</p>",
         _settings(study),
         _overview(study),
         _errors(study),

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kfoc.compare.measure import Study
-from kfoc.compare.words import duration, quantity
+from kfoc.compare.words import duration, measured, quantity
 
 
 def show(study: Study, console: Console) -> None:
@@ -29,14 +29,10 @@ def _errors(study: Study) -> Table:
         table.add_column(escape(label), justify="right", no_wrap=True)
     for layer in study.layers:
         best = study.closest(layer)
-        cells = [
-            f"[bold]{e.error:.3f}[/bold] ± {e.standard_error:.3f}"
-            if name == best
-            else f"{e.error:.3f} ± {e.standard_error:.3f}"
-            for name, e in layer.entries.items()
-        ]
+        shown = {name: measured(e.error, e.standard_error) for name, e in layer.entries.items()}
+        shown[best] = f"[bold]{shown[best]}[/bold]"
         name = escape(layer.name) or "(the model)"
-        table.add_row(name, f"{layer.shape[0]} x {layer.shape[1]}", *cells)
+        table.add_row(name, f"{layer.shape[0]} x {layer.shape[1]}", *shown.values())
     return table
 
 

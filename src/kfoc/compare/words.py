@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def duration(seconds: float) -> str:
     """Such as "3.2 ms", "0.45 s", "12.3 s", "3.1 min"."""
@@ -10,6 +12,11 @@ def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.2f} s"
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def measured(value: float, deviation: float) -> str:
+    """A value with its standard error, where there is one: a single probe has no spread."""
+    return f"{value:.3f}" if math.isnan(deviation) else f"{value:.3f} ± {deviation:.3f}"
 
 
 def quantity(count: int) -> str:
