@@ -57,7 +57,7 @@ def sample_counts(
     """How far the estimate of the first n samples is from that of all, relative, by layer."""
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in whole}
     for count in prefixes(sum(1 for _ in data)):
-        part = fitting(list(islice(iter(data), count)))
+        part = fitting(islice(iter(data), count))
         for name in [name for name in whole if name in part]:
             away = distance(part[name], whole[name])
             if away > 1e-6:

@@ -41,11 +41,11 @@ class Heatmap(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues by rank (from 1), falling: some of them where there are many; and their count."""
+    """Eigenvalues by rank (from 1), falling: some of them where there are many; and how many."""
 
     rank: tuple[float, ...]
     value: tuple[float, ...]
-    count: int
+    total: int
 
 
 def heatmaps(block: Block) -> tuple[Heatmap, ...]:

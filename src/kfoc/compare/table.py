@@ -23,16 +23,16 @@ def _errors(study: Study) -> Table:
     table = Table(
         title="Relative error ± standard error", title_justify="left", box=box.SIMPLE_HEAD
     )
-    table.add_column("layer", overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
+    # Four estimators and a short name fit 80 columns; longer names are folded.
+    table.add_column("layer", overflow="fold", min_width=10)
     for label in study.labels.values():
-        table.add_column(escape(label), justify="right", no_wrap=True)
+        table.add_column(escape(label), justify="right")
     for layer in study.layers:
         best = study.closest(layer)
         shown = {name: measured(e.error, e.standard_error) for name, e in layer.entries.items()}
         shown[best] = f"[bold]{shown[best]}[/bold]"
         name = escape(layer.name) or "(the model)"
-        table.add_row(name, f"{layer.shape[0]} x {layer.shape[1]}", *shown.values())
+        table.add_row(name, *shown.values())
     return table
 
 
