@@ -447,4 +447,4 @@ def test_example() -> None:
     study = measure(example, Options(curves=False, pictures=False), "")
     for layer in study.layers:
         assert layer.entries["kfoc"].error < layer.entries["kfac"].error
-    assert "Spectra" not in page(study)
+    assert "Images of factors" not in page(study)

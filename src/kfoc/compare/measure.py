@@ -30,7 +30,7 @@ from kfoc.compare.pictures import Heatmap, Spectrum, heatmaps, spectrum
 Say = Callable[[str], None]
 
 # Fits are timed so often at most, and again only while they took less than so many seconds in all.
-REPEATS, REPEAT_SECONDS = 5, 1.0
+REPEATS, REPEAT_SECONDS = 5, 3.0
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,11 @@ def measure(
         fit(model, [first], estimator=ESTIMATORS[name].estimator, **arguments)
     by_step, first_batch = half_steps(model, first, arguments) if options.curves else ({}, 0)
     fits: dict[str, Curvature] = {}
-    seconds = {}
+    say("times")
+    seconds = _times(model, data, options.estimators, arguments)
     for name in options.estimators:
-        estimator = ESTIMATORS[name].estimator
-        say(f"{ESTIMATORS[name].label}: time")
-        seconds[name] = _timed(model, data, estimator, arguments)
         say(f"{ESTIMATORS[name].label}: errors")
+        estimator = ESTIMATORS[name].estimator
         fits[name] = fit(model, data, estimator=estimator, probes=options.probes, **arguments)
     by_samples = {}
     if options.curves:
@@ -246,21 +245,27 @@ def repeatable(data: Iterable[Any], batches: int | None) -> Iterable[Any]:
     return data
 
 
-def _timed(
-    model: nn.Module, data: Iterable[Any], estimator: Estimator, arguments: dict[str, Any]
-) -> float:
-    """Seconds of a fit without probes: the fastest of some short ones, or of one long one."""
+def _times(
+    model: nn.Module, data: Iterable[Any], names: Iterable[str], arguments: dict[str, Any]
+) -> dict[str, float]:
+    """Seconds of a fit without probes: the fastest of some short ones, or of one long one.
+
+    The estimators take turns, so that what else the machine does in between meets all of them.
+    """
     cuda = any(parameter.is_cuda for parameter in model.parameters())
-    found: list[float] = []
-    while not found or (len(found) < REPEATS and sum(found) < REPEAT_SECONDS):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        fit(model, data, estimator=estimator, **arguments)
-        if cuda:
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(REPEATS):
+        for name, before in found.items():
+            if before and sum(before) >= REPEAT_SECONDS:
+                continue
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            fit(model, data, estimator=ESTIMATORS[name].estimator, **arguments)
+            if cuda:
+                torch.cuda.synchronize()
+            before.append(time.perf_counter() - start)
+    return {name: min(times) for name, times in found.items()}
 
 
 def _study(

@@ -160,9 +160,9 @@ def _layers(study: Study) -> str:
         "<h2>Spectra, convergence and factors</h2>"
         f"{_legend(study, study.labels)}"
         "<p class='soft'>Images of factors: the signed root of each entry over the largest, "
-        "<span class='whole'>negative <span class='scale' role='img' aria-label='from orange "
-        "over clear to blue'></span> positive</span>; factors of more than 64 rows or columns by the means of blocks of "
-        f"entries.</p>{''.join(parts)}"
+        "<span class='whole'>negative <span class='scale' role='img' "
+        "aria-label='from orange over clear to blue'></span> positive</span>; factors of more than "
+        f"64 rows or columns by the means of blocks of entries.</p>{''.join(parts)}"
     )
 
 
@@ -275,8 +275,8 @@ def _method(study: Study) -> str:
         "standard errors say. A standard error of 0 means that the error is exact, but for "
         "rounding.</p>"
         "<p class='soft'>The time is that of one whole fit, without probes, model included, after "
-        "a warm-up on the first batch: the fastest of five where fits are short, one where they are "
-        "long. Small differences mean little. "
+        "a warm-up on the first batch: the fastest of five where fits are short, one where they "
+        "are long. Small differences mean little. "
         "“Numbers kept” is what the result holds, not the memory of the fit. A layer whose block "
         "an estimator treats in another way than the rest (normalisation layers, say, have their "
         "exact block) says so under “structure”.</p>"
