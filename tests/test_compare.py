@@ -448,3 +448,10 @@ def test_example() -> None:
     for layer in study.layers:
         assert layer.entries["kfoc"].error < layer.entries["kfac"].error
     assert "Images of factors" not in page(study)
+
+
+def test_document() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    scope: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], scope)
+    assert len(list(subject(scope["factory"](), "docs").data)) == 10
