@@ -319,6 +319,7 @@ def _settings(
         fisher = f"Monte Carlo, {draws} draw{'s' if draws != 1 else ''} a sample"
     likelihood = arguments.get("likelihood", "categorical")
     device = parameters[0].device if parameters else torch.device("cpu")
+    threads = torch.get_num_threads()
     return {
         "model": type(model).__name__,
         "parameters": f"{sum(p.numel() for p in parameters):,}",
@@ -329,5 +330,5 @@ def _settings(
         "seed": str(arguments.get("seed", 0)),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads",
+        else f"{device.type}, {threads} thread{'s' if threads > 1 else ''}",
     }
