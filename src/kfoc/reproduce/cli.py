@@ -1,4 +1,4 @@
-"""The command line: ``kfoc reproduce``."""
+"""The command line: ``kfoc reproduce``, and ``kfoc compare`` of `kfoc.compare`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ except ImportError as error:
         ' pip install "kfoc[reproduce]"'
     ) from None
 
+from kfoc.compare.command import compare
 from kfoc.reproduce import data
 from kfoc.reproduce.experiment import Experiment, convolutional, fully_connected, run_seed
 from kfoc.reproduce.store import Store, StoreError
@@ -51,6 +52,9 @@ class Name(str, enum.Enum):
 @app.callback()
 def main() -> None:
     """Kronecker-factored optimal curvature."""
+
+
+app.command()(compare)
 
 
 @app.command()

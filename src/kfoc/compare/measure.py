@@ -1,0 +1,334 @@
+"""Fits every estimator to one model and its data, and keeps the numbers of the comparison."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from kfoc import (
+    KFAC,
+    KFOC,
+    Block,
+    Curvature,
+    Diagonal,
+    EigenCorrected,
+    Estimator,
+    fit,
+)
+from kfoc.compare.convergence import Curve, half_steps, sample_counts
+from kfoc.compare.factory import CompareError, Subject
+from kfoc.compare.pictures import Heatmap, Spectrum, heatmaps, spectrum
+
+Say = Callable[[str], None]
+
+# Fits are timed so often at most, and again only while they took less than so many seconds in all.
+REPEATS, REPEAT_SECONDS = 5, 3.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One estimator of the comparison, and what it is called."""
+
+    label: str
+    estimator: Estimator
+    meaning: str
+
+
+ESTIMATORS = {
+    "diagonal": Kind("diagonal", Diagonal(), "the exact diagonal"),
+    "kfac": Kind("K-FAC", KFAC(), "one Kronecker product, by independence assumptions"),
+    "kfoc": Kind("K-FOC", KFOC(), "the closest Kronecker product, in one pass"),
+    "ekfac": Kind("EKFAC", EigenCorrected(KFAC()), "the best diagonal in K-FAC’s eigenbasis"),
+    "ekfoc": Kind("EK-FOC", EigenCorrected(KFOC()), "the best diagonal in K-FOC’s eigenbasis"),
+    "optimum": Kind(
+        "optimum",
+        KFOC(aggregation="exact"),
+        "the closest Kronecker product, iterated over as many passes as it takes",
+    ),
+}
+DEFAULT = ("diagonal", "kfac", "kfoc", "ekfoc")
+# These have curves by the number of samples: they take one pass, and their blocks' distance is
+# cheap and exact.
+BY_SAMPLES = ("diagonal", "kfac", "kfoc")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One estimator at one layer.
+
+    Attributes:
+        error, standard_error: `||F - block|| / ||F||` and its standard error.
+        numbers, bytes: what the block keeps.
+        plan, steps, converged: of the contraction, as in `kfoc.Report`.
+        structure: the kind of block.
+        heatmaps, spectrum: pictures of the block, where they can be had.
+    """
+
+    error: float
+    standard_error: float
+    numbers: int
+    bytes: int
+    plan: str
+    steps: int
+    converged: bool
+    structure: str
+    heatmaps: tuple[Heatmap, ...] = ()
+    spectrum: Spectrum | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: (outputs, inputs with bias), its entries by estimator, and its curves."""
+
+    name: str
+    shape: tuple[int, int]
+    entries: dict[str, Entry]
+    by_step: Curve | None = None
+    by_samples: dict[str, Curve] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that the tables and the report are made of.
+
+    Attributes:
+        title: what was compared on, as the user named it.
+        settings: name -> value, to print.
+        seconds: estimator -> wall time of its fit, without probes.
+        skipped: layer -> why it has no block.
+        num_samples, first_batch: samples in all, and in the batch of the curves by half step.
+    """
+
+    title: str
+    settings: dict[str, str]
+    labels: dict[str, str]
+    seconds: dict[str, float]
+    layers: tuple[Layer, ...]
+    skipped: dict[str, str]
+    num_samples: int
+    first_batch: int
+
+    def closest(self, layer: Layer) -> str:
+        """The estimator of the smallest error."""
+        return min(layer.entries, key=lambda name: layer.entries[name].error)
+
+    def numbers(self, estimator: str) -> int:
+        """What the estimator's blocks keep, over all layers."""
+        return sum(layer.entries[estimator].numbers for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers without the pictures."""
+        content = asdict(self)
+        for layer in content["layers"]:
+            for entry in layer["entries"].values():
+                del entry["heatmaps"], entry["spectrum"]
+                if math.isnan(entry["standard_error"]):  # of one probe; JSON has no NaN
+                    entry["standard_error"] = None
+        return content
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for, beside the subject.
+
+    Attributes:
+        estimators: keys of `ESTIMATORS`.
+        batches: take the first so many batches; None: all.
+        curves: whether to fit for curves of convergence too.
+        pictures: whether to draw heat maps and spectra.
+    """
+
+    estimators: tuple[str, ...] = DEFAULT
+    probes: int = 16
+    batches: int | None = None
+    curves: bool = True
+    pictures: bool = True
+
+
+def measure(
+    subject: Subject, options: Options, title: str = "", say: Say = lambda text: None
+) -> Study:
+    """Fit every estimator with probes for the errors, and without for the time.
+
+    The first fits, of the first batch alone, warm up what is set up once a process.
+
+    Raises:
+        CompareError: unknown estimators, no data, or data in another order on each pass.
+        ValueError: of `kfoc.fit`.
+    """
+    _check(options)
+    data = repeatable(subject.data, options.batches)
+    first = next(iter(data), None)
+    if first is None:
+        raise CompareError("the data has no batch")
+    model, arguments = subject.model, subject.arguments
+    say("the first batch")
+    for name in options.estimators:
+        fit(model, [first], estimator=ESTIMATORS[name].estimator, **arguments)
+    by_step, first_batch = half_steps(model, first, arguments) if options.curves else ({}, 0)
+    fits: dict[str, Curvature] = {}
+    say("times")
+    seconds = _times(model, data, options.estimators, arguments)
+    for name in options.estimators:
+        say(f"{ESTIMATORS[name].label}: errors")
+        estimator = ESTIMATORS[name].estimator
+        fits[name] = fit(model, data, estimator=estimator, probes=options.probes, **arguments)
+    by_samples = {}
+    if options.curves:
+        for name in [name for name in options.estimators if name in BY_SAMPLES]:
+            say(f"{ESTIMATORS[name].label}: by samples")
+            fitting = _fitting(model, ESTIMATORS[name].estimator, arguments)
+            by_samples[name] = sample_counts(fitting, data, fits[name])
+    study = _study(fits, options, title, seconds, first_batch)
+    return replace(
+        study,
+        settings=_settings(model, study, arguments, options),
+        layers=tuple(
+            replace(
+                layer,
+                by_step=by_step.get(layer.name),
+                by_samples={
+                    name: curves[layer.name]
+                    for name, curves in by_samples.items()
+                    if layer.name in curves
+                },
+            )
+            for layer in study.layers
+        ),
+    )
+
+
+def _fitting(
+    model: nn.Module, estimator: Estimator, arguments: dict[str, Any]
+) -> Callable[[Iterable[Any]], Curvature]:
+    return lambda data: fit(model, data, estimator=estimator, **arguments)
+
+
+def _check(options: Options) -> None:
+    unknown = [name for name in options.estimators if name not in ESTIMATORS]
+    if unknown or not options.estimators:
+        raise CompareError(
+            f"estimators must be some of {', '.join(ESTIMATORS)}, found "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    if options.probes < 1:
+        raise CompareError(f"probes must be at least 1, found {options.probes}")
+    if options.batches is not None and options.batches < 1:
+        raise CompareError(f"batches must be at least 1, found {options.batches}")
+
+
+def repeatable(data: Iterable[Any], batches: int | None) -> Iterable[Any]:
+    """The data, the same on every pass: all estimators must see one and the same F.
+
+    What is limited, or can be read only once, is kept in memory.
+
+    Raises:
+        CompareError: a loader that shuffles.
+    """
+    if batches is not None:
+        return list(islice(iter(data), batches))
+    if isinstance(data, Iterator):
+        return list(data)
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise CompareError(
+            "the DataLoader shuffles, so every estimator would see its samples in another order: "
+            "use shuffle=False, or --batches N, which keeps the first N batches in memory"
+        )
+    return data
+
+
+def _times(
+    model: nn.Module, data: Iterable[Any], names: Iterable[str], arguments: dict[str, Any]
+) -> dict[str, float]:
+    """Seconds of a fit without probes: the fastest of some short ones, or of one long one.
+
+    The estimators take turns, so that what else the machine does in between meets all of them.
+    """
+    cuda = any(parameter.is_cuda for parameter in model.parameters())
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(REPEATS):
+        for name, before in found.items():
+            if before and sum(before) >= REPEAT_SECONDS:
+                continue
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            fit(model, data, estimator=ESTIMATORS[name].estimator, **arguments)
+            if cuda:
+                torch.cuda.synchronize()
+            before.append(time.perf_counter() - start)
+    return {name: min(times) for name, times in found.items()}
+
+
+def _study(
+    fits: dict[str, Curvature],
+    options: Options,
+    title: str,
+    seconds: dict[str, float],
+    first_batch: int,
+) -> Study:
+    some = next(iter(fits.values()))
+    # A layer that one of the estimators refuses could not be compared.
+    names = [name for name in some if all(name in curvature for curvature in fits.values())]
+    skipped = {layer: reason for c in fits.values() for layer, reason in c.skipped.items()}
+    layers = tuple(
+        Layer(
+            name,
+            some[name].shape,
+            {key: _entry(fits[key][name], options.pictures) for key in fits},
+        )
+        for name in names
+    )
+    labels = {name: ESTIMATORS[name].label for name in fits}
+    return Study(title, {}, labels, seconds, layers, skipped, some.num_samples, first_batch)
+
+
+def _entry(block: Block, pictures: bool) -> Entry:
+    report, tensors = block.report, list(block.tensors())
+    if report.relative_error is None or report.standard_error is None:
+        raise CompareError("a block came without its relative error")
+    return Entry(
+        report.relative_error,
+        report.standard_error,
+        sum(map(Tensor.numel, tensors)),
+        sum(t.numel() * t.element_size() for t in tensors),
+        report.plan,
+        report.steps,
+        report.converged,
+        type(block).__name__.removesuffix("Block"),
+        heatmaps(block) if pictures else (),
+        spectrum(block) if pictures else None,
+    )
+
+
+def _settings(
+    model: nn.Module, study: Study, arguments: dict[str, Any], options: Options
+) -> dict[str, str]:
+    parameters = list(model.parameters())
+    fisher = str(arguments.get("fisher", "mc"))
+    if fisher == "mc":
+        draws = arguments.get("mc_samples", 1)
+        fisher = f"Monte Carlo, {draws} draw{'s' if draws != 1 else ''} a sample"
+    likelihood = arguments.get("likelihood", "categorical")
+    device = parameters[0].device if parameters else torch.device("cpu")
+    threads = torch.get_num_threads()
+    return {
+        "model": type(model).__name__,
+        "parameters": f"{sum(p.numel() for p in parameters):,}",
+        "samples": f"{study.num_samples:,}",
+        "likelihood": likelihood if isinstance(likelihood, str) else repr(likelihood),
+        "Fisher": fisher,
+        "probes": str(options.probes),
+        "seed": str(arguments.get("seed", 0)),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {threads} thread{'s' if threads > 1 else ''}",
+    }

@@ -1,0 +1,457 @@
+"""`kfoc compare`: its numbers against dense algebra, its report as HTML, its errors."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kfoc
+import oracle
+from models import batches, convolutional, images
+
+pytest.importorskip("typer")
+
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kfoc.compare import charts, pictures, style
+from kfoc.compare.convergence import distance, prefixes
+from kfoc.compare.factory import CompareError, Subject, load, subject
+from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
+from kfoc.compare.report import page
+from kfoc.compare.table import show
+from kfoc.reproduce.cli import app
+
+EVERY = Options(tuple(ESTIMATORS), probes=100)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+VOID = {"meta", "link", "br", "img", "line", "rect", "path", "circle"}
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, (x, y) = convolutional(), images(60)
+    return measure(Subject(model, batches(x, y, 20), {"fisher": "exact"}), EVERY, "net.py:make")
+
+
+def odd_names() -> Study:
+    """Layers whose names are markup."""
+    model = nn.ModuleDict({"<x>&": nn.Linear(3, 4), "'\"</code><script>": nn.Linear(4, 2)})
+    arguments = {"predict": lambda m, x: m["'\"</code><script>"](torch.tanh(m["<x>&"](x)))}
+    data = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(3)]
+    return measure(Subject(model, data, arguments), Options(), "<i>&amp;:f")
+
+
+def test_errors_are_those_of_dense_matrices(study: Study) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = convolutional(), images(60)
+    cotangents = oracle.categorical_exact(model(x).detach())
+    for layer in study.layers:
+        module = model[int(layer.name)]
+        fisher = dense_fisher(model, module, x, cotangents)
+        o, i = layer.shape
+        best = oracle.optimum(fisher, o, i)[2]
+        for name, entry in layer.entries.items():
+            found = kfoc.fit(
+                model,
+                batches(x, y, 20),
+                fisher="exact",
+                estimator=ESTIMATORS[name].estimator,
+                layers=[layer.name],
+            )
+            error = oracle.relative_error(fisher, found[layer.name].to_dense())
+            assert entry.error == pytest.approx(error, abs=4 * entry.standard_error + 1e-6)
+        optimum = layer.entries["optimum"]
+        assert optimum.error == pytest.approx(best, abs=4 * optimum.standard_error + 1e-6)
+
+
+def dense_fisher(
+    model: nn.Module, module: nn.Module, x: torch.Tensor, cotangents: torch.Tensor
+) -> torch.Tensor:
+    """The mean Fisher of `[W | b]`, one backward pass for each sample and direction."""
+    parameters = [module.weight, module.bias]
+    fisher: torch.Tensor | float = 0.0
+    for sample in range(len(x)):
+        output = model(x[sample : sample + 1])
+        for cotangent in cotangents[:, sample : sample + 1]:
+            weight, bias = torch.autograd.grad(output, parameters, cotangent, retain_graph=True)
+            row = torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()
+            fisher = fisher + torch.outer(row, row) / len(x)
+    return fisher
+
+
+def test_costs_and_order(study: Study) -> None:
+    for layer in study.layers:
+        (o, i), entries = layer.shape, layer.entries
+        assert entries["diagonal"].numbers == o * i
+        assert entries["kfac"].numbers == entries["kfoc"].numbers == o * o + i * i
+        assert entries["ekfoc"].numbers == o * o + i * i + o * i
+        assert entries["kfoc"].bytes == 8 * entries["kfoc"].numbers
+        assert entries["ekfoc"].error <= entries["kfoc"].error + 1e-9
+        assert entries["ekfac"].error <= entries["kfac"].error + 1e-9
+        assert layer.entries[study.closest(layer)].error == min(e.error for e in entries.values())
+    assert all(seconds > 0 for seconds in study.seconds.values())
+    assert study.num_samples == 60
+    assert study.first_batch == 20
+
+
+def test_curves(study: Study) -> None:
+    for layer in study.layers:
+        assert layer.by_step is not None
+        assert list(layer.by_step.y) == sorted(layer.by_step.y, reverse=True)
+        assert set(layer.by_samples) == {"diagonal", "kfac", "kfoc"}
+        assert layer.by_samples["kfac"].x == (20.0,)
+
+
+def test_steps_by_the_singular_values_of_the_rearranged_fisher() -> None:
+    """After k half steps from the identity, sigma is the norm of that power of A on it."""
+    model, (x, y) = convolutional(), images(20)
+    subject = Subject(model, [(x, y)], {"fisher": "exact", "layers": ["3"]})
+    layer = measure(subject, Options(("kfoc",)), "").layers[0]
+    assert layer.by_step is not None
+    fisher = dense_fisher(model, model[3], x, oracle.categorical_exact(model(x).detach()))
+    o, i = layer.shape
+    matrix = oracle.rearranged(fisher, o, i)
+    sigma = torch.linalg.svdvals(matrix)[0]
+    vector, reached = matrix @ torch.eye(i).flatten(), {}
+    for step in range(1, 13):
+        image = (matrix if step % 2 == 0 else matrix.mT) @ (vector / vector.norm())
+        reached[step], vector = image.norm(), image
+    for step, left in zip(*layer.by_step, strict=True):
+        assert left == pytest.approx((1 - reached[int(step)] / sigma).item(), rel=1e-3, abs=1e-12)
+
+
+def test_distance_is_the_dense_one() -> None:
+    model, (x, y) = convolutional(), images(30)
+    first, second = (kfoc.fit(model, [(x[:n], y[:n])], estimator=kfoc.KFAC()) for n in (10, 30))
+    for name in first:
+        a, b = first[name].to_dense(), second[name].to_dense()
+        assert distance(first[name], second[name]) == pytest.approx(
+            ((a - b).norm() / b.norm()).item()
+        )
+    assert prefixes(10) == [1, 2, 5]
+    assert prefixes(1) == []
+
+
+def test_the_model_and_the_state_come_back() -> None:
+    model, (x, y) = convolutional().train(), images(12)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    state = torch.get_rng_state()
+    measure(Subject(model, [(x, y)]), Options(("kfoc",)), "")
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [kfoc.KFAC(), kfoc.Diagonal(), kfoc.EigenCorrected()])
+def test_spectrum_is_that_of_the_dense_block(kind: kfoc.Estimator) -> None:
+    model, (x, y) = convolutional(), images(30)
+    for block in kfoc.fit(model, [(x, y)], estimator=kind).values():
+        found = pictures.spectrum(block)
+        assert found is not None
+        dense = torch.linalg.eigvalsh(block.to_dense()).flip(0)
+        ranks = torch.tensor(found.rank).long()
+        torch.testing.assert_close(
+            torch.tensor(found.value), dense[ranks - 1], rtol=1e-6, atol=1e-12 * dense[0].item()
+        )
+
+
+def test_spectrum_of_groups() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(10, 4, 5, 5)
+    model(x)
+    block = kfoc.fit(model, [(x, None)])["0"]
+    found = pictures.spectrum(block)
+    assert found is not None
+    assert found.value[0] == pytest.approx(torch.linalg.eigvalsh(block.to_dense())[-1].item())
+    assert "group 1 of 2" in pictures.heatmaps(block)[0].name
+
+
+def test_png_decodes_to_what_was_drawn() -> None:
+    matrix = torch.tensor([[4.0, -1.0, 0.0], [1.0, -4.0, 2.0]])
+    content = b64decode(pictures.heatmap("m", matrix).uri.partition(",")[2])
+    image = pytest.importorskip("PIL.Image")
+    from io import BytesIO
+
+    with image.open(BytesIO(content)) as opened:
+        pixels = torch.tensor(list(opened.convert("RGBA").tobytes())).view(2, 3, 4)
+    assert pixels[..., 3].tolist() == [[255, 129, 0], [129, 255, 181]]
+    assert pixels[0, 0, :3].tolist() == list(pictures.POSITIVE)
+    assert pixels[1, 1, :3].tolist() == list(pictures.NEGATIVE)
+
+
+def test_large_matrices_are_means_of_blocks() -> None:
+    matrix = torch.randn(128, 192)
+    expected = matrix.view(64, 2, 64, 3).mean((1, 3))
+    torch.testing.assert_close(pictures.reduced(matrix), expected)
+
+
+class Reader(HTMLParser):
+    """Checks that elements close in order, and collects text and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_report_is_well_formed_and_complete(study: Study) -> None:
+    text = page(study)
+    reader, shown = read(text), re.sub("<[^>]*>", "", text)
+    for layer in study.layers:
+        assert reader.text.count(layer.name) >= 3
+        for entry in layer.entries.values():
+            assert f"{entry.error:.4f}" in shown
+    assert not re.search(r"https?:|url\(|@import|<script|nan|Infinity", text)
+    sources = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
+    assert len(sources) == 3 * (1 + 2 + 2 + 1 + 1 + 2)
+    assert all(source and source.startswith("data:image/png;base64,") for source in sources)
+    assert all(attributes.get("alt") for tag, attributes in reader.tags if tag == "img")
+    assert all(attributes.get("aria-label") for tag, attributes in reader.tags if tag == "svg")
+    assert len(text) < 400_000
+
+
+def test_names_are_escaped() -> None:
+    study = odd_names()
+    text = page(study)
+    reader = read(text)
+    assert "<script" not in text.lower()
+    assert "<x>&" in reader.text
+    assert "'\"</code><script>" in reader.text
+    assert "<i>&amp;:f" in reader.text
+    out = StringIO()
+    show(study, Console(file=out, width=120))
+    assert "<x>&" in out.getvalue()
+
+
+def test_report_without_standard_error(study: Study) -> None:
+    """One probe has no spread: no "nan" in a chart or table."""
+    entry = replace(study.layers[0].entries["kfac"], standard_error=math.nan)
+    layer = replace(study.layers[0], entries={"kfac": entry}, by_samples={})
+    text = page(replace(study, layers=(layer,), labels={"kfac": "K-FAC"}, seconds={"kfac": 1.0}))
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("palette", [style.LIGHT, style.DARK])
+def test_contrast(palette: dict[str, str]) -> None:
+    """WCAG: 4.5 for text, 3 for what is drawn."""
+    for name in ("ink", "soft"):
+        assert contrast(palette[name], palette["page"]) >= 4.5
+    for name in style.KEYS:
+        assert contrast(palette[name], palette["page"]) >= 3
+
+
+def contrast(first: str, second: str) -> float:
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_lines_of_one_point_and_of_wide_ranges() -> None:
+    single = charts.lines([charts.Line("kfac", "K-FAC", [20.0], [0.5])], "x", "y", "t")
+    wide = charts.lines([charts.Line("kfac", "K-FAC", [1, 1e7], [1e-30, 1e5])], "x", "y", "t")
+    for text in (single, wide):
+        read(text)
+        assert text.count('class="tick"') > 3
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+@pytest.mark.parametrize("width", [360, 390, 1200])
+def test_in_a_browser(study: Study, tmp_path: Path, width: int) -> None:
+    """In a frame of so many pixels: nothing overflows, nothing is fetched, nothing complained of.
+
+    The frame, because a window of the browser cannot be made that narrow.
+    """
+    long = replace(study.layers[0], name="encoder.layers." * 12 + "<x>&")
+    text = page(replace(study, layers=(*study.layers, long)))
+    script = """<script>onload = () => {
+      const inner = document.querySelector('iframe').contentDocument, root = inner.documentElement;
+      const fetched = document.querySelector('iframe').contentWindow.performance
+        .getEntriesByType('resource').filter(e => !e.name.startsWith('data:'));
+      const cut = [...inner.querySelectorAll('svg text')].filter(t => {
+        const a = t.getBoundingClientRect(), b = root.getBoundingClientRect();
+        return a.width && (a.left < b.left || a.right > b.right); });
+      document.body.dataset.result = JSON.stringify({visible: root.clientWidth,
+        width: root.scrollWidth, fetched: fetched.length, cut: cut.length,
+        images: [...inner.images].every(i => i.complete && i.naturalWidth)}); };</script>"""
+    frame = f'<iframe srcdoc="{html.escape(text)}" style="border:0;width:{width}px;height:900px">'
+    path = tmp_path / "frame.html"
+    path.write_text(f"<!DOCTYPE html><body>{frame}</iframe>{script}", encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    result = json.loads(html.unescape(re.findall(r'data-result="([^"]*)"', done.stdout)[0]))
+    expected = {"fetched": 0, "cut": 0, "images": True}
+    assert result == {"visible": width, "width": width, **expected}
+    assert "CONSOLE" not in done.stderr
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    data = [(torch.randn(5, 3), torch.randn(5, 2)) for _ in range(3)]
+    return model, data, {"likelihood": "gaussian", "layers": ["0"]}
+
+def needy(path):
+    return None
+
+def broken():
+    return 3
+
+value = 3
+"""
+
+
+def test_command(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FACTORY)
+    out, numbers = tmp_path / "r.html", tmp_path / "r.json"
+    arguments = ["compare", f"{tmp_path / 'net.py'}:make", "--out", str(out), "--json"]
+    arguments += [str(numbers), "--estimators", "kfac, ekfoc", "--batches", "2", "--seed", "3"]
+    result = CliRunner().invoke(app, [*arguments, "--layers", "*", "--fisher", "exact"])
+    assert result.exit_code == 0, result.output
+    assert "EK-FOC" in result.output
+    content = json.loads(numbers.read_text())
+    assert [layer["name"] for layer in content["layers"]] == ["0", "2"]
+    assert content["num_samples"] == 10
+    assert content["settings"]["likelihood"] == "gaussian"
+    assert content["settings"]["seed"] == "3"
+    assert list(content["seconds"]) == ["kfac", "ekfoc"]
+    assert "Curvature estimators compared" in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("net.py", [], "expected MODULE:FACTORY"),
+        ("gone.py:make", [], "there is no file"),
+        ("no_such_module_here:make", [], "there is no module 'no_such_module_here'"),
+        ("torch.no_such:make", [], "there is no module 'torch.no_such'"),
+        ("net.py:mak", [], "has no 'mak'; what it defines and can be called: make, needy, broken"),
+        ("net.py:value", [], "must be a function, found int"),
+        ("net.py:needy", [], "takes path"),
+        ("net.py:broken", [], "must return (model, data)"),
+        ("net.py:make", ["--estimators", "kfak"], "estimators must be some of diagonal"),
+        ("net.py:make", ["--estimators", ""], "found none"),
+        ("net.py:make", ["--probes", "0"], "probes must be at least 1"),
+        ("net.py:make", ["--batches", "0"], "batches must be at least 1"),
+        ("net.py:make", ["--out", "gone/r.html"], "there is no folder"),
+        ("net.py:make", ["--out", "."], "is a folder"),
+        ("net.py:make", ["--fisher", "some"], "fisher must be"),
+    ],
+)
+def test_mistakes(
+    target: str,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "net.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["compare", target, *options])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda m: m, "found Linear"),
+        (lambda m: (m,), "a tuple of 1"),
+        (lambda m: (3, []), "must be a torch.nn.Module, found int"),
+        (lambda m: (m, 3), "iterable of batches"),
+        (lambda m: (m, [], 3), "arguments must be a dict, found int"),
+        (lambda m: (m, [], {"probes": 3}), "does not take here: probes"),
+    ],
+)
+def test_wrong_return_values(returned: Callable[[nn.Module], object], message: str) -> None:
+    with pytest.raises(CompareError, match=re.escape(message)):
+        subject(returned(nn.Linear(2, 2)), "net:make")
+
+
+def test_data_is_the_same_on_every_pass() -> None:
+    pairs = [(torch.randn(2, 3), torch.zeros(2)) for _ in range(3)]
+    assert repeatable(pairs, None) is pairs
+    assert len(list(repeatable(iter(pairs), None))) == 3
+    assert repeatable(pairs, 2) == pairs[:2]
+    shuffled = torch.utils.data.DataLoader(pairs, shuffle=True)
+    with pytest.raises(CompareError, match="shuffle=False"):
+        repeatable(shuffled, None)
+    with pytest.raises(CompareError, match="no batch"):
+        measure(Subject(nn.Linear(2, 2), []), Options(), "")
+
+
+def test_example() -> None:
+    torch.set_default_dtype(torch.float32)
+    example = load(str(Path(__file__).parent.parent / "examples/compare_factory.py") + ":digits")
+    study = measure(example, Options(curves=False, pictures=False), "")
+    for layer in study.layers:
+        assert layer.entries["kfoc"].error < layer.entries["kfac"].error
+    assert "Images of factors" not in page(study)
+
+
+def test_document() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    scope: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], scope)
+    assert len(list(subject(scope["factory"](), "docs").data)) == 10
