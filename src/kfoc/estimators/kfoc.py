@@ -20,12 +20,14 @@ from kfoc.kronecker import (
     Side,
     balanced,
     nearest_to_pair,
+    norm_of,
     opposite,
     settled,
 )
 from kfoc.memory import out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
+from kfoc.pooling import Optimum, Pooling, Sum, largest, optimum, summed
 from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 from kfoc.solver import fit_contraction
@@ -145,6 +147,17 @@ class KFOC(FactoredEstimator):
         state.decay(factor)
         return state
 
+    def pooled_one(
+        self, state: _Aggregation | LowRank, *, last: bool
+    ) -> Pooling[_Aggregation | LowRank]:
+        if self.decay is not None:
+            raise ValueError(
+                f"decay={self.decay} counts batches one after the other, and ranks have theirs at "
+                "the same time: leave out decay or group=..."
+            )
+        yield from state.pooled(last)
+        return state
+
     def change_one(self, state: _Aggregation | LowRank) -> float | None:
         if isinstance(state, LowRank):
             sigmas = state.norms
@@ -220,9 +233,21 @@ class _Aggregation(ABC):
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         """Left and right, balanced, of the mean Fisher over `num_samples` samples."""
 
+    @abstractmethod
+    def pooled(self, last: bool) -> Pooling[None]:
+        """Take in the other ranks' data, see `Estimator.pooled`."""
+
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
         return True
+
+    def optimum(self, step: Callable[[Tensor, Side], Tensor], plan: str) -> Pooling[Optimum]:
+        """The closest product to a sum over the ranks, of which `step` does this rank's part."""
+        size, many = self._right_shape[0], len(self._right_shape) == 2
+        start = self._like.new_ones(size).diag() if many else self._like.new_ones(size)
+        found = yield from optimum(step, start, self.config.rtol, self.config.max_steps)
+        self.report = Report(None, None, found.steps, found.converged, plan)
+        return found
 
     def solved(self, samples: Samples) -> KroneckerFit:
         fit = self.config.solve(samples, certify=False)
@@ -261,6 +286,13 @@ class _Approx(_Aggregation):
             self.right.add_(fit.right, alpha=samples.num_samples / root)
             self.unit = unit
 
+    def pooled(self, last: bool) -> Pooling[None]:
+        if last:
+            (unit,) = yield from largest(self.unit)
+            self.left.mul_(self.unit / (unit or 1.0))
+            self.unit = unit
+            yield [Sum([self.left, self.right])]
+
     def decay(self, factor: float) -> None:
         self.left.mul_(factor)
         self.right.mul_(factor)
@@ -289,6 +321,23 @@ class _Running(_Aggregation):
         shares = before / self.count, samples.num_samples / self.count
         merged = nearest_to_pair((self.left, self.right), (fit.left, fit.right), shares)
         self.left, self.right = merged
+
+    def pooled(self, last: bool) -> Pooling[None]:
+        """Algorithm 1 on the estimates of all ranks, weighted by their counts."""
+        if not last:
+            return
+        norms = norm_of(self.left), norm_of(self.right)
+        units = {"left": self.left / (norms[0] or 1.0), "right": self.right / (norms[1] or 1.0)}
+        (total,) = yield from summed(self.count)
+        own = norms[0] * norms[1] * (self.count / (total or 1.0))
+        (unit,) = yield from largest(own)
+
+        def step(factor: Tensor, side: Side) -> Tensor:
+            weight = (units[side] * factor).sum() * (own / (unit or 1.0))
+            return units[opposite(side)] * weight
+
+        found = yield from self.optimum(step, "terms")
+        (self.left, self.right), self.count = found.balanced(unit), total
 
     def decay(self, factor: float) -> None:
         self.count *= factor
@@ -448,6 +497,70 @@ class _Online(_Aggregation):
         contraction.accumulate(left, w_after, "left", c)
         contraction.accumulate(right, v_after, "right", c)
 
+    def pooled(self, last: bool) -> Pooling[None]:
+        if self.fisher is not None:
+            if last:
+                yield from self._pooled_unit()
+                yield [Sum([self.fisher])]
+                (self.weight,) = yield from summed(self.weight)
+            return
+        (absorbed,) = yield from largest(self.weight)
+        if not absorbed:
+            if last:
+                yield from self._pooled_pending()
+            return
+        if last:
+            self.flush()
+        yield from self._pooled_sums(last)
+
+    def _pooled_unit(self) -> Pooling[None]:
+        (unit,) = yield from largest(self.unit)
+        self._rescale(unit, 1.0)
+
+    def _pooled_sums(self, last: bool) -> Pooling[None]:
+        """Add up the sums. In the midst of a pass, each rank goes on with its part of them.
+
+        All directions are then those of the sums in common, and this rank's next batches stand for
+        those of all ranks: they weigh against a part as all do against the whole.
+        """
+        yield from self._pooled_unit()
+        mirrored(self.left)
+        mirrored(self.right)
+        yield [Sum([self.left, self.right])]
+        self.core, self.weight, ranks = yield from summed(self.core, self.weight, 1.0)
+        if not last:
+            self.left /= ranks
+            self.right /= ranks
+            self.core, self.weight = self.core / ranks, self.weight / ranks
+        self.norms = self.left.norm().item(), self.right.norm().item()
+
+    def _pooled_pending(self) -> Pooling[None]:
+        """The optimum of what the ranks have pending, which is all there is."""
+        pending, self.pending = self.pending, []
+        count = sum(samples.num_samples for samples in pending)
+        contraction, scale = None, 0.0
+        if count:
+            contraction, scale = self.config.contraction(pending[0].merged(pending))
+        (unit,) = yield from largest(scale)
+        (self.weight,) = yield from summed(count)
+        if not unit:
+            return
+
+        def step(factor: Tensor, side: Side) -> Tensor:
+            shape = self._right_shape if side == "left" else self._shape[:1] * 2
+            image = self._like.new_zeros(shape)
+            if contraction is not None:
+                steps = contraction.apply(factor, side)
+                contraction.accumulate(image, steps, opposite(side), scale / unit)
+            return mirrored(image)
+
+        found = yield from self.optimum(step, "ranks")
+        scale = unit / self.weight
+        left, right = found.balanced(scale)
+        self.single = KroneckerFit(
+            left, right, found.sigma * scale, None, found.steps, found.converged, "ranks"
+        )
+
     def decay(self, factor: float) -> None:
         self.flush()
         if self.unit:
@@ -489,6 +602,14 @@ class _Exact(_Online):
         fixed, image = self._factors(self.side)
         step = contraction.apply(fixed, self.side)
         contraction.accumulate(image, step, opposite(self.side), scale / (self.unit or 1.0))
+
+    def pooled(self, last: bool) -> Pooling[None]:
+        if self.side is None:
+            yield from super().pooled(last)
+        elif last:
+            self.flush()
+            _, image = self._factors(self.side)
+            yield [Sum([mirrored(image)])]
 
     def next_pass(self) -> bool:
         self.close()
