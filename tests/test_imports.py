@@ -11,6 +11,12 @@ SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
     "kronecker": set(),
+    # What estimators ask of other ranks, and how it is sent.
+    "pooling": {"kronecker"},
+    "distributed": {"pooling"},
+    "agreement": {
+        "batches", "certificate", "distributed", "estimators", "samples", "selection",
+    },
     "samples": {"memory"},
     "tokens": {"samples"},
     "tied": {"samples"},
@@ -24,7 +30,7 @@ ALLOWED = {
     "solver": {"kronecker"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
     "planner": {"kronecker", "plans", "products", "samples", "tied", "token_plan"},
-    "certificate": {"blocks", "plans", "samples", "token_plan"},
+    "certificate": {"blocks", "plans", "pooling", "samples", "token_plan"},
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {
@@ -51,7 +57,7 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "solver", "tied", "token_plan", "tokens", "memory",
+        "solver", "tied", "token_plan", "tokens", "memory", "pooling",
     },
     "forward": {"batches"},
     "jacobians": {"batches", "forward"},
@@ -62,7 +68,7 @@ ALLOWED = {
     },
     "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
     "fit": {
-        "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
+        "agreement", "distributed", "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
         "estimators", "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
         "threads",

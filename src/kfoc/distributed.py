@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -179,7 +179,9 @@ class Ranks:
             for bucket in _buckets(alike):
                 flat = torch.cat([t.reshape(-1) for t in bucket]) if len(bucket) > 1 else bucket[0]
                 parts = self._reduced(flat, distributed.ReduceOp.SUM).reshape(-1)
-                for tensor, part in zip(bucket, parts.split([t.numel() for t in bucket]), strict=True):
+                for tensor, part in zip(
+                    bucket, parts.split([t.numel() for t in bucket]), strict=True
+                ):
                     if part.data_ptr() != tensor.data_ptr():
                         tensor.copy_(part.view_as(tensor))
 
@@ -212,9 +214,7 @@ class Ranks:
         if any(row[0] == _FAILED for row in told):
             messages: list[Any] = [None] * self.world
             own_message = self._message
-            self._called(
-                lambda: distributed.all_gather_object(messages, own_message, self.group)
-            )
+            self._called(lambda: distributed.all_gather_object(messages, own_message, self.group))
             which = next(r for r, row in enumerate(told) if row[0] == _FAILED)
             raise RanksError(f"rank {which} of {self.world} failed: {messages[which]}")
         return told
@@ -228,10 +228,8 @@ class Ranks:
             raise
         except Exception as error:
             self._message = f"{type(error).__name__}: {error}"
-            try:
+            with suppress(RanksError):  # that is what the others raise
                 self._tell(_FAILED, 0)
-            except RanksError:
-                pass  # that is what the others raise
             raise
         self.section()
 

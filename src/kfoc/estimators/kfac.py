@@ -81,9 +81,7 @@ class KFAC(FactoredEstimator):
             self.update_one(state.embedding, samples.embedding, alone=alone),
         )
 
-    def pooled_one(
-        self, state: _State | _TiedState, *, last: bool
-    ) -> Pooling[_State | _TiedState]:
+    def pooled_one(self, state: _State | _TiedState, *, last: bool) -> Pooling[_State | _TiedState]:
         if not last:
             return state
         parts = [state] if isinstance(state, _State) else list(state)

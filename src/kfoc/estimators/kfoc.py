@@ -27,7 +27,8 @@ from kfoc.kronecker import (
 from kfoc.memory import out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
-from kfoc.pooling import Optimum, Pooling, Sum, largest, optimum, summed
+from kfoc.pooling import Optimum, Pooling, Sum, optimum, summed
+from kfoc.pooling import largest as largest_of
 from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 from kfoc.solver import fit_contraction
@@ -288,7 +289,7 @@ class _Approx(_Aggregation):
 
     def pooled(self, last: bool) -> Pooling[None]:
         if last:
-            (unit,) = yield from largest(self.unit)
+            (unit,) = yield from largest_of(self.unit)
             self.left.mul_(self.unit / (unit or 1.0))
             self.unit = unit
             yield [Sum([self.left, self.right])]
@@ -330,7 +331,7 @@ class _Running(_Aggregation):
         units = {"left": self.left / (norms[0] or 1.0), "right": self.right / (norms[1] or 1.0)}
         (total,) = yield from summed(self.count)
         own = norms[0] * norms[1] * (self.count / (total or 1.0))
-        (unit,) = yield from largest(own)
+        (unit,) = yield from largest_of(own)
 
         def step(factor: Tensor, side: Side) -> Tensor:
             weight = (units[side] * factor).sum() * (own / (unit or 1.0))
@@ -498,13 +499,14 @@ class _Online(_Aggregation):
         contraction.accumulate(right, v_after, "right", c)
 
     def pooled(self, last: bool) -> Pooling[None]:
+        yield from self._pooled_kind()
         if self.fisher is not None:
             if last:
                 yield from self._pooled_unit()
                 yield [Sum([self.fisher])]
                 (self.weight,) = yield from summed(self.weight)
             return
-        (absorbed,) = yield from largest(self.weight)
+        (absorbed,) = yield from largest_of(self.weight)
         if not absorbed:
             if last:
                 yield from self._pooled_pending()
@@ -513,8 +515,25 @@ class _Online(_Aggregation):
             self.flush()
         yield from self._pooled_sums(last)
 
+    def _pooled_kind(self) -> Pooling[None]:
+        """Sum F itself on all ranks or on none: each has decided by the size of its first batch."""
+        seen = self.unit > 0 or any(samples.numel for samples in self.pending)
+        dense, factored = yield from largest_of(self.fisher is not None, self.fisher is None and seen)
+        if not dense or (not factored and self.fisher is not None):
+            return
+        if self.fisher is None and not factored:
+            o, i = self._shape
+            self.fisher = self._like.new_zeros(o * i, o * i)
+            self.weight += sum(samples.num_samples for samples in self.pending)
+            self.pending = []
+        elif self.fisher is not None:
+            contraction = Dense.of(self.fisher, self._shape)
+            self.fisher = None
+            if self.unit:
+                self._step(contraction, 1.0)
+
     def _pooled_unit(self) -> Pooling[None]:
-        (unit,) = yield from largest(self.unit)
+        (unit,) = yield from largest_of(self.unit)
         self._rescale(unit, 1.0)
 
     def _pooled_sums(self, last: bool) -> Pooling[None]:
@@ -541,7 +560,7 @@ class _Online(_Aggregation):
         contraction, scale = None, 0.0
         if count:
             contraction, scale = self.config.contraction(pending[0].merged(pending))
-        (unit,) = yield from largest(scale)
+        (unit,) = yield from largest_of(scale)
         (self.weight,) = yield from summed(count)
         if not unit:
             return
