@@ -61,7 +61,7 @@ def test_over_ranks(results: list[dict], name: str) -> None:
 
 def test_a_group_needs_torch_distributed() -> None:
     model, data = convolutional(), [images(4)]
-    with pytest.raises(ValueError, match="group must be a torch.distributed process group"):
+    with pytest.raises(ValueError, match="group must be a"):
         kfoc.fit(model, data, group="gloo")
     with pytest.raises(ValueError, match="init_process_group"):
         kfoc.distributed.Ranks()

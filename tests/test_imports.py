@@ -68,7 +68,8 @@ ALLOWED = {
     },
     "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
     "fit": {
-        "agreement", "distributed", "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
+        "agreement", "batches", "blocks", "capture", "certificate", "checks", "coverage",
+        "curvature", "distributed",
         "estimators", "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
         "threads",

@@ -64,14 +64,14 @@ def check_same(ranks: Ranks, options: dict[str, Any], selection: Selection) -> N
             )
 
 
-def pool(ranks: Ranks, run: Run, *, last: bool) -> None:
+def pool(ranks: Ranks, run: Run) -> None:
     """Make the states of this rank's data those of all ranks', see `Estimator.pooled`."""
     _agree(ranks, run)
     names = sorted(run.states.keys() - run.settled)
-    poolings = [run.estimator.pooled(run.states[name], last=last) for name in names]
+    poolings = [run.estimator.pooled(run.states[name]) for name in names]
     for name, state in zip(names, ranks.pooled(poolings), strict=True):
         run.states[name] = state
-    if last and not run.passes:
+    if not run.passes:
         ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
 
 

@@ -2,8 +2,7 @@
 
 The ranks go from batch to batch in step. Before a batch's derivatives, they tell each other how
 many samples it has, which gives every sample its number in the whole data set; a rank whose data
-has ended takes part with none. What is summed over ranks is summed at the end of a pass, and after
-1, 2, 4, 8, ... batches for what depends on the sums so far.
+has ended takes part with none. What is summed over ranks is summed at the end of a pass.
 
 Every exchange begins with a small message from each rank on whether it is well, so that an error on
 one ends the others too. A rank that dies ends them by what the group's transport says, or by its
@@ -100,18 +99,15 @@ class Ranks:
         """Begin a pass."""
         self.samples = self.steps = 0
 
-    @property
-    def due(self) -> bool:
-        """Whether running sums are to be added up now: after 1, 2, 4, 8, ... steps."""
-        return self.steps & (self.steps - 1) == 0
-
     def first_index(self, count: int) -> int:
         """The number in the whole data set of the first of this rank's next `count` samples."""
         return self._step(_BATCH, count)[0]
 
-    def ended(self) -> bool:
-        """Take part in a step without data; whether no rank has any left."""
-        return not self._step(_ENDED, 0)[1]
+    def rest(self) -> int:
+        """Take part, without data, in the steps that others have left; all ranks' samples."""
+        while self._step(_ENDED, 0)[1]:
+            pass
+        return self.samples
 
     def _step(self, kind: int, count: int) -> tuple[int, bool]:
         told = self._tell(kind, count)

@@ -271,9 +271,7 @@ class _Run:
             self.read = index
             if meter:
                 meter.show(number, index, last=following is _END)
-            if self.ranks and self.ranks.due:
-                pool(self.ranks, self, last=False)
-        samples = self._rest(self.ranks) if self.ranks else index
+        samples = self.ranks.rest() if self.ranks else index
         if not samples:
             raise ValueError(f"data has no batches (pass {self.passes + 1})")
         if self.passes and number != len(self.marks):
@@ -282,15 +280,8 @@ class _Run:
                 f"{len(self.marks)}: several passes need the same batches each time"
             )
         if self.ranks:
-            pool(self.ranks, self, last=True)
+            pool(self.ranks, self)
         self.num_samples, self.passes, self.read = samples, self.passes + 1, 0
-
-    def _rest(self, ranks: Ranks) -> int:
-        """Wait for the ranks that have more batches; the number of samples of all ranks."""
-        while not ranks.ended():
-            if ranks.due:
-                pool(ranks, self, last=False)
-        return ranks.samples
 
     def adopt(self, name: str, silent: LayerSamples) -> None:
         """Begin the state of a layer that other ranks' samples reached, and none of this one's."""

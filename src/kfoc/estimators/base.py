@@ -57,12 +57,10 @@ class Estimator(ABC):
             "or kfoc.Diagonal(), or no decay"
         )
 
-    def pooled(self, state: Any, *, last: bool) -> Pooling[Any]:
+    def pooled(self, state: Any) -> Pooling[Any]:
         """The state of what all ranks have seen, from the state of this one's share.
 
-        Called on all ranks at once: at the end of every pass (`last`), when the state becomes that
-        of all data, and a few times in the midst of it, when it may become this rank's part of a
-        state in common.
+        Called on all ranks at once at the end of every pass, before `next_pass`.
 
         Raises:
             ValueError: an estimator whose states cannot be pooled.

@@ -48,9 +48,8 @@ class BlockDiagonal(Estimator):
         state.matrix.mul_(factor)
         return state
 
-    def pooled(self, state: _State, *, last: bool) -> Pooling[_State]:
-        if last:
-            yield [Sum([state.matrix])]
+    def pooled(self, state: _State) -> Pooling[_State]:
+        yield [Sum([state.matrix])]
         return state
 
     def finish(self, state: _State, num_samples: float) -> DenseBlock:

@@ -39,9 +39,8 @@ class Diagonal(Estimator):
     def decayed(self, state: Tensor, factor: float) -> Tensor:
         return state.mul_(factor)
 
-    def pooled(self, state: Tensor, *, last: bool) -> Pooling[Tensor]:
-        if last:
-            yield [Sum([state])]
+    def pooled(self, state: Tensor) -> Pooling[Tensor]:
+        yield [Sum([state])]
         return state
 
     def finish(self, state: Tensor, num_samples: float) -> DiagonalBlock:

@@ -76,15 +76,13 @@ class EigenCorrected(FactoredEstimator):
             state.samples += samples.num_samples
         return state
 
-    def pooled_one(self, state: _State, *, last: bool) -> Pooling[_State]:
+    def pooled_one(self, state: _State) -> Pooling[_State]:
         if state.sums is not None:
-            if last:
-                yield [Sum([state.sums])]
+            yield [Sum([state.sums])]
             return state
-        state.base = yield from self.base.pooled_one(state.base, last=last)
-        if last:
-            (count,) = yield from summed(state.samples)
-            state.samples = round(count)
+        state.base = yield from self.base.pooled_one(state.base)
+        (count,) = yield from summed(state.samples)
+        state.samples = round(count)
         return state
 
     def next_pass_one(self, state: _State) -> tuple[_State, bool]:

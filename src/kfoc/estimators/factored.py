@@ -75,7 +75,7 @@ class FactoredEstimator(Estimator):
         return state, True
 
     @abstractmethod
-    def pooled_one(self, state: Any, *, last: bool) -> Pooling[Any]: ...
+    def pooled_one(self, state: Any) -> Pooling[Any]: ...
 
     def decayed_one(self, state: Any, factor: float) -> Any:
         return super().decayed(state, factor)
@@ -150,16 +150,16 @@ class FactoredEstimator(Estimator):
             return _Groups([self.decayed_one(s, factor) for s in state.states], state.settled)
         return self.decayed_one(state, factor)
 
-    def pooled(self, state: Any, *, last: bool) -> Pooling[Any]:
+    def pooled(self, state: Any) -> Pooling[Any]:
         if isinstance(state, _Other):
-            pooled = yield from state.estimator.pooled(state.state, last=last)
+            pooled = yield from state.estimator.pooled(state.state)
             return _Other(state.estimator, pooled)
         if isinstance(state, _Rows):
-            return (yield from _pooled_rows(state)) if last else state
+            return (yield from _pooled_rows(state))
         if not isinstance(state, _Groups):
-            return (yield from self.pooled_one(state, last=last))
+            return (yield from self.pooled_one(state))
         poolings = [
-            unpooled(one) if settled else self.pooled_one(one, last=last)
+            unpooled(one) if settled else self.pooled_one(one)
             for one, settled in zip(*state, strict=True)
         ]
         return _Groups((yield from together(poolings)), state.settled)

@@ -81,9 +81,7 @@ class KFAC(FactoredEstimator):
             self.update_one(state.embedding, samples.embedding, alone=alone),
         )
 
-    def pooled_one(self, state: _State | _TiedState, *, last: bool) -> Pooling[_State | _TiedState]:
-        if not last:
-            return state
+    def pooled_one(self, state: _State | _TiedState) -> Pooling[_State | _TiedState]:
         parts = [state] if isinstance(state, _State) else list(state)
         parts = yield from together([_pooled(part) for part in parts])
         return parts[0] if isinstance(state, _State) else _TiedState(*parts)

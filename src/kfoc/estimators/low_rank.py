@@ -195,10 +195,8 @@ class LowRank:
         self.fixed = [fixed.turned() for fixed in self.fixed]
         return False
 
-    def pooled(self, last: bool) -> Pooling[None]:
+    def pooled(self) -> Pooling[None]:
         """Take in the other ranks' data at the end of a pass."""
-        if not last:
-            return
         if self.fixed:
             yield [Sum([fixed.image for fixed in self.fixed])]
             return
