@@ -148,9 +148,7 @@ class KFOC(FactoredEstimator):
         state.decay(factor)
         return state
 
-    def pooled_one(
-        self, state: _Aggregation | LowRank, *, last: bool
-    ) -> Pooling[_Aggregation | LowRank]:
+    def pooled_one(self, state: _Aggregation | LowRank) -> Pooling[_Aggregation | LowRank]:
         if self.decay is not None:
             raise ValueError(
                 f"decay={self.decay} counts batches one after the other, and ranks have theirs at "
