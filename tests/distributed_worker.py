@@ -7,6 +7,7 @@ Writes DIRECTORY/result-RANK.json: check -> "" or what went wrong.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kfoc
@@ -67,7 +70,7 @@ def data_and_model() -> tuple[nn.Sequential, Tensor, Tensor, Data]:
 @check
 def exact_is_the_optimum_of_all_data(rank: int, world: int) -> None:
     model, x, _, data = data_and_model()
-    for buffer in (0, 2000, 2**19):  # nothing, some layers or all data fit
+    for buffer in (0, 2**19):  # nothing or all data fits
         estimator = kfoc.KFOC("exact", rtol=0, passes=400, buffer=buffer)
         curvature = fitted(model, data[rank::world], fisher="exact", estimator=estimator)
         alone = kfoc.fit(model, data, fisher="exact", estimator=estimator)
@@ -187,25 +190,41 @@ def layers_without_treatment_are_left_out_on_all_ranks(rank: int, world: int) ->
     assert_same(curvature, expected)
 
 
+def excesses(
+    curvature: kfoc.Curvature, model: nn.Module, inputs: Tensor, layers: tuple[str, ...]
+) -> Tensor:
+    """By how much the relative errors of blocks exceed those of the optima."""
+    cotangents, found = oracle.categorical_exact(model(inputs).detach()), []
+    for layer in layers:
+        fisher = oracle.fisher_block(model, layer, inputs, cotangents)
+        block = curvature[layer]
+        _, _, best = oracle.optimum(fisher, *block.shape)
+        found.append(oracle.relative_error(fisher, block.to_dense()) - best)
+    return torch.tensor(found)
+
+
 @check
 def online_is_near_the_optimum(rank: int, world: int) -> None:
     model, x, y = trained()
+    layers = ("2", "4")
     order = y.argsort()  # the ranks have different classes
     for data in (batches(x, y, 10), batches(x[order], y[order], 10)):
-        whole = torch.cat([inputs for inputs, _ in data])
-        cotangents = oracle.categorical_exact(model(whole).detach())
+        inputs = torch.cat([batch for batch, _ in data])
         share = math.ceil(len(data) / world)
         mine = data[rank * share : (rank + 1) * share]
-        for buffer in (2**13, 2**19):
+        for buffer in (0, 2**19):
             estimator = kfoc.KFOC(buffer=buffer)
             curvature = fitted(model, mine, fisher="exact", estimator=estimator)
-            for layer in ("0", "2", "4"):
-                fisher = oracle.fisher_block(model, layer, whole, cotangents)
-                block = curvature[layer]
-                _, _, best = oracle.optimum(fisher, *block.shape)
-                error = oracle.relative_error(fisher, block.to_dense())
-                assert best - 1e-9 <= error <= best + 0.01, (layer, buffer, best, error)
-        assert_on_all_ranks(curvature, world)
+            # A rank's own pass over few and small batches may be off: no more than merging adds.
+            worst = torch.zeros(len(layers))
+            if not buffer:
+                own = kfoc.fit(model, mine, fisher="exact", estimator=estimator)
+                worst = excesses(own, model, torch.cat([b for b, _ in mine]), layers)
+                distributed.all_reduce(worst, distributed.ReduceOp.MAX)
+            excess = excesses(curvature, model, inputs, layers)
+            assert (excess > -1e-9).all(), excess
+            assert (excess <= worst + 0.01).all(), (buffer, excess, worst)
+            assert_on_all_ranks(curvature, world)
 
 
 @check
@@ -233,6 +252,25 @@ def wrapped_models_go_by_their_own_names(rank: int, world: int) -> None:
     curvature = fitted(wrapped, data[rank::world], estimator=kfoc.KFAC())
     assert_same(curvature, kfoc.fit(model, data, estimator=kfoc.KFAC()))
     assert all(p.grad is None for p in model.parameters())
+
+
+@check
+def sharded_models_are_fitted_as_they_are(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    plain = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in LAYERS:
+        fully_shard(model.get_submodule(layer), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for estimator in (kfoc.KFAC(), kfoc.KFOC("exact", rtol=0, passes=200)):
+        options: dict[str, Any] = {"estimator": estimator, "fisher": "exact"}
+        curvature = fitted(model, data[:8][rank::world], **options)
+        expected = kfoc.fit(plain, data[:8], **options)
+        assert curvature.layouts == expected.layouts
+        assert_same(curvature, expected)
+    # A forward pass is a matter of all ranks: those with fewer batches would be waited for.
+    error = error_of(lambda: fitted(model, data[: 1 + rank]))
+    assert "batches" in str(error), error
 
 
 @check

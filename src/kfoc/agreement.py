@@ -44,11 +44,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether parameters lie with several ranks (`fully_shard`), who then run forward together."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
 def check_same(ranks: Ranks, options: dict[str, Any], selection: Selection) -> None:
     """All ranks must fit the same layers with the same options.
 
     Raises:
-        ValueError: they do not; the message names the first difference.
+        RanksError: they do not; the message names the first difference.
     """
     layers = {name: repr(selection.layout(name).shape) for name in selection.blocks}
     order = {"the order of layers": list(layers)}

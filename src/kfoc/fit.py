@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.agreement import check_same, pool, unwrapped
+from kfoc.agreement import check_same, pool, sharded, unwrapped
 from kfoc.batches import (
     Mark,
     Predict,
@@ -139,6 +139,8 @@ def _fitted(
         run.ranks = ranks
         told = {"estimator": estimator, "likelihood": type(chosen).__name__, "fisher": fisher}
         told |= {"mc_samples": mc_samples, "probes": probes, "seed": seed}
+        if sharded(model):  # a forward pass is then a matter of all ranks
+            told["batches in data"] = length(data)
         check_same(ranks, told, selection)
     with _undisturbed(model), captured(selection) as record:
         while True:
