@@ -96,7 +96,7 @@ def sums_are_those_of_one_process(rank: int, world: int) -> None:
         kfoc.EigenCorrected(kfoc.KFAC()),
         kfoc.KFOC("approx"),
         kfoc.KFOC(rank=2),
-        kfoc.KFOC("exact", rank=2, rtol=0, passes=400, buffer=0),
+        kfoc.KFOC("exact", rank=2, rtol=1e-13, passes=60, buffer=0),
     ):
         # Draws go by the sample's number in the data of all ranks, so these are the same draws.
         options: dict[str, Any] = {"estimator": estimator, "mc_samples": 2, "seed": 7}
@@ -215,7 +215,7 @@ def online_is_near_the_optimum(rank: int, world: int) -> None:
         for buffer in (0, 2**19):
             estimator = kfoc.KFOC(buffer=buffer)
             curvature = fitted(model, mine, fisher="exact", estimator=estimator)
-            # A rank's own pass over few and small batches may be off: no more than merging adds.
+            # A rank's own pass over few and small batches is off; merging must add little.
             worst = torch.zeros(len(layers))
             if not buffer:
                 own = kfoc.fit(model, mine, fisher="exact", estimator=estimator)
@@ -223,7 +223,7 @@ def online_is_near_the_optimum(rank: int, world: int) -> None:
                 distributed.all_reduce(worst, distributed.ReduceOp.MAX)
             excess = excesses(curvature, model, inputs, layers)
             assert (excess > -1e-9).all(), excess
-            assert (excess <= worst + 0.01).all(), (buffer, excess, worst)
+            assert (excess <= worst + 0.02).all(), (buffer, excess, worst)
             assert_on_all_ranks(curvature, world)
 
 
