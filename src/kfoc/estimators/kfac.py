@@ -116,4 +116,4 @@ def _pooled(state: _State) -> Pooling[_State]:
         factor.mul_(state.samples) if state.samples else factor.zero_()
     yield [Sum(factors)]
     (samples,) = yield from summed(state.samples)
-    return _State(*(factor.div_(samples) for factor in factors), samples)
+    return _State(state.left.div_(samples), state.right.div_(samples), samples)
