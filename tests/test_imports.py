@@ -11,6 +11,12 @@ SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
     "kronecker": set(),
+    # What estimators ask of other ranks, and how it is sent.
+    "pooling": {"kronecker"},
+    "distributed": {"pooling"},
+    "agreement": {
+        "batches", "certificate", "distributed", "estimators", "samples", "selection",
+    },
     "samples": {"memory"},
     "tokens": {"samples"},
     "tied": {"samples"},
@@ -24,7 +30,7 @@ ALLOWED = {
     "solver": {"kronecker"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
     "planner": {"kronecker", "plans", "products", "samples", "tied", "token_plan"},
-    "certificate": {"blocks", "plans", "samples", "token_plan"},
+    "certificate": {"blocks", "plans", "pooling", "samples", "token_plan"},
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {
@@ -51,7 +57,7 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "solver", "tied", "token_plan", "tokens", "memory",
+        "solver", "tied", "token_plan", "tokens", "memory", "pooling",
     },
     "forward": {"batches"},
     "jacobians": {"batches", "forward"},
@@ -64,8 +70,8 @@ ALLOWED = {
     "fingerprint": {"encoding"},
     "checkpoint": {"encoding", "fingerprint", "selection"},
     "fit": {
-        "batches", "blocks", "capture", "certificate", "checkpoint", "checks", "coverage",
-        "curvature", "estimators", "graph", "layers",
+        "agreement", "batches", "blocks", "capture", "certificate", "checkpoint", "checks",
+        "coverage", "curvature", "distributed", "estimators", "graph", "layers",
         "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
         "threads",
     },

@@ -10,6 +10,7 @@ import torch
 
 from kfoc.blocks import Block
 from kfoc.plans import CHUNK
+from kfoc.pooling import Pooling, Sum, largest
 from kfoc.samples import LayerSamples, Samples, gradient_chunks
 from kfoc.token_plan import add_products
 
@@ -45,6 +46,13 @@ class Probes:
         for gradients in gradient_chunks(rescaled, CHUNK):
             rows = gradients.reshape(-1, o * i)
             products.addmm_(vectors @ rows.mT, rows, alpha=scale / self.unit)
+
+    def pooled(self) -> Pooling[None]:
+        """Add up the products of all ranks."""
+        (unit,) = yield from largest(self.unit)
+        self.products *= self.unit / (unit or 1.0)
+        self.unit = unit
+        yield [Sum([self.products])]
 
     def certified(self, block: Block, num_samples: int) -> Block:
         """The block with its relative error and that number's standard error.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfoc.agreement import check_same, pool, sharded, unwrapped
 from kfoc.batches import (
     Mark,
     Predict,
@@ -29,6 +30,7 @@ from kfoc.checkpoint import Checkpoint, Keeper
 from kfoc.checks import untreatable
 from kfoc.coverage import parameter_counts
 from kfoc.curvature import Curvature
+from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
@@ -55,6 +57,7 @@ def fit(
     probes: int = 0,
     seed: int = 0,
     progress: bool | Callable[[Progress], Any] = False,
+    group: Any = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Curvature:
@@ -95,6 +98,9 @@ def fit(
         seed: of the draws and probes; the same seed gives the same draws for any batch size.
         progress: True: passes, samples, rate, and the time left where the data has a length, on
             standard error; or a callable that gets a `Progress` after every batch.
+        group: a process group of `torch.distributed` (or `kfoc.distributed.Ranks`), whose ranks
+            all call this with the same model and options, and each with its share of the data,
+            of any length. All get the same curvature, that of the data of all.
         checkpoint: a directory, or a `Checkpoint` of one, to save the state of the fit to: every
             minute and after every pass. It stays when the fit has ended.
         resume: go on from the checkpoint, if there is one, to the same bits: the batches that it
@@ -105,7 +111,33 @@ def fit(
 
     Raises:
         ValueError: bad arguments, data or values; the message names the layer and the batch.
+        kfoc.distributed.RanksError: another rank failed, died, or passes other arguments.
     """
+    ranks = Ranks.of(group)
+    if ranks and checkpoint is not None:
+        raise ValueError(
+            "checkpoint: the state of a fit over several ranks cannot be saved; leave out "
+            "checkpoint or group"
+        )
+    with ranks.telling() if ranks else nullcontext():
+        model = unwrapped(model) if ranks else model
+        options = fisher, mc_samples, predict, probes, seed
+        saving = checkpoint, resume
+        return _fitted(model, data, likelihood, estimator, options, layers, progress, saving, ranks)
+
+
+def _fitted(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: str | Likelihood,
+    estimator: Estimator | None,
+    options: tuple[str, int, Predict | None, int, int],
+    layers: str | Iterable[str] | None,
+    progress: bool | Callable[[Progress], Any],
+    saving: tuple[Checkpoint | str | os.PathLike[str] | None, bool],
+    ranks: Ranks | None,
+) -> Curvature:
+    fisher, mc_samples, _, probes, seed = options
     estimator = KFOC() if estimator is None else estimator
     _check_options(estimator, fisher, mc_samples, probes, seed)
     report = reporter(progress)
@@ -117,8 +149,15 @@ def fit(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
             "pass a list or a DataLoader"
         )
-    run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
-    keeper = Keeper(checkpoint, resume, run)
+    run = _Run(model, chosen, estimator, *options, selection)
+    keeper = Keeper(*saving, run)
+    if ranks:
+        run.ranks = ranks
+        told = {"estimator": estimator, "likelihood": type(chosen).__name__, "fisher": fisher}
+        told |= {"mc_samples": mc_samples, "probes": probes, "seed": seed}
+        if sharded(model):  # a forward pass is then a matter of all ranks
+            told["batches in data"] = length(data)
+        check_same(ranks, told, selection)
     with _undisturbed(model), captured(selection) as record:
         done = keeper.restored(run, data)
         while not done:
@@ -230,6 +269,8 @@ class _Run:
     updates: int = 0  # of any layer's state: whether a failed batch left traces
     marks: list[Mark] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
+    ranks: Ranks | None = None  # of a distributed fit, and so the next
+    read: int = 0  # samples in this pass, before the present batch
 
     def one_pass(
         self,
@@ -239,6 +280,8 @@ class _Run:
         keeper: Keeper,
     ) -> int:
         """Take in all batches, or those that a checkpoint had not; returns the number of all."""
+        if self.ranks:
+            self.ranks.start()
         batches = iter(data)
         index, number = keeper.begun(batches)
         meter = self._meter(data, report, keeper.spent) if report else None
@@ -246,24 +289,37 @@ class _Run:
         while batch is not _END:
             # One ahead: a data set of a single batch gets that batch's optimum.
             following = next(batches, _END)
-            alone = number == 0 and following is _END
+            alone = number == 0 and following is _END and self.ranks is None
             keeper.saw(batch)
             with within(f"batch {number}"):
                 index += self._batch(batch, record, index, number, alone)
             batch, number = following, number + 1
+            self.read = index
             if meter:
                 meter.show(number, index, last=following is _END)
             if following is not _END:
                 keeper.after_batch(self, index, number)
-        if not number:
+        samples = self.ranks.rest() if self.ranks else index
+        if not samples:
             raise ValueError(f"data has no batches (pass {self.passes + 1})")
         if self.passes and number != len(self.marks):
             raise ValueError(
                 f"pass {self.passes + 1} over the data had {number} batches where the first had "
                 f"{len(self.marks)}: several passes need the same batches each time"
             )
-        self.num_samples, self.passes = index, self.passes + 1
+        if self.ranks:
+            pool(self.ranks, self)
+        self.num_samples, self.passes, self.read = samples, self.passes + 1, 0
         return number
+
+    def adopt(self, name: str, silent: LayerSamples) -> None:
+        """Begin the state of a layer that other ranks' samples reached, and none of this one's."""
+        self.states[name] = self.estimator.init(name, silent)
+        self.shapes[name] = silent
+        if self.num_probes:
+            self.probes[name] = Probes(self.num_probes, self.seed, name, silent)
+        if self.read:
+            self._update(name, silent.silent(self.read), 0, False)
 
     def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
         changes = [self.estimator.change(state) for state in self.states.values()]
@@ -289,7 +345,8 @@ class _Run:
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
-                grads = self._gradients(outputs, targets, record, index)
+                first = self.ranks.first_index(count) if self.ranks else index
+                grads = self._gradients(outputs, targets, record, first)
             del outputs  # and with it the graph, but for what regions need of it
             # Regions first: the graph lives no longer than they do.
             reached = [*record.regions, *record.calls]
@@ -331,6 +388,8 @@ class _Run:
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
         # Whatever the forward pass draws is a function of seed and batch, on every pass.
+        if self.ranks:  # which take turns, were it one process
+            number = number * self.ranks.world + self.ranks.rank
         seed = (self.seed * 1_000_003 + number) % 2**63
         with seeded(seed, cuda=next(self.model.parameters()).is_cuda):
             outputs = (self.predict or called)(self.model, moved(inputs, self.model))

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from kfoc.blocks import Block
+from kfoc.pooling import Pooling
 from kfoc.samples import LayerSamples
 
 
@@ -55,6 +56,16 @@ class Estimator(ABC):
             f"{self} cannot let old batches count less than new ones: use kfoc.KFOC(), kfoc.KFAC() "
             "or kfoc.Diagonal(), or no decay"
         )
+
+    def pooled(self, state: Any) -> Pooling[Any]:
+        """The state of what all ranks have seen, from the state of this one's share.
+
+        Called on all ranks at once at the end of every pass, before `next_pass`.
+
+        Raises:
+            ValueError: an estimator whose states cannot be pooled.
+        """
+        raise ValueError(f"{self} cannot be fitted over several ranks: leave out group=...")
 
     @property
     def pass_limit(self) -> int:

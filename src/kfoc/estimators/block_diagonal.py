@@ -10,6 +10,7 @@ from torch import Tensor
 from kfoc.blocks import DenseBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import add_fisher
+from kfoc.pooling import Pooling, Sum
 from kfoc.products import mirrored
 from kfoc.samples import LayerSamples
 
@@ -45,6 +46,10 @@ class BlockDiagonal(Estimator):
 
     def decayed(self, state: _State, factor: float) -> _State:
         state.matrix.mul_(factor)
+        return state
+
+    def pooled(self, state: _State) -> Pooling[_State]:
+        yield [Sum([state.matrix])]
         return state
 
     def finish(self, state: _State, num_samples: float) -> DenseBlock:

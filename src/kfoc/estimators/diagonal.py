@@ -9,6 +9,7 @@ from torch import Tensor
 from kfoc.blocks import DiagonalBlock
 from kfoc.estimators.base import Estimator
 from kfoc.plans import CHUNK
+from kfoc.pooling import Pooling, Sum
 from kfoc.samples import LayerSamples, Samples, gradient_chunks
 from kfoc.token_plan import add_squares
 from kfoc.tokens import OneHot
@@ -37,6 +38,10 @@ class Diagonal(Estimator):
 
     def decayed(self, state: Tensor, factor: float) -> Tensor:
         return state.mul_(factor)
+
+    def pooled(self, state: Tensor) -> Pooling[Tensor]:
+        yield [Sum([state])]
+        return state
 
     def finish(self, state: Tensor, num_samples: float) -> DiagonalBlock:
         return DiagonalBlock(state / num_samples)

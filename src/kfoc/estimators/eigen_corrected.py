@@ -13,6 +13,7 @@ from kfoc.blocks.spectrum import eigh
 from kfoc.estimators.factored import FactoredEstimator
 from kfoc.estimators.kfoc import KFOC
 from kfoc.plans import CHUNK
+from kfoc.pooling import Pooling, Sum, summed
 from kfoc.samples import Samples, gradient_chunks
 
 
@@ -73,6 +74,15 @@ class EigenCorrected(FactoredEstimator):
         else:
             state.base = self.base.update_one(state.base, samples, alone=alone)
             state.samples += samples.num_samples
+        return state
+
+    def pooled_one(self, state: _State) -> Pooling[_State]:
+        if state.sums is not None:
+            yield [Sum([state.sums])]
+            return state
+        state.base = yield from self.base.pooled_one(state.base)
+        (count,) = yield from summed(state.samples)
+        state.samples = round(count)
         return state
 
     def next_pass_one(self, state: _State) -> tuple[_State, bool]:

@@ -13,6 +13,7 @@ from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
 from kfoc.kronecker import balanced
 from kfoc.plans import CHUNK
+from kfoc.pooling import Pooling, Sum, largest, together, unpooled
 from kfoc.samples import Depthwise, Direct, Grouped, LayerSamples, Samples, gradient_chunks
 from kfoc.tied import Tied
 
@@ -72,6 +73,9 @@ class FactoredEstimator(Estimator):
 
     def next_pass_one(self, state: Any) -> tuple[Any, bool]:
         return state, True
+
+    @abstractmethod
+    def pooled_one(self, state: Any) -> Pooling[Any]: ...
 
     def decayed_one(self, state: Any, factor: float) -> Any:
         return super().decayed(state, factor)
@@ -146,6 +150,20 @@ class FactoredEstimator(Estimator):
             return _Groups([self.decayed_one(s, factor) for s in state.states], state.settled)
         return self.decayed_one(state, factor)
 
+    def pooled(self, state: Any) -> Pooling[Any]:
+        if isinstance(state, _Other):
+            pooled = yield from state.estimator.pooled(state.state)
+            return _Other(state.estimator, pooled)
+        if isinstance(state, _Rows):
+            return (yield from _pooled_rows(state))
+        if not isinstance(state, _Groups):
+            return (yield from self.pooled_one(state))
+        poolings = [
+            unpooled(one) if settled else self.pooled_one(one)
+            for one, settled in zip(*state, strict=True)
+        ]
+        return _Groups((yield from together(poolings)), state.settled)
+
     def change(self, state: Any) -> float | None:
         if isinstance(state, _Other | _Rows):
             return None
@@ -188,6 +206,13 @@ def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
         rows = gradients.permute(2, 0, 1, 3).reshape(o, -1, i)
         total.baddbmm_(rows.mT, rows, alpha=scale / unit)
     return _Rows(total, unit)
+
+
+def _pooled_rows(state: _Rows) -> Pooling[_Rows]:
+    (unit,) = yield from largest(state.unit)
+    state.total.mul_(state.unit / (unit or 1.0))
+    yield [Sum([state.total])]
+    return _Rows(state.total, unit)
 
 
 def _rows_block(state: _Rows, num_samples: float) -> GroupedBlock:

@@ -11,6 +11,7 @@ from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators.factored import FactoredEstimator
 from kfoc.kronecker import nearest_to_pair
 from kfoc.plans import CHUNK
+from kfoc.pooling import Pooling, Sum, summed, together
 from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples, chunks
 from kfoc.tied import Tied
@@ -80,6 +81,11 @@ class KFAC(FactoredEstimator):
             self.update_one(state.embedding, samples.embedding, alone=alone),
         )
 
+    def pooled_one(self, state: _State | _TiedState) -> Pooling[_State | _TiedState]:
+        parts = [state] if isinstance(state, _State) else list(state)
+        parts = yield from together([_pooled(part) for part in parts])
+        return parts[0] if isinstance(state, _State) else _TiedState(*parts)
+
     def decayed_one(self, state: _State | _TiedState, factor: float) -> _State | _TiedState:
         # The factors are means: what they weigh against the next batch is the count alone.
         if isinstance(state, _TiedState):
@@ -100,3 +106,14 @@ class KFAC(FactoredEstimator):
             return KroneckerBlock(left, right)
         kind = KroneckerDiagonalBlock if state.right.ndim == 1 else KroneckerBlock
         return kind(mirrored(state.left), mirrored(state.right))
+
+
+def _pooled(state: _State) -> Pooling[_State]:
+    """The means over all ranks' samples."""
+    factors = [state.left, state.right]
+    for factor in factors:
+        # Without samples, the factors are memory that nobody has written to.
+        factor.mul_(state.samples) if state.samples else factor.zero_()
+    yield [Sum(factors)]
+    (samples,) = yield from summed(state.samples)
+    return _State(state.left.div_(samples), state.right.div_(samples), samples)

@@ -20,12 +20,15 @@ from kfoc.kronecker import (
     Side,
     balanced,
     nearest_to_pair,
+    norm_of,
     opposite,
     settled,
 )
 from kfoc.memory import out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
+from kfoc.pooling import Optimum, Pooling, Sum, optimum, summed
+from kfoc.pooling import largest as largest_of
 from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 from kfoc.solver import fit_contraction
@@ -145,6 +148,15 @@ class KFOC(FactoredEstimator):
         state.decay(factor)
         return state
 
+    def pooled_one(self, state: _Aggregation | LowRank) -> Pooling[_Aggregation | LowRank]:
+        if self.decay is not None:
+            raise ValueError(
+                f"decay={self.decay} counts batches one after the other, and ranks have theirs at "
+                "the same time: leave out decay or group=..."
+            )
+        yield from state.pooled()
+        return state
+
     def change_one(self, state: _Aggregation | LowRank) -> float | None:
         if isinstance(state, LowRank):
             sigmas = state.norms
@@ -220,9 +232,36 @@ class _Aggregation(ABC):
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         """Left and right, balanced, of the mean Fisher over `num_samples` samples."""
 
+    @abstractmethod
+    def pooled(self) -> Pooling[None]:
+        """Take in the other ranks' data, see `Estimator.pooled`."""
+
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
         return True
+
+    def optimum(self, step: Callable[[Tensor, Side], Tensor], plan: str) -> Pooling[Optimum]:
+        """The closest product to a sum over the ranks, of which `step` does this rank's part."""
+        size, many = self._right_shape[0], len(self._right_shape) == 2
+        start = self._like.new_ones(size).diag() if many else self._like.new_ones(size)
+        found = yield from optimum(step, start, self.config.rtol, self.config.max_steps)
+        self.report = Report(None, None, found.steps, found.converged, plan)
+        return found
+
+    def merged(self, left: Tensor, right: Tensor, sigma: float) -> Pooling[tuple[Optimum, float]]:
+        """The closest product to the sum of the ranks' products, of norm `sigma` each.
+
+        Returns:
+            The product, and the factor that it then lacks.
+        """
+        units = {"left": left / (norm_of(left) or 1.0), "right": right / (norm_of(right) or 1.0)}
+        (unit,) = yield from largest_of(sigma)
+        share = sigma / (unit or 1.0)
+
+        def step(factor: Tensor, side: Side) -> Tensor:
+            return units[opposite(side)] * ((units[side] * factor).sum() * share)
+
+        return (yield from self.optimum(step, "terms")), unit
 
     def solved(self, samples: Samples) -> KroneckerFit:
         fit = self.config.solve(samples, certify=False)
@@ -261,6 +300,12 @@ class _Approx(_Aggregation):
             self.right.add_(fit.right, alpha=samples.num_samples / root)
             self.unit = unit
 
+    def pooled(self) -> Pooling[None]:
+        (unit,) = yield from largest_of(self.unit)
+        self.left.mul_(self.unit / (unit or 1.0))
+        self.unit = unit
+        yield [Sum([self.left, self.right])]
+
     def decay(self, factor: float) -> None:
         self.left.mul_(factor)
         self.right.mul_(factor)
@@ -289,6 +334,14 @@ class _Running(_Aggregation):
         shares = before / self.count, samples.num_samples / self.count
         merged = nearest_to_pair((self.left, self.right), (fit.left, fit.right), shares)
         self.left, self.right = merged
+
+    def pooled(self) -> Pooling[None]:
+        """Algorithm 1 on the estimates of all ranks, weighted by their counts."""
+        sigma = norm_of(self.left) * norm_of(self.right)
+        (total,) = yield from summed(self.count)
+        share = self.count / (total or 1.0)
+        found, unit = yield from self.merged(self.left, self.right, sigma * share)
+        (self.left, self.right), self.count = found.balanced(unit), total
 
     def decay(self, factor: float) -> None:
         self.count *= factor
@@ -448,6 +501,91 @@ class _Online(_Aggregation):
         contraction.accumulate(left, w_after, "left", c)
         contraction.accumulate(right, v_after, "right", c)
 
+    def pooled(self) -> Pooling[None]:
+        yield from self._pooled_kind()
+        if self.fisher is not None:
+            yield from self._pooled_unit()
+            yield [Sum([self.fisher])]
+            (self.weight,) = yield from summed(self.weight)
+            return
+        (absorbed,) = yield from largest_of(self.weight)
+        if absorbed:
+            self.flush()
+            yield from self._pooled_sums()
+        else:
+            yield from self._pooled_pending()
+
+    def _pooled_kind(self) -> Pooling[None]:
+        """Sum F itself on all ranks or on none: each has decided by the size of its first batch."""
+        seen = self.unit > 0 or any(samples.numel for samples in self.pending)
+        dense, factored = yield from largest_of(
+            self.fisher is not None, self.fisher is None and seen
+        )
+        if not dense or (not factored and self.fisher is not None):
+            return
+        if self.fisher is None and not factored:
+            o, i = self._shape
+            self.fisher = self._like.new_zeros(o * i, o * i)
+            self.weight += sum(samples.num_samples for samples in self.pending)
+            self.pending = []
+        elif self.fisher is not None:
+            contraction = Dense.of(self.fisher, self._shape)
+            self.fisher = None
+            if self.unit:
+                self._step(contraction, 1.0)
+
+    def _pooled_unit(self) -> Pooling[None]:
+        (unit,) = yield from largest_of(self.unit)
+        self._rescale(unit, 1.0)
+
+    def _pooled_sums(self) -> Pooling[None]:
+        """The closest product to the sum of the ranks' estimates: Algorithm 1, as half steps.
+
+        To add up the sums instead does not gain anything: each rank's are taken at directions of
+        its own, which differ most where the ranks have different classes. On such shards, relative
+        errors were up to 0.015 above the optimum's that way, and 0.01 this way.
+        """
+        mirrored(self.left)
+        mirrored(self.right)
+        found, unit = yield from self.merged(self.left, self.right, self._sigma())
+        (self.weight,) = yield from summed(self.weight)
+        self.left, self.right, self.unit = found.left, found.right, unit
+        self.norms = norm_of(self.left), norm_of(self.right)
+        # Of the two norms one is sigma and the other one: so the estimate is their product.
+        self.core = self.norms[0] * self.norms[1] / found.sigma if found.sigma else 0.0
+
+    def _sigma(self) -> float:
+        """The norm of the estimate of the sum over samples."""
+        norms = self.left.norm().item() * self.right.norm().item()
+        return norms / self.core * self.unit if self.core else 0.0
+
+    def _pooled_pending(self) -> Pooling[None]:
+        """The optimum of what the ranks have pending, which is all there is."""
+        pending, self.pending = self.pending, []
+        count = sum(samples.num_samples for samples in pending)
+        contraction, scale = None, 0.0
+        if count:
+            contraction, scale = self.config.contraction(pending[0].merged(pending))
+        (unit,) = yield from largest_of(scale)
+        (self.weight,) = yield from summed(count)
+        if not unit:
+            return
+
+        def step(factor: Tensor, side: Side) -> Tensor:
+            shape = self._right_shape if side == "left" else self._shape[:1] * 2
+            image = self._like.new_zeros(shape)
+            if contraction is not None:
+                steps = contraction.apply(factor, side)
+                contraction.accumulate(image, steps, opposite(side), scale / unit)
+            return mirrored(image)
+
+        found = yield from self.optimum(step, "ranks")
+        scale = unit / self.weight
+        left, right = found.balanced(scale)
+        self.single = KroneckerFit(
+            left, right, found.sigma * scale, None, found.steps, found.converged, "ranks"
+        )
+
     def decay(self, factor: float) -> None:
         self.flush()
         if self.unit:
@@ -489,6 +627,14 @@ class _Exact(_Online):
         fixed, image = self._factors(self.side)
         step = contraction.apply(fixed, self.side)
         contraction.accumulate(image, step, opposite(self.side), scale / (self.unit or 1.0))
+
+    def pooled(self) -> Pooling[None]:
+        if self.side is None:
+            yield from super().pooled()
+        else:
+            self.flush()
+            _, image = self._factors(self.side)
+            yield [Sum([mirrored(image)])]
 
     def next_pass(self) -> bool:
         self.close()

@@ -22,6 +22,7 @@ from torch import Tensor
 from kfoc.blocks import LowRankBlock, Report
 from kfoc.kronecker import Side, opposite, settled
 from kfoc.plans import CHUNK, add_fisher
+from kfoc.pooling import Gather, Pooling, Sum, largest
 from kfoc.products import mirrored
 from kfoc.samples import Samples, gradient_chunks
 from kfoc.subspace import (
@@ -193,6 +194,34 @@ class LowRank:
             return True
         self.fixed = [fixed.turned() for fixed in self.fixed]
         return False
+
+    def pooled(self) -> Pooling[None]:
+        """Take in the other ranks' data at the end of a pass."""
+        if self.fixed:
+            yield [Sum([fixed.image for fixed in self.fixed])]
+            return
+        if self.fisher is None and (self.pending or self.found is not None):
+            self.found = self._close()
+        (unit,) = yield from largest(self.unit)
+        self._rescale(unit)
+        if self.fisher is not None:
+            yield [Sum([self.fisher])]
+            return
+        gather = Gather(self._terms())
+        yield [gather]
+        # Each rank's by themselves: terms of both symmetries are told from those of one.
+        parts = [(Terms(lefts, rights), 1.0) for lefts, rights in gather.found]
+        self.found = self._solved(
+            Weighted(parts), "merged", max(self.config.rtol, MERGE_RTOL), self.config.max_steps
+        )
+
+    def _terms(self) -> list[Tensor]:
+        """The leading terms, (count, o, o) and (count, i, i), with zeros where there are fewer."""
+        padded = [self.like.new_zeros(self.count, n, n) for n in self.shape]
+        if self.found is not None:
+            for whole, part in zip(padded, self.found.terms(self.count), strict=True):
+                whole[: len(part)] = part
+        return padded
 
     def block(self, num_samples: float) -> LowRankBlock:
         found = self._close() if self.found is None else self.found

@@ -1,0 +1,108 @@
+"""What the ranks of a distributed fit must have in common: the model, its layers, and their states.
+
+A rank may have no data, or none that reaches some layer. It then learns from the others which
+layers have a block, and of what shape.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Protocol
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfoc.batches import mapped, moved
+from kfoc.certificate import Probes
+from kfoc.distributed import Ranks, RanksError
+from kfoc.estimators import Estimator
+from kfoc.samples import LayerSamples
+from kfoc.selection import Selection
+
+
+class Run(Protocol):
+    """What of a fit is read and written here."""
+
+    model: nn.Module
+    estimator: Estimator
+    selection: Selection
+    states: dict[str, Any]
+    shapes: dict[str, LayerSamples]
+    probes: dict[str, Probes]
+    settled: set[str]
+    passes: int
+
+    def adopt(self, name: str, silent: LayerSamples) -> None:
+        """Begin a layer's state with this rank's samples so far, none of which reached it."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that `DistributedDataParallel` holds: its layers go by their own names.
+
+    Its forward pass, and with it the reduction of gradients, is not what a fit is about.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether parameters lie with several ranks (`fully_shard`), who then run forward together."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def check_same(ranks: Ranks, options: dict[str, Any], selection: Selection) -> None:
+    """All ranks must fit the same layers with the same options.
+
+    Raises:
+        RanksError: they do not; the message names the first difference.
+    """
+    layers = {name: repr(selection.layout(name).shape) for name in selection.blocks}
+    order = {"the order of layers": list(layers)}
+    own = {key: repr(value) for key, value in options.items()} | layers | order
+    for rank, theirs in enumerate(ranks.objects(own)):
+        names = [k for k in [*own, *theirs] if own.get(k) != theirs.get(k)]
+        if names:
+            name = names[0]
+            raise RanksError(
+                f"rank {rank} has another fit than rank {ranks.rank}: {name!r} is "
+                f"{theirs.get(name, 'missing')} there and {own.get(name, 'missing')} here; all "
+                "ranks must pass the same model and options, and data alone may differ"
+            )
+
+
+def pool(ranks: Ranks, run: Run) -> None:
+    """Make the states of this rank's data those of all ranks', see `Estimator.pooled`."""
+    _agree(ranks, run)
+    names = sorted(run.states.keys() - run.settled)
+    poolings = [run.estimator.pooled(run.states[name]) for name in names]
+    for name, state in zip(names, ranks.pooled(poolings), strict=True):
+        run.states[name] = state
+    if not run.passes:
+        ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
+
+
+def _agree(ranks: Ranks, run: Run) -> None:
+    """Have the states of the same layers on all ranks."""
+    selection = run.selection
+    known = sorted(run.states), sorted(selection.treatments), sorted(selection.loose)
+    if ranks.section(zlib.crc32(repr(known).encode())):
+        return
+    shapes = {name: mapped(run.shapes[name], lambda t: t.cpu()) for name in run.states}
+    told = ranks.objects((shapes, known[1], selection.skipped))
+    for rank, (_, treated, skipped) in enumerate(told):
+        for name in sorted(selection.treatments.keys() - set(treated)):
+            if name in run.states:
+                raise ValueError(
+                    f"layer {name!r}: rank {rank} found that it cannot be treated: "
+                    f"{skipped.get(name, 'it is used in another way than its forward')}"
+                )
+            selection.drop(name, skipped.get(name, f"rank {rank} found that it has no treatment"))
+    for rank, (theirs, _, _) in enumerate(told):
+        for name in theirs:
+            if name in run.states:
+                continue
+            if name not in selection.blocks:
+                raise ValueError(
+                    f"layer {name!r}: rank {rank} treats it, and here it was left out: "
+                    f"{selection.skipped.get(name, 'its parameters are in another block')}"
+                )
+            run.adopt(name, moved(theirs[name], run.model))

@@ -1,0 +1,385 @@
+"""One rank of tests/test_distributed.py: every check on all ranks of one gloo group, in order.
+
+    python distributed_worker.py RANK WORLD DIRECTORY
+
+Writes DIRECTORY/result-RANK.json: check -> "" or what went wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import kfoc
+import oracle
+from kfoc.distributed import Ranks, RanksError
+from models import Data, batches, convolutional, images, trained
+
+LAYERS = ("0", "3", "5")
+CHECKS: dict[str, Callable[[int, int], None]] = {}
+
+
+def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def fitted(model: nn.Module, data: Any, **options: Any) -> kfoc.Curvature:
+    return kfoc.fit(model, data, group=distributed.group.WORLD, **options)
+
+
+def assert_same(found: kfoc.Curvature, expected: kfoc.Curvature, tolerance: float = 1e-8) -> None:
+    assert list(found) == list(expected)
+    assert found.num_samples == expected.num_samples
+    for name in expected:
+        a, b = found[name].to_dense(), expected[name].to_dense()
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item() + 1e-300)
+
+
+def assert_on_all_ranks(curvature: kfoc.Curvature, world: int) -> None:
+    """Every rank has the very same numbers."""
+    for block in curvature.values():
+        for tensor in block.tensors():
+            found = [torch.empty_like(tensor) for _ in range(world)]
+            distributed.all_gather(found, tensor.contiguous())
+            assert all(torch.equal(tensor, other) for other in found)
+
+
+def data_and_model() -> tuple[nn.Sequential, Tensor, Tensor, Data]:
+    """45 samples in 9 batches of 5: no world size divides it."""
+    model, (x, y) = convolutional(), images(45)
+    return model, x, y, batches(x, y, 5)
+
+
+@check
+def exact_is_the_optimum_of_all_data(rank: int, world: int) -> None:
+    model, x, _, data = data_and_model()
+    for buffer in (0, 2**19):  # nothing or all data fits
+        estimator = kfoc.KFOC("exact", rtol=0, passes=400, buffer=buffer)
+        curvature = fitted(model, data[rank::world], fisher="exact", estimator=estimator)
+        alone = kfoc.fit(model, data, fisher="exact", estimator=estimator)
+        cotangents = oracle.categorical_exact(model(x).detach())
+        for layer in LAYERS:
+            block = curvature[layer]
+            assert block.report.converged
+            expected = oracle.fisher_block(model, layer, x, cotangents)
+            best, _, _ = oracle.optimum(expected, *block.shape)
+            scale = best.abs().max().item()
+            torch.testing.assert_close(block.to_dense(), best, rtol=0, atol=1e-8 * scale)
+        assert_same(curvature, alone)
+        assert_on_all_ranks(curvature, world)
+
+
+@check
+def sums_are_those_of_one_process(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    for estimator in (
+        kfoc.KFAC(),
+        kfoc.Diagonal(),
+        kfoc.BlockDiagonal(),
+        kfoc.EigenCorrected(kfoc.KFAC()),
+        kfoc.KFOC("approx"),
+        kfoc.KFOC(rank=2),
+        kfoc.KFOC("exact", rank=2, rtol=1e-13, passes=60, buffer=0),
+    ):
+        # Draws go by the sample's number in the data of all ranks, so these are the same draws.
+        options: dict[str, Any] = {"estimator": estimator, "mc_samples": 2, "seed": 7}
+        curvature = fitted(model, data[rank::world], **options)
+        assert_same(curvature, kfoc.fit(model, data, **options), 1e-7)
+        assert_on_all_ranks(curvature, world)
+
+
+@check
+def a_block_is_that_of_the_dense_oracle(rank: int, world: int) -> None:
+    model, x, y, data = data_and_model()
+    curvature = fitted(model, data[rank::world], fisher="empirical", estimator=kfoc.BlockDiagonal())
+    cotangents = oracle.categorical_observed(model(x).detach(), y)
+    for layer in LAYERS:
+        expected = oracle.fisher_block(model, layer, x, cotangents)
+        torch.testing.assert_close(curvature[layer].to_dense(), expected)
+
+
+class Varied(nn.Module):
+    """Layers of every kind of state, one of which is only reached by batches that begin with 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 8)
+        self.norm = nn.LayerNorm(8)
+        self.depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv1d(8, 8, 1, groups=2)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.rare = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.table(tokens)).mT
+        x = self.grouped(torch.tanh(self.depthwise(x))).mT.mean(1) * self.scale
+        if tokens[0, 0] == 1:
+            x = x + torch.tanh(self.rare(x))
+        return self.head(x)
+
+
+def varied_data(count: int, rare: int) -> Data:
+    """`count` batches, the first `rare` of which reach every layer."""
+    data = []
+    for k in range(count):
+        tokens = torch.randint(7, (4, 5))
+        tokens[0, 0] = 1 if k < rare else 0
+        data.append((tokens, torch.randint(3, (4,))))
+    return data
+
+
+@check
+def ranks_without_data_or_without_some_layer(rank: int, world: int) -> None:
+    model, data = Varied(), varied_data(5, 1)
+    # All but the last rank have data, and only the first batch, of rank 0, reaches `rare`.
+    mine = data[rank :: world - 1] if rank < world - 1 else []
+    for estimator in (
+        kfoc.KFAC(),
+        kfoc.Diagonal(),
+        kfoc.KFOC("exact", rtol=0, passes=300),
+        kfoc.EigenCorrected(kfoc.KFAC()),
+    ):
+        options: dict[str, Any] = {"estimator": estimator, "fisher": "exact", "probes": 3}
+        curvature = fitted(model, mine, **options)
+        expected = kfoc.fit(model, data, **options)
+        assert "rare" in curvature
+        assert curvature.skipped == expected.skipped
+        assert curvature.layouts == expected.layouts
+        assert_same(curvature, expected, 1e-7)
+        for name in curvature:
+            a, b = curvature[name].relative_error, expected[name].relative_error
+            assert abs((a or 0.0) - (b or 0.0)) < 1e-6, name
+        assert_on_all_ranks(curvature, world)
+
+
+@check
+def layers_without_treatment_are_left_out_on_all_ranks(rank: int, world: int) -> None:
+    class Misused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.used(x)) + x @ self.used.weight)
+
+    model, (x, y) = Misused(), (torch.randn(12, 4), torch.randint(2, (12,)))
+    data = batches(x, y, 4)
+    mine = data if rank == 0 else []
+    curvature = fitted(model, mine, estimator=kfoc.KFAC())
+    expected = kfoc.fit(model, data, estimator=kfoc.KFAC())
+    assert curvature.skipped == expected.skipped
+    assert curvature.layouts == expected.layouts
+    assert_same(curvature, expected)
+
+
+def excesses(
+    curvature: kfoc.Curvature, model: nn.Module, inputs: Tensor, layers: tuple[str, ...]
+) -> Tensor:
+    """By how much the relative errors of blocks exceed those of the optima."""
+    cotangents, found = oracle.categorical_exact(model(inputs).detach()), []
+    for layer in layers:
+        fisher = oracle.fisher_block(model, layer, inputs, cotangents)
+        block = curvature[layer]
+        _, _, best = oracle.optimum(fisher, *block.shape)
+        found.append(oracle.relative_error(fisher, block.to_dense()) - best)
+    return torch.tensor(found)
+
+
+@check
+def online_is_near_the_optimum(rank: int, world: int) -> None:
+    model, x, y = trained()
+    layers = ("2", "4")
+    order = y.argsort()  # the ranks have different classes
+    for data in (batches(x, y, 10), batches(x[order], y[order], 10)):
+        inputs = torch.cat([batch for batch, _ in data])
+        share = math.ceil(len(data) / world)
+        mine = data[rank * share : (rank + 1) * share]
+        for buffer in (0, 2**19):
+            estimator = kfoc.KFOC(buffer=buffer)
+            curvature = fitted(model, mine, fisher="exact", estimator=estimator)
+            # A rank's own pass over few and small batches is off; merging must add little.
+            worst = torch.zeros(len(layers))
+            if not buffer:
+                own = kfoc.fit(model, mine, fisher="exact", estimator=estimator)
+                worst = excesses(own, model, torch.cat([b for b, _ in mine]), layers)
+                distributed.all_reduce(worst, distributed.ReduceOp.MAX)
+            excess = excesses(curvature, model, inputs, layers)
+            assert (excess > -1e-9).all(), excess
+            assert (excess <= worst + 0.02).all(), (buffer, excess, worst)
+            assert_on_all_ranks(curvature, world)
+
+
+@check
+def estimates_are_merged_by_their_counts(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    mine = [data[k::world] for k in range(world)]
+    for estimator in (kfoc.KFOC("running", rtol=0), kfoc.KFOC("online", buffer=0, rtol=0)):
+        options: dict[str, Any] = {"fisher": "exact", "estimator": estimator}
+        curvature = fitted(model, mine[rank], **options)
+        parts = [kfoc.fit(model, part, **options) for part in mine]
+        shares = [part.num_samples / 45 for part in parts]
+        for layer in LAYERS:
+            weighted = [w * p[layer].to_dense() for w, p in zip(shares, parts, strict=True)]
+            total = torch.stack(weighted).sum(0)
+            expected, _, _ = oracle.optimum(total, *curvature[layer].shape)
+            atol = 1e-8 * expected.abs().max().item()
+            torch.testing.assert_close(curvature[layer].to_dense(), expected, rtol=0, atol=atol)
+        assert_on_all_ranks(curvature, world)
+
+
+@check
+def wrapped_models_go_by_their_own_names(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    wrapped = DistributedDataParallel(model)
+    curvature = fitted(wrapped, data[rank::world], estimator=kfoc.KFAC())
+    assert_same(curvature, kfoc.fit(model, data, estimator=kfoc.KFAC()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@check
+def sharded_models_are_fitted_as_they_are(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    plain = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in LAYERS:
+        fully_shard(model.get_submodule(layer), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for estimator in (kfoc.KFAC(), kfoc.KFOC("exact", rtol=0, passes=200)):
+        options: dict[str, Any] = {"estimator": estimator, "fisher": "exact"}
+        curvature = fitted(model, data[:8][rank::world], **options)
+        expected = kfoc.fit(plain, data[:8], **options)
+        assert curvature.layouts == expected.layouts
+        assert_same(curvature, expected)
+    # A forward pass is a matter of all ranks: those with fewer batches would be waited for.
+    error = error_of(lambda: fitted(model, data[: 1 + rank]))
+    assert "batches" in str(error), error
+
+
+@check
+def traffic_is_what_is_stated(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    ranks = Ranks()
+    curvature = kfoc.fit(model, data[rank::world], estimator=kfoc.KFAC(), group=ranks)
+    shapes = [block.shape for block in curvature.values()]
+    sums = sum(o * o + i * i + 1 for o, i in shapes)
+    assert ranks.traffic.sum_bytes == 8 * sums
+    assert ranks.traffic.sums == 2  # of all layers together: factors, and counts
+    assert ranks.traffic.status_bytes == 24 * ranks.traffic.statuses
+    steps = math.ceil(len(data) / world)
+    # Options, every step and the end of data, names, two rounds of layers and the close.
+    assert ranks.traffic.statuses == 1 + steps + 1 + 1 + 2 + 1
+
+
+def failing(data: Data, at: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from data[:at]
+    raise OSError("the disk is gone")
+
+
+def error_of(call: Callable[[], Any]) -> Exception:
+    """What a call raises, which it must."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
+
+
+@check
+def an_error_on_a_rank_ends_all(rank: int, world: int) -> None:
+    model, x, y, data = data_and_model()
+    bad = (torch.full_like(x[:3], math.nan), y[:3])
+    for culprit, kind, text in (
+        (failing(data, 1), OSError, "disk is gone"),
+        ([data[0], bad, data[1]], ValueError, "not finite"),
+    ):
+        mine: Any = culprit if rank == 1 else data[:2]
+        error = error_of(lambda mine=mine: fitted(model, mine, estimator=kfoc.KFAC()))
+        assert isinstance(error, kind if rank == 1 else RanksError), error
+        assert text in str(error), error
+        assert rank == 1 or f"rank 1 of {world}" in str(error), error
+    # The group is as good as before.
+    curvature = fitted(model, data[rank::world], estimator=kfoc.KFAC())
+    assert_same(curvature, kfoc.fit(model, data, estimator=kfoc.KFAC()))
+
+
+@check
+def other_options_are_told_apart(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    estimator = kfoc.Diagonal() if rank == 1 else kfoc.KFAC()
+    error = error_of(lambda: fitted(model, data, estimator=estimator))
+    assert isinstance(error, RanksError), error
+    assert "'estimator' is" in str(error), error
+
+
+@check
+def no_data_anywhere_is_an_error(rank: int, world: int) -> None:
+    model, _, _, _ = data_and_model()
+    assert "no batches" in str(error_of(lambda: fitted(model, [])))
+
+
+@check
+def decay_is_refused(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    error = error_of(lambda: fitted(model, data, estimator=kfoc.KFOC(decay=0.9)))
+    assert "decay=0.9" in str(error), error
+
+
+@check
+def a_dead_rank_ends_the_others(rank: int, world: int) -> None:
+    """Last of all: the group is of no use afterwards."""
+    model, _, _, data = data_and_model()
+
+    def dying() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from itertools.islice(data, 2)
+        os._exit(0)
+
+    started = time.monotonic()
+    error = error_of(lambda: fitted(model, dying() if rank == world - 1 else data))
+    assert isinstance(error, RanksError), error
+    assert "has died, or did not answer" in str(error), error
+    assert time.monotonic() - started < TIMEOUT + 3
+
+
+TIMEOUT = 15.0
+
+
+def main() -> None:
+    rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    store = distributed.FileStore(str(directory / "store"), world)
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )
+    results: dict[str, str] = {}
+    for name, function in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            function(rank, world)
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+        (directory / f"result-{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # what is left of the group has nobody to say goodbye to
