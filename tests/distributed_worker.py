@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -340,6 +340,77 @@ def decay_is_refused(rank: int, world: int) -> None:
     model, _, _, data = data_and_model()
     error = error_of(lambda: fitted(model, data, estimator=kfoc.KFOC(decay=0.9)))
     assert "decay=0.9" in str(error), error
+
+
+@check
+def sharded_curvatures_solve_and_save_by_parts(rank: int, world: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3))
+    torch.manual_seed(1)
+    data = [(torch.randn(5, 6), torch.randint(3, (5,))) for _ in range(8)]
+    whole = kfoc.fit(model, data, estimator=kfoc.KFAC(), fisher="exact")
+    sharded = kfoc.ShardedCurvature(whole, distributed.group.WORLD)
+    assert set(sharded.owners) == set(whole)
+    mine = [layer for layer, owner in sharded.owners.items() if owner == rank]
+    assert list(sharded.own) == mine
+    if world <= len(whole):
+        assert mine
+    vector = {k: torch.randn_like(p) for k, p in model.named_parameters()}
+    dense = oracle_of(whole, vector)
+    flat = torch.cat([vector[k].flatten() for k in dense.names])
+    identity = torch.eye(len(flat))
+    assert_flat(sharded.matvec(vector), dense.names, dense.matrix @ flat)
+    expected = torch.linalg.solve(3 * dense.matrix + 0.1 * identity, flat)
+    assert_flat(sharded.solve(vector, 0.1, scale=3.0), dense.names, expected)
+    own_dampings = dict.fromkeys(whole, 0.1)
+    assert_flat(sharded.solve(vector, own_dampings, scale=3.0), dense.names, expected)
+    assert math.isclose(sharded.trace(), dense.matrix.trace().item(), rel_tol=1e-10)
+    assert math.isclose(sharded.frobenius_norm(), dense.matrix.norm().item(), rel_tol=1e-10)
+    logdet = torch.logdet(dense.matrix + 0.1 * identity).item()
+    assert math.isclose(sharded.logdet(0.1), logdet, rel_tol=1e-10)
+    error = error_of(lambda: sharded.solve({**vector, "more": flat}, 0.1))
+    assert isinstance(error, ValueError)
+    assert "more" in str(error)
+    error = error_of(lambda: sharded.solve(vector, -1.0))
+    assert isinstance(error, (ValueError, RanksError))
+    folder = Path(sys.argv[3]) / "sharded"
+    sharded.save(folder)
+    loaded = kfoc.ShardedCurvature.load(folder)
+    assert list(loaded) == list(whole)
+    assert loaded.skipped == whole.skipped
+    assert_same(loaded, whole, 0.0)
+    Ranks().section()  # before rank 0 removes a file
+    if rank == 0:
+        (folder / f"rank-00000-of-{world:05d}.safetensors").unlink()
+        error = error_of(lambda: kfoc.ShardedCurvature.load(folder))
+        assert "lacks ['rank-00000" in str(error)
+        error = error_of(
+            lambda: kfoc.fit(model, data, group=distributed.group.WORLD, checkpoint=".")
+        )
+        assert "several ranks" in str(error)
+
+
+class Dense(NamedTuple):
+    """F of all layers, and the order of parameters in it."""
+
+    matrix: Tensor
+    names: list[str]
+
+
+def oracle_of(curvature: kfoc.Curvature, vector: dict[str, Tensor]) -> Dense:
+    """The matrix of a curvature's products with unit vectors."""
+    names = list(vector)
+    columns = []
+    for name in names:
+        for k in range(vector[name].numel()):
+            unit = {other: torch.zeros_like(value) for other, value in vector.items()}
+            unit[name].view(-1)[k] = 1.0
+            found = curvature.matvec(unit)
+            columns.append(torch.cat([found[other].flatten() for other in names]))
+    return Dense(torch.stack(columns, 1), names)
+
+
+def assert_flat(found: dict[str, Tensor], names: list[str], expected: Tensor) -> None:
+    torch.testing.assert_close(torch.cat([found[name].flatten() for name in names]), expected)
 
 
 @check

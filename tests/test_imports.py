@@ -67,6 +67,7 @@ ALLOWED = {
         "likelihoods", "vectors",
     },
     "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
+    "sharding": {"curvature", "distributed", "vectors"},
     "fingerprint": {"encoding"},
     "checkpoint": {"encoding", "fingerprint", "selection"},
     "fit": {

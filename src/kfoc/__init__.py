@@ -36,6 +36,7 @@ from kfoc.merge import Comparison
 from kfoc.natural_gradient import NaturalGradient
 from kfoc.progress import Progress
 from kfoc.samples import Rows
+from kfoc.sharding import ShardedCurvature
 from kfoc.tracker import Tracker
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "Ranking",
     "Report",
     "Rows",
+    "ShardedCurvature",
     "Tracker",
     "Treatment",
     "Unsupported",

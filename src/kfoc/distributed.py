@@ -160,13 +160,13 @@ class Ranks:
             found = iter(values.tolist())
             for one in largest:
                 one.values = [next(found) for _ in one.values]
-        self._sum([t for r in requests if isinstance(r, Sum) for t in r.tensors])
+        self.sum([t for r in requests if isinstance(r, Sum) for t in r.tensors])
         for request in requests:
             if isinstance(request, Gather):
                 each = [self._gathered(tensor) for tensor in request.tensors]
                 request.found = [list(parts) for parts in zip(*each, strict=True)]
 
-    def _sum(self, tensors: list[Tensor]) -> None:
+    def sum(self, tensors: list[Tensor]) -> None:
         """All-reduce tensors in place: small ones of a kind together, large ones as they are."""
         kinds: dict[Any, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
