@@ -34,6 +34,7 @@ ALLOWED = {
     "graph": set(),
     "progress": set(),
     "memory": set(),
+    "offload": {"batches", "blocks", "memory"},
     "threads": set(),
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
@@ -64,8 +65,8 @@ ALLOWED = {
     "fit": {
         "batches", "blocks", "capture", "certificate", "checks", "coverage", "curvature",
         "estimators", "graph", "layers",
-        "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
-        "threads",
+        "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
+        "selection", "threads",
     },
     "encoding": set(),
     "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
-from kfoc.memory import advised, within
+from kfoc.memory import Footprint, advised, within
+from kfoc.offload import Sweeps
 from kfoc.per_sample import Regions
 from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
@@ -53,6 +55,8 @@ def fit(
     probes: int = 0,
     seed: int = 0,
     progress: bool | Callable[[Progress], Any] = False,
+    memory_budget: int | None = None,
+    storage: str | Path | None = None,
 ) -> Curvature:
     """Estimate the Fisher information of a model, one block per layer, from a pass over data.
 
@@ -91,6 +95,13 @@ def fit(
         seed: of the draws and probes; the same seed gives the same draws for any batch size.
         progress: True: passes, samples, rate, and the time left where the data has a length, on
             standard error; or a callable that gets a `Progress` after every batch.
+        memory_budget: bytes that all layers' states and finished blocks may take together in
+            memory. Where they would take more, the layers are fitted in groups, one after the
+            other, each with sweeps of its own over the same data. See docs/memory.md for what is
+            beside it (model, batches, the work on one layer).
+        storage: a directory, new or empty, for the finished blocks: their tensors then lie in
+            files there, mapped to memory, and do not count against the budget. The files are
+            yours, and must stay as they are while the curvature is in use.
 
     Returns:
         The blocks by layer name, of the mean Fisher over the samples.
@@ -102,19 +113,28 @@ def fit(
     _check_options(estimator, fisher, mc_samples, probes, seed)
     report = reporter(progress)
     chosen = resolved(likelihood)
-    selection = select(model, layers, estimator.largest_factor)
+    sweeps = Sweeps.within(memory_budget, storage, rereadable=not isinstance(data, Iterator))
+
+    def begin() -> _Run:
+        selection = select(model, layers, estimator.largest_factor)
+        options = fisher, mc_samples, predict, probes, seed, selection
+        return _Run(model, chosen, estimator, *options, sweeps=sweeps)
+
+    run = begin()
     check_independent(model)
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
             "pass a list or a DataLoader"
         )
-    run = _Run(model, chosen, estimator, fisher, mc_samples, predict, probes, seed, selection)
-    with _undisturbed(model), captured(selection) as record:
+    if sweeps is None:
+        return run.through(data, report)
+    with sweeps:
         while True:
-            run.one_pass(data, record, report)
-            if run.done():
-                return run.finished()
+            curvature = run.through(data, report)
+            if sweeps.over(run.passes, run.marks):
+                return curvature
+            run = begin()  # each sweep meets the layers anew, and comes to the same decisions
 
 
 def streaming(
@@ -219,6 +239,22 @@ class _Run:
     updates: int = 0  # of any layer's state: whether a failed batch left traces
     marks: list[Mark] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
+    sweeps: Sweeps | None = None  # where layers are fitted in groups
+
+    def through(self, data: Iterable[Any], report: Callable[[Progress], Any] | None) -> Curvature:
+        """Pass over the data until no layer needs it any more."""
+        if self.sweeps:
+            self.marks = self.sweeps.marks
+        with _undisturbed(self.model), captured(self.selection) as record:
+            while True:
+                self.one_pass(data, record, report)
+                if self.done():
+                    return self.finished()
+
+    @property
+    def earlier(self) -> int:
+        """How many passes over the data there were before this one."""
+        return self.passes + (self.sweeps.passes if self.sweeps else 0)
 
     def one_pass(
         self, data: Iterable[Any], record: Record, report: Callable[[Progress], Any] | None
@@ -237,10 +273,10 @@ class _Run:
             if meter:
                 meter.show(number, index, last=following is _END)
         if not number:
-            raise ValueError(f"data has no batches (pass {self.passes + 1})")
-        if self.passes and number != len(self.marks):
+            raise ValueError(f"data has no batches (pass {self.earlier + 1})")
+        if self.earlier and number != len(self.marks):
             raise ValueError(
-                f"pass {self.passes + 1} over the data had {number} batches where the first had "
+                f"pass {self.earlier + 1} over the data had {number} batches where the first had "
                 f"{len(self.marks)}: several passes need the same batches each time"
             )
         self.num_samples, self.passes = index, self.passes + 1
@@ -248,9 +284,9 @@ class _Run:
     def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any]) -> Meter:
         changes = [self.estimator.change(state) for state in self.states.values()]
         known = [change for change in changes if change is not None]
-        batches = len(self.marks) if self.passes else length(data)
-        limit = self.estimator.pass_limit
-        return Meter(report, self.passes + 1, limit, batches, max(known, default=None))
+        batches = len(self.marks) if self.earlier else length(data)
+        limit = self.earlier - self.passes + self.estimator.pass_limit
+        return Meter(report, self.earlier + 1, limit, batches, max(known, default=None))
 
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
@@ -266,6 +302,8 @@ class _Run:
             count = len(outputs)
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
+            for name in self.settled & record.calls.keys():
+                del record.calls[name]  # no derivative is needed by what it put out
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
                 grads = self._gradients(outputs, targets, record, index)
             del outputs  # and with it the graph, but for what regions need of it
@@ -285,9 +323,9 @@ class _Run:
     def _look(self, outputs: Tensor, record: Record) -> None:
         """Find where derivatives are needed; layers found to have no treatment are left out."""
         graph = Graph(outputs)
-        reasons = untreatable(outputs, graph, record, self.selection, self.states)
+        reasons = untreatable(outputs, graph, record, self.selection, self.shapes)
         for name, reason in reasons.items():
-            if name in self.states:
+            if name in self.shapes:
                 raise ValueError(f"layer {name!r}: {reason}")
             self.selection.drop(name, reason)
         for name in record.calls.keys() - self.selection.modules.keys():
@@ -301,7 +339,7 @@ class _Run:
         try:
             samples = take_samples(name, record, grads, count)
         except Unsupported as reason:
-            if name in self.states:
+            if name in self.shapes:
                 raise ValueError(f"layer {name!r}: {reason}") from None
             self.selection.skip(name, str(reason))
             return
@@ -326,22 +364,25 @@ class _Run:
 
     def _check_same(self, outputs: Tensor, targets: Any, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""
-        if self.estimator.pass_limit == 1:
+        if self.estimator.pass_limit == 1 and not self.sweeps:
             return
         mark = Mark.of(outputs, targets if self.fisher == "empirical" else None)
-        if not self.passes:
+        if not self.earlier:
             self.marks.append(mark)
         elif number >= len(self.marks) or not self.marks[number].same(mark):
             raise ValueError(
-                f"pass {self.passes + 1} does not see what the first pass saw: several passes "
+                f"pass {self.earlier + 1} does not see what the first pass saw: several passes "
                 "need the same batches each time (DataLoader: shuffle=False, no random "
                 "augmentation)"
             )
 
     def _update(self, name: str, samples: LayerSamples, index: int, alone: bool) -> None:
         if name not in self.states:
-            self.states[name] = self.estimator.init(name, samples)
             self.shapes[name] = samples.silent(0)
+            if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
+                self.settled.add(name)
+                return
+            self.states[name] = self.estimator.init(name, samples)
             if self.num_probes:
                 self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
@@ -358,6 +399,11 @@ class _Run:
             self.probes[name].add(samples)
         self.updates += 1
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
+
+    def _footprint(self, samples: LayerSamples) -> Footprint:
+        o, i = samples.shape
+        probes = 2 * self.num_probes * o * i * samples.grads.element_size()
+        return self.estimator.footprint(samples) + Footprint(probes, 0)
 
     def _silent(self, reached: set[str], count: int) -> None:
         """Layers that this batch did not reach have zero gradients for its samples."""
@@ -398,27 +444,35 @@ class _Run:
                 self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
-        return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
+        return self.states.keys() <= self.settled or self.passes >= self.estimator.pass_limit
 
     def finished(self) -> Curvature:
-        for name in [name for name in self.selection.blocks if name not in self.states]:
+        for name in [name for name in self.selection.blocks if name not in self.shapes]:
             loose = name in self.selection.loose
             reason = "no output depends on it" if loose else "its forward was never called"
             self.selection.skip(name, reason)
-        if not self.states:
+        if not self.shapes:
             raise ValueError(f"no layer can be treated: {self.selection.skipped}")
-        blocks = {}
+        # Those of the sweeps so far: other layers wait for a sweep to come.
+        done = self.sweeps.blocks if self.sweeps else {}
         for name in self.selection.blocks:
-            # A layer at a time: states and blocks together would take the memory twice.
-            with advised(f"layer {name!r}", _LESS_MEMORY):
-                block = self.estimator.finish(self.states.pop(name), self.num_samples)
-            _check_range(name, block)
-            if self.num_probes:
-                block = self.probes[name].certified(block, self.num_samples)
-            blocks[name] = block
+            if name in self.states:
+                block = self._finished(name)
+                done[name] = self.sweeps.kept(name, block) if self.sweeps else block
+                del block
+        blocks = {name: done[name] for name in self.selection.blocks if name in done}
         layouts = {name: self.selection.layout(name) for name in blocks}
         origin = repr(self.estimator), self.fisher, self.seed, parameter_counts(self.model)
         return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
+
+    def _finished(self, name: str) -> Block:
+        # A layer at a time: states and blocks together would take the memory twice.
+        with advised(f"layer {name!r}", _LESS_MEMORY):
+            block = self.estimator.finish(self.states.pop(name), self.num_samples)
+        _check_range(name, block)
+        return (
+            self.probes.pop(name).certified(block, self.num_samples) if self.num_probes else block
+        )
 
 
 def _telling(block: Block) -> Iterator[Tensor]:
