@@ -40,6 +40,7 @@ ALLOWED = {
     "graph": set(),
     "progress": set(),
     "memory": set(),
+    "offload": {"batches", "blocks", "memory"},
     "threads": set(),
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
@@ -73,8 +74,8 @@ ALLOWED = {
     "fit": {
         "agreement", "batches", "blocks", "capture", "certificate", "checkpoint", "checks",
         "coverage", "curvature", "distributed", "estimators", "graph", "layers",
-        "likelihoods", "memory", "per_sample", "progress", "record", "samples", "selection",
-        "threads",
+        "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
+        "selection", "threads",
     },
     "encoding": set(),
     "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},

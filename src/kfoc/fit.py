@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported
 from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
-from kfoc.memory import advised, within
+from kfoc.memory import Footprint, advised, within
+from kfoc.offload import Sweeps
 from kfoc.per_sample import Regions
 from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
@@ -60,6 +62,8 @@ def fit(
     group: Any = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     resume: bool = False,
+    memory_budget: int | None = None,
+    storage: str | Path | None = None,
 ) -> Curvature:
     """Estimate the Fisher information of a model, one block per layer, from a pass over data.
 
@@ -105,6 +109,13 @@ def fit(
             minute and after every pass. It stays when the fit has ended.
         resume: go on from the checkpoint, if there is one, to the same bits: the batches that it
             had taken in are read and dropped, so data must yield the same ones in the same order.
+        memory_budget: bytes that all layers' states and finished blocks may take together in
+            memory. Where they would take more, the layers are fitted in groups, one after the
+            other, each with sweeps of its own over the same data. See docs/memory.md for what is
+            beside it (model, batches, the work on one layer).
+        storage: a directory, new or empty, for the finished blocks: their tensors then lie in
+            files there, mapped to memory, and do not count against the budget. The files are
+            yours, and must stay as they are while the curvature is in use.
 
     Returns:
         The blocks by layer name, of the mean Fisher over the samples.
@@ -119,11 +130,18 @@ def fit(
             "checkpoint: the state of a fit over several ranks cannot be saved; leave out "
             "checkpoint or group"
         )
+    sweeps = Sweeps.within(memory_budget, storage, rereadable=not isinstance(data, Iterator))
+    if sweeps and (ranks or checkpoint is not None):
+        raise ValueError(
+            "memory_budget and storage go without group and checkpoint: leave out the one or the "
+            "other"
+        )
     with ranks.telling() if ranks else nullcontext():
         model = unwrapped(model) if ranks else model
         options = fisher, mc_samples, predict, probes, seed
         saving = checkpoint, resume
-        return _fitted(model, data, likelihood, estimator, options, layers, progress, saving, ranks)
+        how = progress, saving, ranks, sweeps
+        return _fitted(model, data, likelihood, estimator, options, layers, *how)
 
 
 def _fitted(
@@ -136,35 +154,40 @@ def _fitted(
     progress: bool | Callable[[Progress], Any],
     saving: tuple[Checkpoint | str | os.PathLike[str] | None, bool],
     ranks: Ranks | None,
+    sweeps: Sweeps | None,
 ) -> Curvature:
     fisher, mc_samples, _, probes, seed = options
     estimator = KFOC() if estimator is None else estimator
     _check_options(estimator, fisher, mc_samples, probes, seed)
     report = reporter(progress)
     chosen = resolved(likelihood)
-    selection = select(model, layers, estimator.largest_factor)
+
+    def begin() -> _Run:
+        selection = select(model, layers, estimator.largest_factor)
+        return _Run(model, chosen, estimator, *options, selection, ranks=ranks, sweeps=sweeps)
+
+    run = begin()
     check_independent(model)
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
             "pass a list or a DataLoader"
         )
-    run = _Run(model, chosen, estimator, *options, selection)
     keeper = Keeper(*saving, run)
     if ranks:
-        run.ranks = ranks
         told = {"estimator": estimator, "likelihood": type(chosen).__name__, "fisher": fisher}
         told |= {"mc_samples": mc_samples, "probes": probes, "seed": seed}
         if sharded(model):  # a forward pass is then a matter of all ranks
             told["batches in data"] = length(data)
-        check_same(ranks, told, selection)
-    with _undisturbed(model), captured(selection) as record:
-        done = keeper.restored(run, data)
-        while not done:
-            number = run.one_pass(data, record, report, keeper)
-            done = run.done()
-            keeper.after_pass(run, run.num_samples, number, done)
-        return run.finished()
+        check_same(ranks, told, run.selection)
+    if sweeps is None:
+        return run.through(data, report, keeper)
+    with sweeps:
+        while True:
+            curvature = run.through(data, report, keeper)
+            if sweeps.over(run.passes, run.marks):
+                return curvature
+            run = begin()  # each sweep meets the layers anew, and comes to the same decisions
 
 
 def streaming(
@@ -271,6 +294,26 @@ class _Run:
     regions: Regions = field(default_factory=Regions)
     ranks: Ranks | None = None  # of a distributed fit, and so the next
     read: int = 0  # samples in this pass, before the present batch
+    sweeps: Sweeps | None = None  # where layers are fitted in groups
+
+    def through(
+        self, data: Iterable[Any], report: Callable[[Progress], Any] | None, keeper: Keeper
+    ) -> Curvature:
+        """Pass over the data until no layer needs it any more."""
+        if self.sweeps:
+            self.marks = self.sweeps.marks
+        with _undisturbed(self.model), captured(self.selection) as record:
+            done = keeper.restored(self, data)
+            while not done:
+                number = self.one_pass(data, record, report, keeper)
+                done = self.done()
+                keeper.after_pass(self, self.num_samples, number, done)
+            return self.finished()
+
+    @property
+    def earlier(self) -> int:
+        """How many passes over the data there were before this one."""
+        return self.passes + (self.sweeps.passes if self.sweeps else 0)
 
     def one_pass(
         self,
@@ -301,10 +344,10 @@ class _Run:
                 keeper.after_batch(self, index, number)
         samples = self.ranks.rest() if self.ranks else index
         if not samples:
-            raise ValueError(f"data has no batches (pass {self.passes + 1})")
-        if self.passes and number != len(self.marks):
+            raise ValueError(f"data has no batches (pass {self.earlier + 1})")
+        if self.earlier and number != len(self.marks):
             raise ValueError(
-                f"pass {self.passes + 1} over the data had {number} batches where the first had "
+                f"pass {self.earlier + 1} over the data had {number} batches where the first had "
                 f"{len(self.marks)}: several passes need the same batches each time"
             )
         if self.ranks:
@@ -329,6 +372,9 @@ class _Run:
         meter = Meter(report, self.passes + 1, limit, batches, max(known, default=None))
         meter.start -= spent
         return meter
+        batches = len(self.marks) if self.earlier else length(data)
+        limit = self.earlier - self.passes + self.estimator.pass_limit
+        return Meter(report, self.earlier + 1, limit, batches, max(known, default=None))
 
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
@@ -344,6 +390,8 @@ class _Run:
             count = len(outputs)
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
+            for name in self.settled & record.calls.keys():
+                del record.calls[name]  # no derivative is needed by what it put out
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
                 first = self.ranks.first_index(count) if self.ranks else index
                 grads = self._gradients(outputs, targets, record, first)
@@ -364,9 +412,9 @@ class _Run:
     def _look(self, outputs: Tensor, record: Record) -> None:
         """Find where derivatives are needed; layers found to have no treatment are left out."""
         graph = Graph(outputs)
-        reasons = untreatable(outputs, graph, record, self.selection, self.states)
+        reasons = untreatable(outputs, graph, record, self.selection, self.shapes)
         for name, reason in reasons.items():
-            if name in self.states:
+            if name in self.shapes:
                 raise ValueError(f"layer {name!r}: {reason}")
             self.selection.drop(name, reason)
         for name in record.calls.keys() - self.selection.modules.keys():
@@ -380,7 +428,7 @@ class _Run:
         try:
             samples = take_samples(name, record, grads, count)
         except Unsupported as reason:
-            if name in self.states:
+            if name in self.shapes:
                 raise ValueError(f"layer {name!r}: {reason}") from None
             self.selection.skip(name, str(reason))
             return
@@ -407,22 +455,25 @@ class _Run:
 
     def _check_same(self, outputs: Tensor, targets: Any, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""
-        if self.estimator.pass_limit == 1:
+        if self.estimator.pass_limit == 1 and not self.sweeps:
             return
         mark = Mark.of(outputs, targets if self.fisher == "empirical" else None)
-        if not self.passes:
+        if not self.earlier:
             self.marks.append(mark)
         elif number >= len(self.marks) or not self.marks[number].same(mark):
             raise ValueError(
-                f"pass {self.passes + 1} does not see what the first pass saw: several passes "
+                f"pass {self.earlier + 1} does not see what the first pass saw: several passes "
                 "need the same batches each time (DataLoader: shuffle=False, no random "
                 "augmentation)"
             )
 
     def _update(self, name: str, samples: LayerSamples, index: int, alone: bool) -> None:
         if name not in self.states:
-            self.states[name] = self.estimator.init(name, samples)
             self.shapes[name] = samples.silent(0)
+            if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
+                self.settled.add(name)
+                return
+            self.states[name] = self.estimator.init(name, samples)
             if self.num_probes:
                 self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
@@ -439,6 +490,11 @@ class _Run:
             self.probes[name].add(samples)
         self.updates += 1
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
+
+    def _footprint(self, samples: LayerSamples) -> Footprint:
+        o, i = samples.shape
+        probes = 2 * self.num_probes * o * i * samples.grads.element_size()
+        return self.estimator.footprint(samples) + Footprint(probes, 0)
 
     def _silent(self, reached: set[str], count: int) -> None:
         """Layers that this batch did not reach have zero gradients for its samples."""
@@ -479,27 +535,35 @@ class _Run:
                 self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
-        return len(self.settled) == len(self.states) or self.passes >= self.estimator.pass_limit
+        return self.states.keys() <= self.settled or self.passes >= self.estimator.pass_limit
 
     def finished(self) -> Curvature:
-        for name in [name for name in self.selection.blocks if name not in self.states]:
+        for name in [name for name in self.selection.blocks if name not in self.shapes]:
             loose = name in self.selection.loose
             reason = "no output depends on it" if loose else "its forward was never called"
             self.selection.skip(name, reason)
-        if not self.states:
+        if not self.shapes:
             raise ValueError(f"no layer can be treated: {self.selection.skipped}")
-        blocks = {}
+        # Those of the sweeps so far: other layers wait for a sweep to come.
+        done = self.sweeps.blocks if self.sweeps else {}
         for name in self.selection.blocks:
-            # A layer at a time: states and blocks together would take the memory twice.
-            with advised(f"layer {name!r}", _LESS_MEMORY):
-                block = self.estimator.finish(self.states.pop(name), self.num_samples)
-            _check_range(name, block)
-            if self.num_probes:
-                block = self.probes[name].certified(block, self.num_samples)
-            blocks[name] = block
+            if name in self.states:
+                block = self._finished(name)
+                done[name] = self.sweeps.kept(name, block) if self.sweeps else block
+                del block
+        blocks = {name: done[name] for name in self.selection.blocks if name in done}
         layouts = {name: self.selection.layout(name) for name in blocks}
         origin = repr(self.estimator), self.fisher, self.seed, parameter_counts(self.model)
         return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
+
+    def _finished(self, name: str) -> Block:
+        # A layer at a time: states and blocks together would take the memory twice.
+        with advised(f"layer {name!r}", _LESS_MEMORY):
+            block = self.estimator.finish(self.states.pop(name), self.num_samples)
+        _check_range(name, block)
+        return (
+            self.probes.pop(name).certified(block, self.num_samples) if self.num_probes else block
+        )
 
 
 def _telling(block: Block) -> Iterator[Tensor]:

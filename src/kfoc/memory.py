@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,24 @@ import torch
 OutOfMemory: type[RuntimeError] = torch.cuda.OutOfMemoryError
 # How the allocator of the CPU says it, in a plain RuntimeError.
 _ON_CPU = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+class Footprint(NamedTuple):
+    """Bytes that the tensors of one layer take in a fit, without those of a batch's own work.
+
+    Attributes:
+        state: at most so many between two batches, however many there have been.
+        block: of the finished block.
+    """
+
+    state: int
+    block: int
+
+    def __add__(self, other: object) -> Footprint:
+        """Of two layers, or groups of a layer, that are held at the same time."""
+        if not isinstance(other, Footprint):
+            return NotImplemented
+        return Footprint(self.state + other.state, self.block + other.block)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from kfoc.blocks import Block
+from kfoc.memory import Footprint
 from kfoc.pooling import Pooling
 from kfoc.samples import LayerSamples
 
@@ -39,6 +40,17 @@ class Estimator(ABC):
     @abstractmethod
     def finish(self, state: Any, num_samples: float) -> Block:
         """The block, from the state after `num_samples` samples in each pass."""
+
+    def footprint(self, samples: LayerSamples) -> Footprint:
+        """Upper bounds of what a layer's state and block take; `samples` are its first.
+
+        Raises:
+            ValueError: an estimator that does not say.
+        """
+        raise ValueError(
+            f"{self} does not say how much memory its states take: fit it without memory_budget, "
+            "or give its class a method `footprint`"
+        )
 
     def streaming(self) -> Estimator:
         """The estimator to use where `decayed` is called before every batch."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfoc.blocks import DenseBlock
 from kfoc.estimators.base import Estimator
+from kfoc.memory import Footprint
 from kfoc.plans import add_fisher
 from kfoc.pooling import Pooling, Sum
 from kfoc.products import mirrored
@@ -43,6 +44,11 @@ class BlockDiagonal(Estimator):
     def update(self, state: _State, samples: LayerSamples, *, alone: bool) -> _State:
         add_fisher(state.matrix, samples)
         return state
+
+    def footprint(self, samples: LayerSamples) -> Footprint:
+        o, i = samples.shape
+        size = (o * i) ** 2 * samples.grads.element_size()
+        return Footprint(size, size)
 
     def decayed(self, state: _State, factor: float) -> _State:
         state.matrix.mul_(factor)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kfoc.blocks import DiagonalBlock
 from kfoc.estimators.base import Estimator
+from kfoc.memory import Footprint
 from kfoc.plans import CHUNK
 from kfoc.pooling import Pooling, Sum
 from kfoc.samples import LayerSamples, Samples, gradient_chunks
@@ -35,6 +36,11 @@ class Diagonal(Estimator):
         for gradients in gradient_chunks(samples, CHUNK):
             state += gradients.square().sum((0, 1))
         return state
+
+    def footprint(self, samples: LayerSamples) -> Footprint:
+        o, i = samples.shape
+        size = o * i * samples.grads.element_size()
+        return Footprint(size, size)
 
     def decayed(self, state: Tensor, factor: float) -> Tensor:
         return state.mul_(factor)

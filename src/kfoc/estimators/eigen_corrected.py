@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kfoc.blocks import Block, EigenBlock, KroneckerBlock, Report
 from kfoc.blocks.spectrum import eigh
-from kfoc.estimators.factored import FactoredEstimator
+from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.kfoc import KFOC
+from kfoc.memory import Footprint
 from kfoc.plans import CHUNK
 from kfoc.pooling import Pooling, Sum, summed
 from kfoc.samples import Samples, gradient_chunks
@@ -104,6 +105,15 @@ class EigenCorrected(FactoredEstimator):
         state.sums = torch.zeros_like(block.left[:, :1] * block.right[:1])
         state.base = None  # its memory is not needed any more
         return state, False
+
+    def footprint_one(self, samples: Samples) -> Footprint:
+        base = self.base.footprint_one(samples)
+        if samples.diagonal:
+            return base
+        # The eigenvectors, as large as the factors, and the eigenvalues.
+        o, i = samples.shape
+        size = factors_bytes(samples) + o * i * samples.grads.element_size()
+        return Footprint(max(base.state, size), max(base.block, size))
 
     def change_one(self, state: _State) -> float | None:
         return None if state.base is None else self.base.change_one(state.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +13,7 @@ from kfoc.estimators.base import Estimator
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
 from kfoc.kronecker import balanced
+from kfoc.memory import Footprint
 from kfoc.plans import CHUNK
 from kfoc.pooling import Pooling, Sum, largest, together, unpooled
 from kfoc.samples import Depthwise, Direct, Grouped, LayerSamples, Samples, gradient_chunks
@@ -93,10 +95,32 @@ class FactoredEstimator(Estimator):
     def update_tied(self, state: Any, samples: Tied, *, alone: bool) -> Any:
         return self.update_one(state, _as_samples(samples), alone=alone)
 
+    def footprint_one(self, samples: Samples) -> Footprint:
+        """As `footprint`, for one group or a layer without groups."""
+        return super().footprint(samples)
+
+    def footprint_tied(self, samples: Tied) -> Footprint:
+        """As `footprint`, for an embedding and a head that share their weight."""
+        return self.footprint_one(_as_samples(samples))
+
+    def footprint(self, samples: LayerSamples) -> Footprint:
+        if isinstance(samples, Direct):
+            return _other(samples).footprint(samples)
+        if isinstance(samples, Depthwise):
+            if self.sums_rows:
+                o, i = samples.shape
+                each = samples.grads.element_size()
+                return Footprint(o * i * i * each, o * (i * i + 1) * each)
+            samples = samples.silent(0).grouped()
+        if isinstance(samples, Grouped):
+            return sum(map(self.footprint_one, samples.groups), Footprint(0, 0))
+        if isinstance(samples, Tied):
+            return self.footprint_tied(samples)
+        return self.footprint_one(cast(Samples, samples))
+
     def init(self, layer: str, samples: LayerSamples) -> Any:
         if isinstance(samples, Direct):
-            o, i = samples.shape
-            other = BlockDiagonal() if o * i <= DENSE_LIMIT else Diagonal()
+            other = _other(samples)
             return _Other(other, other.init(layer, samples))
         if isinstance(samples, Depthwise):
             if self.sums_rows:
@@ -187,6 +211,17 @@ class FactoredEstimator(Estimator):
             plan=reports[0].plan,
         )
         return GroupedBlock(blocks, report=report)
+
+
+def _other(samples: Direct) -> Estimator:
+    o, i = samples.shape
+    return BlockDiagonal() if o * i <= DENSE_LIMIT else Diagonal()
+
+
+def factors_bytes(samples: Samples) -> int:
+    """Of one Kronecker product's two factors."""
+    numbers = samples.shape[0] ** 2 + math.prod(samples.right_shape)
+    return numbers * samples.grads.element_size()
 
 
 def _as_samples(samples: Tied) -> Samples:

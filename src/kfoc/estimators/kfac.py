@@ -8,8 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
-from kfoc.estimators.factored import FactoredEstimator
+from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.kronecker import nearest_to_pair
+from kfoc.memory import Footprint
 from kfoc.plans import CHUNK
 from kfoc.pooling import Pooling, Sum, summed, together
 from kfoc.products import add_symmetric, mirrored
@@ -85,6 +86,15 @@ class KFAC(FactoredEstimator):
         parts = [state] if isinstance(state, _State) else list(state)
         parts = yield from together([_pooled(part) for part in parts])
         return parts[0] if isinstance(state, _State) else _TiedState(*parts)
+
+    def footprint_one(self, samples: Samples) -> Footprint:
+        size = factors_bytes(samples)
+        return Footprint(size, size)
+
+    def footprint_tied(self, samples: Tied) -> Footprint:
+        # Those of the embedding are the block's, and the head has as many.
+        size = factors_bytes(samples.embedding)
+        return Footprint(2 * size, size)
 
     def decayed_one(self, state: _State | _TiedState, factor: float) -> _State | _TiedState:
         # The factors are means: what they weigh against the next batch is the count alone.

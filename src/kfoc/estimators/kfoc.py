@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock, Report
-from kfoc.estimators.factored import FactoredEstimator
-from kfoc.estimators.low_rank import LowRank
+from kfoc.estimators.factored import FactoredEstimator, factors_bytes
+from kfoc.estimators.low_rank import LowRank, numbers_held
 from kfoc.kronecker import (
     Contraction,
     KroneckerFit,
@@ -24,7 +24,7 @@ from kfoc.kronecker import (
     opposite,
     settled,
 )
-from kfoc.memory import out_of_memory
+from kfoc.memory import Footprint, out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sums_densely
 from kfoc.plans import Dense, add_fisher
 from kfoc.pooling import Optimum, Pooling, Sum, optimum, summed
@@ -32,6 +32,7 @@ from kfoc.pooling import largest as largest_of
 from kfoc.products import mirrored
 from kfoc.samples import Rows, Samples
 from kfoc.solver import fit_contraction
+from kfoc.tied import Tied
 
 # Parts of a batch that `online` takes in one by one have so many samples at least: each costs some
 # passes over the factors.
@@ -127,6 +128,18 @@ class KFOC(FactoredEstimator):
         if self.rank > 1 and not samples.diagonal:
             return LowRank(self, samples)
         return _STRATEGIES[self.aggregation](self, samples)
+
+    def footprint_one(self, samples: Samples) -> Footprint:
+        factors = factors_bytes(samples)
+        if self.rank > 1 and not samples.diagonal:
+            held = numbers_held(self, samples) * samples.grads.element_size()
+            return Footprint(held, self.rank * factors)
+        if self.aggregation not in ("online", "exact"):
+            return Footprint(factors, factors)
+        # What is pending, or F in its place, beside the sums; tokens may be the wider numbers.
+        inputs = samples.embedding.inputs if isinstance(samples, Tied) else samples.inputs
+        each = max(samples.grads.element_size(), inputs.tensor.element_size())
+        return Footprint(factors + self.buffer * each, factors)
 
     def update_one(
         self, state: _Aggregation | LowRank, samples: Samples, *, alone: bool

@@ -137,6 +137,17 @@ class SampleSteps(HalfSteps):
             yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
 
 
+def numbers_held(config: Config, samples: Samples) -> int:
+    """An upper bound of the numbers that the state of a layer holds; `samples` are its first."""
+    o, i = samples.shape
+    # All columns of both sides; between the passes of "exact", those held fixed and their images.
+    triples = (2 * config.rank + 4) * (o * o + i * i)
+    triples *= 2 if config.aggregation == "exact" else 1
+    weights = 2 * (2 * config.rank + 4)
+    # A batch that is larger than the buffer is pending all the same.
+    return triples + weights + max(config.buffer, samples.numel)
+
+
 class LowRank:
     """The state of one layer."""
 
