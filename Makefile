@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Cases of each property test in a nightly run.
 CASES ?= 2000
 
-.PHONY: reproduce reproduce-full test nightly lint benchmark clean
+.PHONY: reproduce reproduce-full test nightly wheel lint benchmark clean
 
 reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
 	$(BIN)/kfoc reproduce --quick --out results-quick
@@ -19,6 +19,9 @@ test: $(VENV)/ready lint  ## lint, types, tests
 
 nightly: $(VENV)/ready  ## thousands of random cases of the property tests, other ones every time
 	KFOC_PROFILE=nightly KFOC_CASES=$(CASES) $(BIN)/python -m pytest tests/test_properties.py
+
+wheel:  ## the suite against the built wheel, outside the repository; TORCH=torch==2.6.0 for another
+	sh tests/wheel.sh $(TORCH)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

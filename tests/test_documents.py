@@ -25,6 +25,21 @@ def test_using_a_curvature(capsys: pytest.CaptureFixture[str]) -> None:
     assert scope["half"]["0"].left.dtype == torch.float64
 
 
+def test_models_whose_factors_exceed_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    text = (ROOT / "docs" / "memory.md").read_text()
+    scope: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(code, scope)
+    assert capsys.readouterr().out == "index.json\n"
+    factors = sum(
+        tensor.nbytes for block in scope["curvature"].values() for tensor in block.tensors()
+    )
+    assert f"{factors / 2**17:.1f} times" in text
+    measured = (ROOT / "benchmarks" / "results" / "layerwise.md").read_text()
+    assert measured in text, "put benchmarks/results/layerwise.md into docs/memory.md"
+
+
 def test_compare_estimators(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
     runpy.run_path(str(ROOT / "examples" / "compare_estimators.py"), run_name="__main__")

@@ -395,14 +395,15 @@ class _Run:
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
                 first = self.ranks.first_index(count) if self.ranks else index
                 grads = self._gradients(outputs, targets, record, first)
-            del outputs  # and with it the graph, but for what regions need of it
-            # Regions first: the graph lives no longer than they do.
-            reached = [*record.regions, *record.calls]
-            for name in reached:
-                if name not in self.settled:
-                    with advised(f"layer {name!r}", _LESS_MEMORY):
-                        self._take(name, record, grads.pop(name), count, index, alone)
-            self._silent(self.settled.union(reached), count)
+            regions, calls = list(record.regions), list(record.calls)
+            # Regions first: they need the graph. All of it, as before torch 2.8 nodes of custom
+            # functions end with the outputs, even where Python holds them.
+            for name in regions:
+                self._take(name, record, grads, count, index, alone)
+            del outputs  # and with it the graph
+            for name in calls:
+                self._take(name, record, grads, count, index, alone)
+            self._silent(self.settled.union(regions, calls), count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
                 raise
@@ -423,16 +424,25 @@ class _Run:
         record.regions = self.regions.find(outputs, graph, wanted)
 
     def _take(
-        self, name: str, record: Record, grads: list[Any], count: int, index: int, alone: bool
+        self,
+        name: str,
+        record: Record,
+        grads: dict[str, list[Any]],
+        count: int,
+        index: int,
+        alone: bool,
     ) -> None:
-        try:
-            samples = take_samples(name, record, grads, count)
-        except Unsupported as reason:
-            if name in self.shapes:
-                raise ValueError(f"layer {name!r}: {reason}") from None
-            self.selection.skip(name, str(reason))
+        if name in self.settled:
             return
-        self._update(name, samples, index, alone)
+        with advised(f"layer {name!r}", _LESS_MEMORY):
+            try:
+                samples = take_samples(name, record, grads.pop(name), count)
+            except Unsupported as reason:
+                if name in self.shapes:
+                    raise ValueError(f"layer {name!r}: {reason}") from None
+                self.selection.skip(name, str(reason))
+                return
+            self._update(name, samples, index, alone)
 
     def _outputs(self, inputs: Any, number: int) -> Tensor:
         # Whatever the forward pass draws is a function of seed and batch, on every pass.

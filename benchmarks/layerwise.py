@@ -1,0 +1,106 @@
+"""Peak memory of a fit whose factors are four times the budget: python benchmarks/layerwise.py
+
+Each row runs in a process of its own. Writes benchmarks/results/layerwise.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import memory
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH, DEPTH, BATCH = 1024, 16, 64
+
+
+def run(estimator: str, share: float, storage: bool) -> dict[str, Any]:
+    """One fit; the budget is `share` of the factors' bytes, 0 for none."""
+    import torch
+
+    import kfoc
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    layers = [m for _ in range(DEPTH) for m in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 10))
+    x, y = torch.randn(4 * BATCH, WIDTH), torch.randint(10, (4 * BATCH,))
+    data = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    sizes = [m.weight.shape for m in model if isinstance(m, torch.nn.Linear)]
+    factors = sum(4 * (o * o + (i + 1) ** 2) for o, i in sizes)
+    options: dict[str, Any] = {"estimator": getattr(kfoc, estimator)()}
+    if share:
+        options["memory_budget"] = int(share * factors)
+    small = kfoc.fit(model[-1:], [(x[:8], y[:8])])  # what is loaded once
+    del small
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        if storage:
+            options["storage"] = Path(folder) / "blocks"
+        start = time.perf_counter()
+        peak = memory.peak_above(lambda: kfoc.fit(model, data, **options))
+        seconds = time.perf_counter() - start
+    return {
+        "estimator": estimator,
+        "budget": options.get("memory_budget"),
+        "storage": storage,
+        "factors": factors,
+        "peak": peak,
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| estimator | budget, MB | factors / budget | blocks in files | peak above the model, MB "
+        "| peak / factors | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        budget = row["budget"]
+        lines.append(
+            f"| {row['estimator']} | {budget / 2**20:.0f} | {row['factors'] / budget:.1f} "
+            if budget
+            else f"| {row['estimator']} | none | "
+        )
+        lines[-1] += (
+            f"| {'yes' if row['storage'] else 'no'} | {row['peak'] / 2**20:.0f} "
+            f"| {row['peak'] / row['factors']:.2f} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=3, metavar=("ESTIMATOR", "SHARE", "STORAGE"))
+    arguments = parser.parse_args()
+    if arguments.one:
+        estimator, share, storage = arguments.one
+        print(json.dumps(run(estimator, float(share), storage == "yes")))
+        return
+    rows = []
+    for estimator in ("KFAC", "KFOC"):
+        for share, storage in (("0", "no"), ("0", "yes"), ("0.25", "yes")):
+            command = [sys.executable, __file__, "--one", estimator, share, storage]
+            environment = os.environ | memory.ENVIRONMENT
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            rows.append(json.loads(done.stdout))
+    shown = f"{DEPTH} layers of {WIDTH} x {WIDTH}, 4 batches of {BATCH}, float32.\n\n" + table(rows)
+    print(shown)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "layerwise.md").write_text(shown + "\n")
+    content = {"machine": machine.describe(2), "rows": rows}
+    (RESULTS / "layerwise.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
