@@ -279,3 +279,14 @@ def test_budgets_that_cannot_be_held(tmp_path: Path) -> None:
         kfoc.fit(model, iter(data), memory_budget=2 * 35_000, **options)
     with pytest.raises(ValueError, match="without group and checkpoint"):
         kfoc.fit(model, data, memory_budget=2**30, checkpoint=tmp_path / "saved")
+
+
+def test_progress_counts_the_passes_of_all_sweeps(watch: Watch, tmp_path: Path) -> None:
+    model, data = convolutional(), batches(*images(20), 7)
+    seen: list[kfoc.Progress] = []
+    options: dict = {"estimator": kfoc.KFOC(buffer=0), "storage": tmp_path / "blocks"}
+    kfoc.fit(model, data, memory_budget=70_000, progress=seen.append, **options)
+    assert len(watch.groups) > 1
+    assert [one.pass_number for one in seen] == [
+        k for k in range(1, len(watch.groups) + 1) for _ in data
+    ]

@@ -367,14 +367,11 @@ class _Run:
     def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
         changes = [self.estimator.change(state) for state in self.states.values()]
         known = [change for change in changes if change is not None]
-        batches = len(self.marks) if self.passes else length(data)
-        limit = self.estimator.pass_limit
-        meter = Meter(report, self.passes + 1, limit, batches, max(known, default=None))
-        meter.start -= spent
-        return meter
         batches = len(self.marks) if self.earlier else length(data)
         limit = self.earlier - self.passes + self.estimator.pass_limit
-        return Meter(report, self.earlier + 1, limit, batches, max(known, default=None))
+        meter = Meter(report, self.earlier + 1, limit, batches, max(known, default=None))
+        meter.start -= spent
+        return meter
 
     def _batch(self, batch: Any, record: Record, index: int, number: int, alone: bool) -> int:
         """Take in one batch, whose first sample is the `index`-th; returns its sample count."""
