@@ -6,7 +6,6 @@ import dataclasses
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
+from documents import code_blocks
 from kfoc import checkpoint as checkpoints
 from kfoc.encoding import decoded, encoded
 from kfoc.fingerprint import Trail
@@ -520,11 +520,9 @@ def test_marks_of_batches() -> None:
 
 def test_what_the_document_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
-    results = []
+    code, results = code_blocks("docs/checkpoints.md"), []
     for _ in range(2):
         scope: dict = {}
-        code = re.findall(r"```python\n(.*?)```", text, re.S)
         exec(code[0], scope)
         results.append(scope["curvature"])
     assert same(*results)

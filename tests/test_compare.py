@@ -21,6 +21,7 @@ from torch import nn
 
 import kfoc
 import oracle
+from documents import code_blocks
 from models import batches, convolutional, images
 
 pytest.importorskip("typer")
@@ -422,6 +423,7 @@ def test_mistakes(
         (lambda m: (m, 3), "iterable of batches"),
         (lambda m: (m, [], 3), "arguments must be a dict, found int"),
         (lambda m: (m, [], {"probes": 3}), "does not take here: probes"),
+        (lambda m: (m, [], {"checkpoint": "run"}), "does not take here: checkpoint"),
     ],
 )
 def test_wrong_return_values(returned: Callable[[nn.Module], object], message: str) -> None:
@@ -451,7 +453,6 @@ def test_example() -> None:
 
 
 def test_document() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
     scope: dict = {}
-    exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], scope)
+    exec(code_blocks("docs/compare.md")[0], scope)
     assert len(list(subject(scope["factory"](), "docs").data)) == 10

@@ -5,22 +5,17 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import layer_table
-
-ROOT = Path(__file__).parent.parent
+from documents import ROOT, executed
 
 
 def test_using_a_curvature(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
-    text = (ROOT / "docs" / "curvature.md").read_text()
-    scope: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(code, scope)
+    scope = executed("docs/curvature.md")
     assert capsys.readouterr().out.count("+-") == 10
     assert scope["half"]["0"].left.dtype == torch.float64
 
@@ -28,9 +23,7 @@ def test_using_a_curvature(capsys: pytest.CaptureFixture[str]) -> None:
 def test_models_whose_factors_exceed_memory(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
     text = (ROOT / "docs" / "memory.md").read_text()
-    scope: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(code, scope)
+    scope = executed("docs/memory.md")
     assert capsys.readouterr().out == "index.json\n"
     factors = sum(
         tensor.nbytes for block in scope["curvature"].values() for tensor in block.tensors()
@@ -71,22 +64,16 @@ def test_interop(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_interop_document() -> None:
     torch.set_default_dtype(torch.float32)
-    scope: dict = {}
-    text = (ROOT / "docs" / "interop.md").read_text()
-    for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        try:
-            exec(code, scope)
-        except ImportError as error:
-            pytest.skip(str(error))
+    try:
+        executed("docs/interop.md")
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", ["training.md", "continual.md"])
 def test_training_with_a_curvature(name: str) -> None:
     torch.set_default_dtype(torch.float32)
-    scope: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.S):
-        exec(code, scope)
-    losses = scope["losses"]
+    losses = executed(f"docs/{name}")["losses"]
     assert losses[-1] < 0.7 * losses[0]
 
 

@@ -17,9 +17,10 @@ ALLOWED = {
     "agreement": {
         "batches", "certificate", "distributed", "estimators", "samples", "selection",
     },
-    "samples": {"memory"},
+    "scales": set(),
+    "samples": {"memory", "scales"},
     "tokens": {"samples"},
-    "tied": {"samples"},
+    "tied": {"samples", "scales"},
     "likelihoods": set(),
     "blocks": {"blocks"},  # a package of kinds, which know of nothing else
     "products": set(),
@@ -27,7 +28,7 @@ ALLOWED = {
     "batches": set(),
     "coverage": {"layout"},
     "plans": {"kronecker", "products", "samples"},
-    "solver": {"kronecker"},
+    "solver": {"kronecker", "scales"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
     "planner": {"kronecker", "plans", "products", "samples", "tied", "token_plan"},
     "certificate": {"blocks", "plans", "pooling", "samples", "token_plan"},

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 import kfoc
-
-ROOT = Path(__file__).parent.parent
+from documents import ROOT, executed
 
 
 def example(name: str) -> ModuleType:
@@ -26,11 +24,7 @@ def example(name: str) -> ModuleType:
 
 def test_documents(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
-    scope: dict = {}
-    for code in re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "laplace.md").read_text(), re.S
-    ):
-        exec(code, scope)
+    scope = executed("docs/laplace.md")
     assert capsys.readouterr().out.startswith("Laplace of 2 layers, prior precision all: ")
     assert scope["prior"].grad is not None
     assert scope["last"].sample().keys() == {"2.weight", "2.bias"}

@@ -1,14 +1,11 @@
 """The code in the README runs as it stands."""
 
-import re
-from pathlib import Path
-
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+from documents import code_blocks
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README.read_text(), re.S))
+@pytest.mark.parametrize("code", code_blocks("README.md"))
 def test_readme_example(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(code, {})
     assert capsys.readouterr().out.count("relative error 0.") == 2

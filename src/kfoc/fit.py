@@ -357,12 +357,20 @@ class _Run:
 
     def adopt(self, name: str, silent: LayerSamples) -> None:
         """Begin the state of a layer that other ranks' samples reached, and none of this one's."""
-        self.states[name] = self.estimator.init(name, silent)
-        self.shapes[name] = silent
-        if self.num_probes:
-            self.probes[name] = Probes(self.num_probes, self.seed, name, silent)
+        self._begin(name, silent)
         if self.read:
             self._update(name, silent.silent(self.read), 0, False)
+
+    def _begin(self, name: str, samples: LayerSamples) -> bool:
+        """Make the state of a layer; False where a later sweep does."""
+        self.shapes[name] = samples.silent(0)
+        if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
+            self.settled.add(name)
+            return False
+        self.states[name] = self.estimator.init(name, samples)
+        if self.num_probes:
+            self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
+        return True
 
     def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
         changes = [self.estimator.change(state) for state in self.states.values()]
@@ -476,13 +484,8 @@ class _Run:
 
     def _update(self, name: str, samples: LayerSamples, index: int, alone: bool) -> None:
         if name not in self.states:
-            self.shapes[name] = samples.silent(0)
-            if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
-                self.settled.add(name)
+            if not self._begin(name, samples):
                 return
-            self.states[name] = self.estimator.init(name, samples)
-            if self.num_probes:
-                self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
             if index:  # the layer was not reached by the samples before: their gradients are zero
                 self._update(name, samples.silent(index), 0, False)
                 if self.decay is not None and self.weight != index:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kfoc.memory import out_of_memory
+from kfoc.scales import power_of_two
 
 
 class Inputs(Protocol):
@@ -590,10 +591,3 @@ def magnitude(values: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(values)
     return torch.maximum(-low, high).item()
-
-
-def power_of_two(largest: float) -> float:
-    """A power of two near `largest`; 1 where that is harmless, to save the copy."""
-    if largest == 0.0 or 2.0**-8 <= largest <= 2.0**8:
-        return 1.0
-    return 2.0 ** math.floor(math.log2(largest))

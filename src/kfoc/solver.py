@@ -23,6 +23,7 @@ from kfoc.kronecker import (
     relative_error,
     settled,
 )
+from kfoc.scales import power_of_two
 
 # The power iteration goes on for so many half steps where these are expected to suffice: fewer than
 # the acceleration takes at least, with and without implicit representations.
@@ -112,10 +113,10 @@ class _Krylov:
 
         Inner products along the chain have up to the eighth power of sigma.
         """
-        self.start_unit = _unit(norm_of(start))
+        self.start_unit = power_of_two(norm_of(start))
         chain = self._images([start / self.start_unit if self.start_unit != 1.0 else start], 3)
         norms = norm_of(chain[0]), norm_of(chain[2])
-        self.unit = _unit(math.sqrt(norms[1] / norms[0])) if all(norms) else 1.0
+        self.unit = power_of_two(math.sqrt(norms[1] / norms[0])) if all(norms) else 1.0
         if self.unit != 1.0:
             chain[1] = chain[1] / self.unit
             chain[2] = chain[2] / self.unit / self.unit
@@ -208,13 +209,6 @@ class _Krylov:
             sigma = left.norm().item()
             self.steps += 1
         return Iterate(left, right, sigma, self.steps, converged, "left")
-
-
-def _unit(norm: float) -> float:
-    """A power of two near a norm, by which nothing is rounded; 1 where that is harmless."""
-    if norm == 0.0 or 2.0**-8 <= norm <= 2.0**8:
-        return 1.0
-    return 2.0 ** round(math.log2(norm))
 
 
 def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:

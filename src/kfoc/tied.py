@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfoc.samples import Rows, Samples, magnitude, power_of_two
+from kfoc.samples import Rows, Samples, magnitude
+from kfoc.scales import power_of_two
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import nn
 
 from kfoc import fit
 
-# What the command decides itself.
-OWN = ("model", "data", "estimator", "probes", "progress")
+# What the command decides itself, and what no two of its fits could share.
+OWN = ["model", "data", "estimator", "probes", "progress"]
+OWN += ["group", "checkpoint", "resume", "storage"]
 ARGUMENTS = tuple(name for name in inspect.signature(fit).parameters if name not in OWN)
 
 
