@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from report import markdown as report  # noqa: E402  (of benchmarks/)
+from targets import checks  # noqa: E402
 
 # Images that pages show, and that other commands of the repository draw.
 DRAWN = ("benchmarks/results/optimizer.png", "benchmarks/growth.png")
@@ -27,12 +33,54 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links out of docs/, which work in the repository: to images here, or to a file's name."""
-    return OUTSIDE.sub(_link, markdown) if "/" not in page.file.src_uri else markdown
+    name = page.file.src_uri
+    if name == "benchmarks.md":
+        for place, text in measured().items():
+            markdown = markdown.replace(f"<!-- {place} -->", text)
+    return markdown if "/" in name else OUTSIDE.sub(_link, markdown)
 
 
 def _link(match: re.Match[str]) -> str:
     text, path = match.groups()
     return f"[{text}]({path})" if path in DRAWN else f"{text} (`{path}`)"
+
+
+def measured() -> dict[str, str]:
+    """The parts of the page of benchmarks, by their places."""
+    document = json.loads((ROOT / "benchmarks/results/benchmark.json").read_text())
+    growth = json.loads((ROOT / "benchmarks/growth.json").read_text())
+    return {
+        "targets": _targets(document),
+        "growth": _growth(growth["exponents"]),
+        # A list needs an empty line before it here.
+        "table": report(document).replace("targets met.\n- ", "targets met.\n\n- "),
+    }
+
+
+def _targets(document: dict[str, Any]) -> str:
+    """How many checks each figure has, and how many of them were met."""
+    found = checks(document["results"])
+    met = sum(check.verdict == "met" for check in found)
+    lines = [f"**{met} of {len(found)} are met.** {len(found) - met} are not:", ""]
+    lines += ["| figure | checks | met | not met, by workload |", "|---|---:|---:|---|"]
+    for figure in dict.fromkeys(check.figure for check in found):
+        of = [check for check in found if check.figure == figure]
+        missed = [c for c in of if c.verdict != "met"]
+        names = [f"{c.workload} ({c.value:.3g}, limit {c.limit:g})" for c in missed]
+        lines.append(f"| {figure} | {len(of)} | {len(of) - len(missed)} | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def _growth(exponents: dict[str, Any]) -> str:
+    """Exponents of time and memory."""
+    lines = ["| exponent of time; of memory | gradient | K-FAC | K-FOC |", "|---|---|---|---|"]
+    for name, methods in exponents.items():
+        cells = [
+            f"{m['milliseconds']:.2f}; {m['peak_bytes']:.2f}"
+            for m in (methods[key] for key in ("gradient", "kfac", "kfoc"))
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kfoc
 from documents import ROOT, code_blocks, executed
 
 # Pages whose code runs in a test of its own, which looks at what it gives.
@@ -46,10 +48,12 @@ class Resources(HTMLParser):
         super().__init__()
         self.loaded: list[str] = []
         self.classes: set[str] = set()
+        self.anchors: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.classes.update((found.get("class") or "").split())
+        self.anchors.add(found.get("id") or "")
         if tag == "link" and found.get("rel") in ("canonical", "prev", "next", "alternate"):
             return
         name = "href" if tag == "link" else "src" if tag != "a" else ""
@@ -75,6 +79,23 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 def test_every_page_is_there(site: Path) -> None:
     for page in PAGES:
         assert (site / page).with_suffix(".html").is_file()
+
+
+def test_every_public_name_is_documented(site: Path) -> None:
+    resources = Resources()
+    for page in (site / "api").glob("*.html"):
+        resources.feed(page.read_text())
+    for name in kfoc.__all__:  # a function may be in a module of its own name
+        assert {f"kfoc.{name}", f"kfoc.{name}.{name}"} & resources.anchors, name
+
+
+def test_benchmarks_are_those_of_the_committed_run(site: Path) -> None:
+    page = (site / "benchmarks.html").read_text()
+    committed = (ROOT / "benchmarks" / "results" / "benchmark.md").read_text()
+    found = re.search(r"(\d+) of (\d+) targets met", committed)
+    assert found is not None
+    assert f"{found[1]} of {found[2]} are met." in page
+    assert "<!--" not in page.split("<article", 1)[1].split("</article", 1)[0]
 
 
 def test_pages_that_run_elsewhere_do() -> None:
