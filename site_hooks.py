@@ -22,6 +22,7 @@ from targets import checks  # noqa: E402
 DRAWN = ("benchmarks/results/optimizer.png", "benchmarks/growth.png")
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)]*)\)")
+NAMED = re.compile(r"<mo>([a-z]+)</mo>")  # which latex2mathml takes for infix
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.S)
 
 
@@ -52,9 +53,15 @@ def measured() -> dict[str, str]:
     return {
         "targets": _targets(document),
         "growth": _growth(growth["exponents"]),
-        # A list needs an empty line before it here.
-        "table": report(document).replace("targets met.\n- ", "targets met.\n\n- "),
+        "table": _rows(document),
     }
+
+
+def _rows(document: dict[str, Any]) -> str:
+    """The table of all rows, without the column of targets, which has a table of its own."""
+    rows, _, circumstances = report(document).strip().split("\n\n")
+    cut = [line.rsplit("|", 2)[0] + "|" for line in rows.splitlines()]
+    return "\n".join(cut) + f"\n\n{circumstances}"
 
 
 def _targets(document: dict[str, Any]) -> str:
@@ -66,8 +73,8 @@ def _targets(document: dict[str, Any]) -> str:
     for figure in dict.fromkeys(check.figure for check in found):
         of = [check for check in found if check.figure == figure]
         missed = [c for c in of if c.verdict != "met"]
-        names = [f"{c.workload} ({c.value:.3g}, limit {c.limit:g})" for c in missed]
-        lines.append(f"| {figure} | {len(of)} | {len(of) - len(missed)} | {', '.join(names)} |")
+        names = [f"{c.workload} {c.method} ({c.value:.3g}, limit {c.limit:g})" for c in missed]
+        lines.append(f"| {figure} | {len(of)} | {len(of) - len(missed)} | {'<br>'.join(names)} |")
     return "\n".join(lines)
 
 
@@ -91,4 +98,7 @@ def _mathml(match: re.Match[str]) -> str:
     """A formula as MathML, which browsers draw without any script."""
     block = match[1] == "div"
     formula = convert(unescape(match[2]).strip(), display="block" if block else "inline")
+    formula = NAMED.sub(r"<mi>\1</mi>", formula)
+    for sign in ("&#x02AB0;", "&#x0223C;"):  # and \succeq and \sim, for names
+        formula = formula.replace(f"<mi>{sign}</mi>", f"<mo>{sign}</mo>")
     return f'<div class="formula">{formula}</div>' if block else formula
