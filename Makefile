@@ -41,7 +41,7 @@ $(VENV)/peers: $(VENV)/ready benchmarks/requirements-peers.txt
 	$(BIN)/pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
 	touch $@
 
-docs: $(VENV)/ready  ## the documentation, into site/
+docs: $(VENV)/ready  ## the documentation, into site/; search needs a server: python -m http.server -d site
 	$(BIN)/mkdocs build
 
 clean:

@@ -73,7 +73,9 @@ def _targets(document: dict[str, Any]) -> str:
     for figure in dict.fromkeys(check.figure for check in found):
         of = [check for check in found if check.figure == figure]
         missed = [c for c in of if c.verdict != "met"]
-        names = [f"{c.workload} {c.method} ({c.value:.3g}, limit {c.limit:g})" for c in missed]
+        names = [
+            f"{c.workload} {c.method}: {c.value:.3g} > {c.limit:g}, {c.verdict}" for c in missed
+        ]
         lines.append(f"| {figure} | {len(of)} | {len(of) - len(missed)} | {'<br>'.join(names)} |")
     return "\n".join(lines)
 
@@ -99,6 +101,6 @@ def _mathml(match: re.Match[str]) -> str:
     block = match[1] == "div"
     formula = convert(unescape(match[2]).strip(), display="block" if block else "inline")
     formula = NAMED.sub(r"<mi>\1</mi>", formula)
-    for sign in ("&#x02AB0;", "&#x0223C;"):  # and \succeq and \sim, for names
+    for sign in ("&#x02AB0;", "&#x0007E;"):  # and \succeq and \sim, for names
         formula = formula.replace(f"<mi>{sign}</mi>", f"<mo>{sign}</mo>")
     return f'<div class="formula">{formula}</div>' if block else formula
