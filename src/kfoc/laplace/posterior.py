@@ -33,7 +33,7 @@ CANDIDATES = tuple(10 ** (k / 2) for k in range(-4, 9))
 class Laplace:
     """A Gaussian over the parameters, around the trained ones, of precision
 
-        `num_samples / (temperature * sigma_noise^2) * F + prior_precision * I`
+        num_samples / (temperature * sigma_noise^2) * F + prior_precision * I
 
     with F the mean Fisher of the curvature, a Gauss-Newton stand-in for the Hessian. Parameters
     that the curvature does not cover (`curvature.skipped`, layers left out of `fit(layers=...)`)
