@@ -64,7 +64,8 @@ class Ranks:
     """This process among those of a group; `fit(..., group=...)` takes one, or the group itself.
 
     Attributes:
-        rank, world: this process's number in the group, and how many there are.
+        rank: this process's number in the group.
+        world: how many there are.
         traffic: what was sent so far, over all fits with this object.
         due: whether a rank said before the last batch that states should be synchronised.
     """
