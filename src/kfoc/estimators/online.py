@@ -51,7 +51,8 @@ class Online(Aggregation):
         self.pending: list[Samples] = []
         self.buffer = 0 if config.decay else config.buffer
         self.single: KroneckerFit | None = None
-        self.waits = False  # with what is pending, until all ranks take in theirs (`over_ranks`)
+        self.waits = False  # with what is pending, until all ranks begin together (`over_ranks`)
+        self.taken, self.until = 0, 0  # buffers since sums were exchanged, and when to do it again
         self._latest = 0  # numbers of the last batch
         self.fisher: Tensor | None = None  # of layers small enough: F itself
         if not samples.diagonal and sums_densely(Size.of(samples), config.buffer):
@@ -84,8 +85,10 @@ class Online(Aggregation):
 
     @property
     def due(self) -> bool:
-        """Whether another batch like the last would be more than the buffer holds."""
-        return self.waits and self.fisher is None and self._held + self._latest > self.buffer
+        """Whether ranks should begin, another batch being too much to keep, or exchange sums."""
+        if self.waits:
+            return self.fisher is None and self._held + self._latest > self.buffer
+        return self.taken >= self.until
 
     def flush(self) -> None:
         """Take in what is pending."""
@@ -95,6 +98,7 @@ class Online(Aggregation):
 
     def take(self, samples: Samples) -> None:
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
+        self.taken += 1
         count, parts = samples.num_samples, 1
         if samples.num_positions == 1 and not self.config.decay:  # which counts batches
             o, i = samples.shape

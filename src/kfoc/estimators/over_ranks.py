@@ -1,10 +1,10 @@
-"""`online` over ranks: stochastic power iteration whose steps are those of all ranks together.
+"""`online` over ranks: one stochastic power iteration, whose sums lie with the ranks in shares.
 
-A rank keeps its samples pending until some rank's buffer is full. Then all take in theirs as if
-they were one batch: the half steps of all ranks are summed, and every rank holds the same sums. To
-let each rank go its own way, and add up or merge the results, costs far more than the ranks' own
-errors where they see different classes: each half step is then taken at directions that the other
-ranks' data did not form.
+The ranks begin together: when the first buffer is full, the power iteration on all that they have
+pending gives the directions that all later batches depend on. (Ranks that see different classes
+would find different ones by themselves, and neither to add up nor to merge what comes of that mends
+it.) From then on each holds a share of the sums, takes in its own batches as one process does, and
+now and then all shares are summed and shared out anew: after so many buffers as there were before.
 """
 
 from __future__ import annotations
@@ -34,23 +34,26 @@ Pending = list[tuple[Contraction, float]]
 
 
 def synchronised(state: Online) -> Pooling[None]:
-    """Take in what all ranks have pending, where a buffer is full on one of them."""
+    """Begin together, or exchange the sums, where a rank is due."""
     due, factored = yield from largest_of(state.due, _factored(state))
-    if due:
-        yield from _advanced(state, *_taken(state, bool(factored)))
+    if not due:
+        return
+    if state.waits:
+        yield from _begun(state, *_taken(state, bool(factored)))
+    else:
+        yield from _exchanged(state, share=True)
 
 
 def pooled(state: Online) -> Pooling[None]:
-    """Take in what all ranks have pending at the end of a pass."""
+    """What all ranks have seen, at the end of a pass."""
     dense, factored = yield from largest_of(state.fisher is not None, _factored(state))
     if dense and not factored:
         yield from _summed(state)
-        return
-    pending, count = _taken(state, bool(factored))
-    if state.weight:  # the same on all ranks
-        yield from _advanced(state, pending, count)
+    elif state.waits:  # on all ranks, which come to the first step together
+        yield from _solved(state, *_taken(state, bool(factored)))
     else:
-        yield from _solved(state, pending, count)
+        state.flush()
+        yield from _exchanged(state, share=False)
 
 
 def _factored(state: Online) -> bool:
@@ -116,38 +119,43 @@ def _step(state: Online, pending: Pending, unit: float) -> Callable[[Tensor, Sid
     return step
 
 
-def _advanced(state: Online, pending: Pending, count: float) -> Pooling[None]:
-    """One step of `Online` for the batch that all ranks' pending samples are together."""
-    scale = max((scale for _, scale in pending), default=0.0)
-    (unit,) = yield from largest_of(scale)
-    (count,) = yield from summed(count)
+def _begun(state: Online, pending: Pending, count: float) -> Pooling[None]:
+    """The first step, at the optimum of all ranks' pending samples; each rank gets its share."""
     state.weight += count
+    (unit,) = yield from largest_of(max((scale for _, scale in pending), default=0.0))
     if not unit:
         return
     state.rescale(unit, 1.0)
-    step = _step(state, pending, state.unit)
-    left, right = state.left, state.right
-    if any(state.norms):
-        w, v = step(_unit(right), "right"), step(_unit(left), "left")
-        yield [Sum([w, v])]
-        predicted = _unit(left + w), _unit(right + v)
-    else:
-        # All later batches depend on where this one points, and ranks have few steps in common.
-        found = yield from optimum(step, state.start(), FIRST_RTOL, state.config.max_steps)
-        predicted = _unit(found.left), _unit(found.right)
-    w, v = step(predicted[1], "right"), step(predicted[0], "left")
-    yield [Sum([w, v])]
-    state.core += (w * predicted[0]).sum().item()
-    left += w
-    right += v
-    state.norms = norm_of(left), norm_of(right)
+    step = _step(state, pending, unit)
+    found = yield from optimum(step, state.start(), FIRST_RTOL, state.config.max_steps)
+    left, right = _unit(found.left), _unit(found.right)
+    state.left, state.right = step(right, "right"), step(left, "left")
+    state.core = (state.left * left).sum().item()
+    state.waits = False
     state.report = replace(state.report, plan="ranks")
+    yield from _exchanged(state, share=True)
+
+
+def _exchanged(state: Online, share: bool) -> Pooling[None]:
+    """All ranks' sums; with `share`, each rank keeps so large a part of them."""
+    (unit,) = yield from largest_of(state.unit)
+    state.rescale(unit, 1.0)
+    state.left, state.right = mirrored(state.left), mirrored(state.right)
+    yield [Sum([state.left, state.right])]
+    core, weight, world = yield from summed(state.core, state.weight, 1)
+    if share:
+        state.left /= world
+        state.right /= world
+        core, weight = core / world, weight / world
+    state.core, state.weight = core, weight
+    state.norms = norm_of(state.left), norm_of(state.right)
+    state.taken, state.until = 0, max(1, 2 * state.until)
 
 
 def _solved(state: Online, pending: Pending, count: float) -> Pooling[None]:
     """The optimum of what the ranks have pending, which is all there is."""
     (unit,) = yield from largest_of(max((scale for _, scale in pending), default=0.0))
-    (state.weight,) = yield from summed(count)
+    (state.weight,) = yield from summed(state.weight + count)
     if not unit:
         return
     found = yield from state.optimum(_step(state, pending, unit), "ranks")
