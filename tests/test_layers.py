@@ -412,7 +412,7 @@ def test_a_layer_of_ones_own() -> None:
     def treat(module: InFirst) -> kfoc.Treatment:
         def inputs(values: Tensor) -> kfoc.Rows:
             rows = values.reshape(len(values), -1, values.shape[-1])
-            return kfoc.Rows(torch.cat([rows, torch.ones_like(rows[..., :1])], -1))
+            return kfoc.Rows(rows, constant=1.0)
 
         def grads(grad: Tensor) -> Tensor:
             return grad.reshape(len(grad), -1, grad.shape[-1])

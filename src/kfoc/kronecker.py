@@ -219,11 +219,16 @@ def balanced(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]
     The norms are taken as Python floats, one factor at a time, so that no product of the two
     scales can overflow.
     """
+    return balance(left.clone(), right.clone(), sigma)
+
+
+def balance(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """As `balanced`, in place: a copy of a large layer's factors is what memory peaks at."""
     left_norm, right_norm = norm_of(left), norm_of(right)
     if not sigma or not left_norm or not right_norm:
-        return torch.zeros_like(left), torch.zeros_like(right)
+        return left.zero_(), right.zero_()
     root = math.sqrt(sigma)
-    return left * (root / left_norm), right * (root / right_norm)
+    return left.mul_(root / left_norm), right.mul_(root / right_norm)
 
 
 def norm_of(tensor: Tensor) -> float:

@@ -69,9 +69,9 @@ def register(family: type[nn.Module]) -> Callable[[Callable[[Any], Treatment]], 
 
         @kfoc.register(InFirst)
         def treat(module):
-            def inputs(values):  # (N, ..., in) -> (N, T, in + 1): a column of ones for the bias
+            def inputs(values):  # (N, ..., in) -> (N, T, in), and a column of ones for the bias
                 rows = values.reshape(len(values), -1, values.shape[-1])
-                return kfoc.Rows(torch.cat([rows, torch.ones_like(rows[..., :1])], -1))
+                return kfoc.Rows(rows, constant=1.0)
 
             def grads(grad):  # (N, ..., out) -> (N, T, out)
                 return grad.reshape(len(grad), -1, grad.shape[-1])
@@ -149,7 +149,7 @@ def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Tre
         if values.ndim < 2:
             raise ValueError(f"its input must be (N, ..., features), found {tuple(values.shape)}")
         rows = values.reshape(len(values), -1, values.shape[-1])
-        return Rows(functional.pad(rows, (0, 1), value=1.0) if has_bias else rows)
+        return Rows(rows, 1.0 if has_bias else None)
 
     return Treatment(inputs, lambda grad: grad.reshape(len(grad), -1, grad.shape[-1]), parameters)
 

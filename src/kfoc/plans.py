@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side, positive
 from kfoc.products import add_symmetric, gram, half, mirrored, share, times_half
-from kfoc.samples import LayerSamples, Samples, gradient_chunks
+from kfoc.samples import Inputs, LayerSamples, Rows, Samples, gradient_chunks
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
 # enough that the matrix products run at full rate.
@@ -94,24 +94,31 @@ class Primal(_Coefficients):
     def __init__(self, samples: Samples) -> None:
         super().__init__()
         self._count = samples.num_samples
-        self._vectors = {
-            "left": samples.grads[:, :, 0].flatten(0, 1),
-            "right": samples.inputs.columns(0, self._count)[:, :, 0].mT,
-        }
+        right, constant = single_rows(samples.inputs)
+        self._vectors = {"left": samples.grads[:, :, 0].flatten(0, 1), "right": right}
+        self._constants: dict[Side, float | None] = {"left": None, "right": constant}
+        self._sizes = dict(zip(("left", "right"), samples.shape, strict=True))
         self._scratch = _Scratch()
 
     def start(self) -> Tensor:
-        vectors = self._vectors["right"]
-        return torch.linalg.vecdot(vectors, vectors) / math.sqrt(vectors.shape[1])
+        vectors, constant = self._vectors["right"], self._constants["right"]
+        squares = torch.linalg.vecdot(vectors, vectors)
+        squares = squares if constant is None else squares + constant**2
+        return squares / math.sqrt(self._sizes["right"])
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
-        vectors, upper = self._vectors[side], half(matrix)
+        vectors, constant, upper = self._vectors[side], self._constants[side], half(matrix)
+        inner = upper if constant is None else upper[:-1, :-1]
         products = []
         for start, stop in self._parts(vectors):
             rows = vectors[start:stop]
-            by_half = times_half(rows, upper, self._scratch.like(rows))
+            by_half = times_half(rows, inner, self._scratch.like(rows))
             products.append(torch.linalg.vecdot(by_half, rows))
-        return torch.cat(products).view(-1, self._count).sum(0).mul_(2)
+        image = torch.cat(products)
+        if constant is not None:
+            image.addmv_(vectors, upper[:-1, -1], alpha=constant)
+            image += constant**2 * upper[-1, -1]
+        return image.view(-1, self._count).sum(0).mul_(2)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         return mirrored(self._upper(representation, side))
@@ -124,7 +131,7 @@ class Primal(_Coefficients):
 
     def _upper(self, representation: Tensor, side: Side) -> Tensor:
         """The factor on and above the diagonal."""
-        size = self._vectors[side].shape[1]
+        size = self._sizes[side]
         total = representation.new_empty(size, size)
         self._add(total, representation, side, 1.0, 0.0)
         return total
@@ -135,32 +142,39 @@ class Primal(_Coefficients):
     def _add(
         self, total: Tensor, representation: Tensor, side: Side, alpha: float, beta: float
     ) -> None:
-        vectors = self._vectors[side]
+        vectors, constant = self._vectors[side], self._constants[side]
         repeats = vectors.shape[0] // self._count
         # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
         # Rounding and extrapolation can bring a weight under zero, and no further.
-        roots = representation.clamp_min(0).sqrt_()
-        roots = roots.repeat(repeats) if repeats > 1 else roots
+        weights = representation.clamp_min(0)
+        weights = weights.repeat(repeats) if repeats > 1 else weights
+        inner = total if constant is None else total[:-1, :-1]
+        if constant is not None:
+            total[:-1, -1].addmv_(vectors.mT, weights, alpha=alpha * constant, beta=beta)
+            corner = alpha * constant**2 * weights.sum()
+            total[-1, -1] = corner + beta * total[-1, -1] if beta else corner
+        roots = weights.sqrt()
         for start, stop in self._parts(vectors):
             rows = vectors[start:stop]
             scaled = torch.mul(rows, roots[start:stop, None], out=self._scratch.like(rows))
-            add_symmetric(total, scaled, scaled, alpha=alpha, beta=beta)
+            add_symmetric(inner, scaled, scaled, alpha=alpha, beta=beta)
             beta = 1.0
 
     @staticmethod
     def _parts(vectors: Tensor) -> list[tuple[int, int]]:
         """Ranges of rows whose temporaries stay small."""
-        count, step = len(vectors), max(256, CHUNK // vectors.shape[1])
+        count, step = len(vectors), max(256, CHUNK // max(1, vectors.shape[1]))
         return [(start, min(start + step, count)) for start in range(0, count, step)]
 
     def _kernel(self, side: Side, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the squared inner products between samples, over directions."""
-        vectors, count = self._vectors[side], self._count
+        vectors, count, constant = self._vectors[side], self._count, self._constants[side]
         directions = vectors.view(-1, count, vectors.shape[1])
         kernel = vectors.new_zeros(stop - start, count)
         for rows in directions[:, start:stop]:
             for others in directions:
-                kernel += (rows @ others.mT).square_()
+                products = rows @ others.mT
+                kernel += (products if constant is None else products + constant**2).square_()
         return kernel
 
     def squared_norm(self) -> float:
@@ -198,7 +212,11 @@ class Gram(Primal):
         if side not in self._kernels:
             vectors = self._vectors[side]
             single = len(vectors) == self._count
-            kernel = gram(vectors.mT).square_() if single else self._kernel(side, 0, self._count)
+            if single:
+                kernel = gram(vectors.mT)
+                kernel = kernel.add_((self._constants[side] or 0.0) ** 2).square_()
+            else:
+                kernel = self._kernel(side, 0, self._count)
             self._kernels[side] = kernel
         return self._kernels[side]
 
@@ -208,6 +226,13 @@ class Gram(Primal):
     def squared_norm(self) -> float:
         product = self._whole("left") * self._whole("right")
         return product.sum(dtype=torch.float64).item()
+
+
+def single_rows(inputs: Inputs) -> tuple[Tensor, float | None]:
+    """Inputs of one position, as (N, i) or, with a constant last column, as (N, i - 1) and that."""
+    if isinstance(inputs, Rows):
+        return inputs.values[:, 0], inputs.constant
+    return inputs.columns(0, inputs.num_samples)[:, :, 0].mT, None
 
 
 class Positions(_Coefficients):

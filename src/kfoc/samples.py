@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kfoc.memory import out_of_memory
 from kfoc.scales import power_of_two
@@ -70,9 +71,14 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs held as a tensor `values` of shape (N, T, i), bias column included."""
+    """Inputs held as a tensor `values` (N, T, i), or (N, T, i - 1) where there is a `constant`.
+
+    The constant is the last column of all rows: that of a bias, 1 (or the scale that the inputs
+    were brought to). It is not written out before a range of samples is asked for.
+    """
 
     values: Tensor
+    constant: float | None = None
 
     @property
     def num_samples(self) -> int:
@@ -84,33 +90,40 @@ class Rows:
 
     @property
     def size(self) -> int:
-        return self.values.shape[2]
+        return self.values.shape[2] + (self.constant is not None)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop].permute(2, 0, 1)
+        return self._whole(start, stop).permute(2, 0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop].contiguous()
+        return self._whole(start, stop).contiguous()
+
+    def _whole(self, start: int, stop: int) -> Tensor:
+        values = self.values[start:stop]
+        if self.constant is None:
+            return values
+        return functional.pad(values, (0, 1), value=self.constant)
 
     def magnitude(self) -> float:
-        return magnitude(self.values)
+        return max(magnitude(self.values), abs(self.constant or 0.0))
 
     def scaled(self, factor: float) -> Rows:
-        return Rows(self.values * factor)
+        constant = None if self.constant is None else self.constant * factor
+        return Rows(self.values * factor, constant)
 
     @property
     def tensor(self) -> Tensor:
         return self.values
 
     def with_tensor(self, tensor: Tensor) -> Rows:
-        return Rows(tensor)
+        return replace(self, values=tensor)
 
     @property
     def diagonal(self) -> bool:
         return False
 
     def silent(self, count: int) -> Rows:
-        return Rows(self.values.new_zeros(count, 0, self.size))
+        return replace(self, values=self.values.new_zeros(count, 0, self.values.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -200,7 +213,8 @@ class Patches:
         return False
 
     def silent(self, count: int) -> Rows:
-        return Rows(self.padded.new_zeros(count, 0, self.size))
+        rows = self.size - (self.constant is not None)
+        return Rows(self.padded.new_zeros(count, 0, rows), self.constant)
 
 
 class LayerSamples(Protocol):

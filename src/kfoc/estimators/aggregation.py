@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kfoc.blocks import Report
-from kfoc.kronecker import KroneckerFit, Side, balanced, nearest_to_pair, norm_of, opposite
+from kfoc.kronecker import KroneckerFit, Side, balance, nearest_to_pair, norm_of, opposite
 from kfoc.pooling import Optimum, Pooling, Sum, optimum, summed
 from kfoc.pooling import largest as largest_of
 from kfoc.samples import Samples
@@ -134,7 +134,7 @@ class Approx(Aggregation):
 
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         norms = self.left.norm().item() * self.right.norm().item() * self.unit
-        return balanced(self.left, self.right, norms / num_samples**2)
+        return balance(self.left, self.right, norms / num_samples**2)
 
 
 class Running(Aggregation):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.kronecker import nearest_to_pair
 from kfoc.memory import Footprint
-from kfoc.plans import CHUNK
+from kfoc.plans import CHUNK, single_rows
 from kfoc.pooling import Pooling, Sum, summed, together
 from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples, chunks
@@ -61,6 +62,9 @@ class KFAC(FactoredEstimator):
             add_symmetric(state.left, grads, grads, alpha=left_share, beta=before)
         if samples.diagonal:
             add_counts(state.right.mul_(before), samples, share)
+            return _State(state.left, state.right, count)
+        if samples.num_positions == 1:
+            _add_single(state.right, samples, share, before)
             return _State(state.left, state.right, count)
         per_sample = samples.num_positions * samples.shape[1]
         for start, stop in chunks(samples, per_sample, CHUNK):
@@ -116,6 +120,17 @@ class KFAC(FactoredEstimator):
             return KroneckerBlock(left, right)
         kind = KroneckerDiagonalBlock if state.right.ndim == 1 else KroneckerBlock
         return kind(mirrored(state.left), mirrored(state.right))
+
+
+def _add_single(total: Tensor, samples: Samples, share: float, before: float) -> None:
+    """`total = before * total + share * sum a a^T`, without writing out the column of a bias."""
+    values, constant = single_rows(samples.inputs)
+    inner = total if constant is None else total[:-1, :-1]
+    add_symmetric(inner, values, values, alpha=share, beta=before)
+    if constant is not None:
+        last = torch.cat([values.sum(0), values.new_tensor([constant * len(values)])])
+        last *= constant * share
+        total[:, -1] = last + before * total[:, -1] if before else last
 
 
 def _pooled(state: _State) -> Pooling[_State]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kfoc.blocks import Report
 from kfoc.estimators import over_ranks
 from kfoc.estimators.aggregation import Aggregation
-from kfoc.kronecker import Contraction, KroneckerFit, Side, balanced, opposite, settled
+from kfoc.kronecker import Contraction, KroneckerFit, Side, balance, opposite, settled
 from kfoc.planner import Size, sums_densely
 from kfoc.plans import Dense, add_fisher
 from kfoc.pooling import Pooling, Sum
@@ -92,9 +92,10 @@ class Online(Aggregation):
 
     def flush(self) -> None:
         """Take in what is pending."""
-        pending, self.pending = self.pending, []
-        if pending:
-            self.take(pending[0].merged(pending))
+        if self.pending:
+            merged = self.pending[0].merged(self.pending)
+            self.pending = []  # before what is taken in needs memory
+            self.take(merged)
 
     def take(self, samples: Samples) -> None:
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
@@ -212,7 +213,7 @@ class Online(Aggregation):
         if not self.core:
             return left, right
         norms = left.norm().item() * right.norm().item()
-        return balanced(left, right, norms / self.core * self.unit / self.weight)
+        return balance(left, right, norms / self.core * self.unit / self.weight)
 
 
 def _started(contraction: Contraction) -> tuple[Tensor, Tensor]:
@@ -280,4 +281,4 @@ class Exact(Online):
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         if not self.sigmas:
             return super().result(num_samples)
-        return balanced(self.left, self.right, self.sigmas[-1] * self.unit / num_samples)
+        return balance(self.left, self.right, self.sigmas[-1] * self.unit / num_samples)

@@ -12,7 +12,7 @@ from kfoc.blocks import Block, DampedBlock, Damping, DenseBlock
 from kfoc.estimators import KFOC, Estimator
 from kfoc.layers import Unsupported, checked_treatment
 from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import LayerSamples, Patches, Samples
+from kfoc.samples import LayerSamples, Patches, Rows, Samples
 
 
 def per_parameter(model: nn.Module, base: Estimator | None = None) -> PerParameter:
@@ -198,6 +198,6 @@ class DampedSplit(DampedBlock):
 def _without_bias(samples: Samples) -> Samples:
     """The same samples for the weight alone."""
     inputs = samples.inputs
-    if isinstance(inputs, Patches):
+    if isinstance(inputs, Patches | Rows) and inputs.constant is not None:
         return replace(samples, inputs=replace(inputs, constant=None))
     return replace(samples, inputs=inputs.with_tensor(inputs.tensor[..., :-1]))
