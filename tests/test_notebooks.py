@@ -151,6 +151,8 @@ def test_absolute_paths_are_found() -> None:
 @pytest.mark.parametrize("arguments", [("check",), ("format", "--check")], ids=lambda a: a[0])
 def test_ruff_reads_the_notebooks(arguments: tuple[str, ...]) -> None:
     pytest.importorskip("ruff")
+    if not (ROOT / "src").exists():
+        pytest.skip("without src/, ruff takes kfoc for a package of others and sorts it elsewhere")
     ruff = [sys.executable, "-m", "ruff", *arguments, "--no-cache"]
     done = subprocess.run([*ruff, str(FOLDER)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
