@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Cases of each property test in a nightly run.
 CASES ?= 2000
 
-.PHONY: reproduce reproduce-full test nightly wheel lint benchmark clean
+.PHONY: reproduce reproduce-full test nightly wheel lint benchmark docs clean
 
 reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
 	$(BIN)/kfoc reproduce --quick --out results-quick
@@ -41,5 +41,8 @@ $(VENV)/peers: $(VENV)/ready benchmarks/requirements-peers.txt
 	$(BIN)/pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
 	touch $@
 
+docs: $(VENV)/ready  ## the documentation, into site/; search needs a server: python -m http.server -d site
+	$(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) results results-quick
+	rm -rf $(VENV) results results-quick site

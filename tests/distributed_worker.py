@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kfoc
 import oracle
 from kfoc.distributed import Ranks, RanksError
+from kfoc.estimators import over_ranks
 from models import Data, batches, convolutional, images, trained
 
 LAYERS = ("0", "3", "5")
@@ -205,44 +206,91 @@ def excesses(
 
 @check
 def online_is_near_the_optimum(rank: int, world: int) -> None:
+    """Where the ranks have different classes, and few steps in common without a buffer."""
     model, x, y = trained()
-    layers = ("2", "4")
-    order = y.argsort()  # the ranks have different classes
-    for data in (batches(x, y, 10), batches(x[order], y[order], 10)):
-        inputs = torch.cat([batch for batch, _ in data])
-        share = math.ceil(len(data) / world)
-        mine = data[rank * share : (rank + 1) * share]
-        for buffer in (0, 2**19):
-            estimator = kfoc.KFOC(buffer=buffer)
-            curvature = fitted(model, mine, fisher="exact", estimator=estimator)
-            # A rank's own pass over few and small batches is off; merging must add little.
-            worst = torch.zeros(len(layers))
-            if not buffer:
-                own = kfoc.fit(model, mine, fisher="exact", estimator=estimator)
-                worst = excesses(own, model, torch.cat([b for b, _ in mine]), layers)
-                distributed.all_reduce(worst, distributed.ReduceOp.MAX)
-            excess = excesses(curvature, model, inputs, layers)
-            assert (excess > -1e-9).all(), excess
-            assert (excess <= worst + 0.02).all(), (buffer, excess, worst)
-            assert_on_all_ranks(curvature, world)
+    order = y.argsort()
+    data = batches(x[order], y[order], 10)
+    inputs = torch.cat([batch for batch, _ in data])
+    share = math.ceil(len(data) / world)
+    mine = data[rank * share : (rank + 1) * share]
+    # One process with batches of 10 is off by 0.018 here (the first layer).
+    for buffer, bound in ((0, 0.02), (1000, 0.01), (2**19, 1e-5)):
+        estimator = kfoc.KFOC(buffer=buffer)
+        curvature = fitted(model, mine, fisher="exact", estimator=estimator)
+        excess = excesses(curvature, model, inputs, ("0", "2", "4"))
+        assert (excess > -1e-9).all(), excess
+        assert (excess <= bound).all(), (buffer, excess)
+        assert_on_all_ranks(curvature, world)
+
+
+def dense_online(first: Tensor, shares: list[list[Tensor]]) -> Tensor:
+    """Stochastic power iteration on dense batches: the sum of `vec(left) vec(right)^T` it ends at.
+
+    The first batch, of all ranks, at its own singular vectors; every later one, of a rank's share,
+    at the rank's sums with that batch's images added. Sums are shared out after the first batch,
+    and again after two more, as what follows the first exchange is due one batch late.
+    """
+    singular, world = torch.linalg.svd(first), len(shares)
+    left, right = singular.U[:, 0], singular.Vh[0]
+    left_sum, right_sum, core = first @ right, first.mT @ left, left @ first @ right
+    for step in (slice(0, 2), slice(2, None)):
+        sums = []
+        for batches_of_rank in shares:
+            own = [left_sum / world, right_sum / world, core / world]
+            for batch in batches_of_rank[step]:
+                left, right = own[0] / own[0].norm(), own[1] / own[1].norm()
+                predicted = own[0] + batch @ right, own[1] + batch.mT @ left
+                left, right = (vector / vector.norm() for vector in predicted)
+                terms = batch @ right, batch.mT @ left, left @ batch @ right
+                own = [total + term for total, term in zip(own, terms, strict=True)]
+            sums.append(own)
+        left_sum, right_sum, core = (sum(parts) for parts in zip(*sums, strict=True))
+    return torch.outer(left_sum, right_sum) / core
+
+
+@check
+def online_is_one_iteration_over_all_ranks(rank: int, world: int) -> None:
+    model, (x, y) = convolutional(), images(45 if world == 2 else 90)
+    data = batches(x, y, 5)
+    shares = [data[k::world] for k in range(world)]  # of different lengths
+    over_ranks.FIRST_RTOL = 1e-14
+    try:
+        estimator = kfoc.KFOC(buffer=0)
+        curvature = fitted(model, shares[rank], fisher="exact", estimator=estimator)
+    finally:
+        over_ranks.FIRST_RTOL = 1e-3
+
+    def rearranged(layer: str, batch: Tensor) -> Tensor:
+        cotangents = oracle.categorical_exact(model(batch).detach())
+        mean = oracle.fisher_block(model, layer, batch, cotangents)
+        return oracle.rearranged(mean, *curvature[layer].shape) * len(batch)
+
+    for layer in LAYERS:
+        # None can tell before the second batch that there will be more than a buffer holds.
+        dense = [[rearranged(layer, batch) for batch, _ in share] for share in shares]
+        first = torch.stack([matrix for share in dense for matrix in share[:2]]).sum(0)
+        expected = dense_online(first, [share[2:] for share in dense]) / len(x)
+        found = oracle.rearranged(curvature[layer].to_dense(), *curvature[layer].shape)
+        atol = 1e-6 * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert_on_all_ranks(curvature, world)
 
 
 @check
 def estimates_are_merged_by_their_counts(rank: int, world: int) -> None:
     model, _, _, data = data_and_model()
     mine = [data[k::world] for k in range(world)]
-    for estimator in (kfoc.KFOC("running", rtol=0), kfoc.KFOC("online", buffer=0, rtol=0)):
-        options: dict[str, Any] = {"fisher": "exact", "estimator": estimator}
-        curvature = fitted(model, mine[rank], **options)
-        parts = [kfoc.fit(model, part, **options) for part in mine]
-        shares = [part.num_samples / 45 for part in parts]
-        for layer in LAYERS:
-            weighted = [w * p[layer].to_dense() for w, p in zip(shares, parts, strict=True)]
-            total = torch.stack(weighted).sum(0)
-            expected, _, _ = oracle.optimum(total, *curvature[layer].shape)
-            atol = 1e-8 * expected.abs().max().item()
-            torch.testing.assert_close(curvature[layer].to_dense(), expected, rtol=0, atol=atol)
-        assert_on_all_ranks(curvature, world)
+    options: dict[str, Any] = {"fisher": "exact", "estimator": kfoc.KFOC("running", rtol=0)}
+    curvature = fitted(model, mine[rank], **options)
+    parts = [kfoc.fit(model, part, **options) for part in mine]
+    shares = [part.num_samples / 45 for part in parts]
+    for layer in LAYERS:
+        weighted = [w * p[layer].to_dense() for w, p in zip(shares, parts, strict=True)]
+        total = torch.stack(weighted).sum(0)
+        expected, _, _ = oracle.optimum(total, *curvature[layer].shape)
+        atol = 1e-8 * expected.abs().max().item()
+        torch.testing.assert_close(curvature[layer].to_dense(), expected, rtol=0, atol=atol)
+    assert_on_all_ranks(curvature, world)
 
 
 @check
@@ -282,7 +330,7 @@ def traffic_is_what_is_stated(rank: int, world: int) -> None:
     sums = sum(o * o + i * i + 1 for o, i in shapes)
     assert ranks.traffic.sum_bytes == 8 * sums
     assert ranks.traffic.sums == 2  # of all layers together: factors, and counts
-    assert ranks.traffic.status_bytes == 24 * ranks.traffic.statuses
+    assert ranks.traffic.status_bytes == 32 * ranks.traffic.statuses
     steps = math.ceil(len(data) / world)
     # Options, every step and the end of data, names, two rounds of layers and the close.
     assert ranks.traffic.statuses == 1 + steps + 1 + 1 + 2 + 1

@@ -80,6 +80,15 @@ def pool(ranks: Ranks, run: Run) -> None:
         ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
 
 
+def synchronise(ranks: Ranks, run: Run) -> None:
+    """Let all ranks' states take in what they keep, see `Estimator.synchronised`."""
+    _agree(ranks, run)
+    names = sorted(run.states.keys() - run.settled)
+    poolings = [run.estimator.synchronised(run.states[name]) for name in names]
+    for name, state in zip(names, ranks.pooled(poolings), strict=True):
+        run.states[name] = state
+
+
 def _agree(ranks: Ranks, run: Run) -> None:
     """Have the states of the same layers on all ranks."""
     selection = run.selection

@@ -34,7 +34,9 @@ class Curvature(Mapping[str, Block]):
         layouts: layer name -> the parameters that its block is about, and where they lie in the
             matrix `[W | b]`.
         skipped: name of a layer with parameters that has no block -> the reason.
-        estimator, fisher, seed: how it was fitted; empty and None where that is not known.
+        estimator: how it was fitted; empty where that is not known.
+        fisher: the Fisher type, likewise.
+        seed: of the draws; None where that is not known.
         counts: every parameter of the model, by name: its size, and whether it is trained.
     """
 

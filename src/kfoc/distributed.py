@@ -2,7 +2,8 @@
 
 The ranks go from batch to batch in step. Before a batch's derivatives, they tell each other how
 many samples it has, which gives every sample its number in the whole data set; a rank whose data
-has ended takes part with none. What is summed over ranks is summed at the end of a pass.
+has ended takes part with none. What is summed over ranks is summed at the end of a pass, and, for
+estimators that need it, between two batches, when a rank has said that it is due.
 
 Every exchange begins with a small message from each rank on whether it is well, so that an error on
 one ends the others too. A rank that dies ends them by what the group's transport says, or by its
@@ -40,7 +41,7 @@ class Traffic:
     """What one rank put into collective operations, in bytes, and how many operations.
 
     Attributes:
-        status_bytes, statuses: all-gathers of the message that begins every exchange, 24 bytes.
+        status_bytes, statuses: all-gathers of the message that begins every exchange, 32 bytes.
         sum_bytes, sums: all-reduces of sums and maxima. A ring sends each byte `2 (W - 1) / W`
             times from every one of W ranks.
         gather_bytes, gathers: all-gathers of tensors and descriptions.
@@ -63,8 +64,10 @@ class Ranks:
     """This process among those of a group; `fit(..., group=...)` takes one, or the group itself.
 
     Attributes:
-        rank, world: this process's number in the group, and how many there are.
+        rank: this process's number in the group.
+        world: how many there are.
         traffic: what was sent so far, over all fits with this object.
+        due: whether a rank said before the last batch that states should be synchronised.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -98,19 +101,18 @@ class Ranks:
     def start(self) -> None:
         """Begin a pass."""
         self.samples = self.steps = 0
+        self.due = False
 
-    def first_index(self, count: int) -> int:
+    def first_index(self, count: int, due: bool) -> int:
         """The number in the whole data set of the first of this rank's next `count` samples."""
-        return self._step(_BATCH, count)[0]
+        return self._step(_BATCH, count, due)[0]
 
-    def rest(self) -> int:
-        """Take part, without data, in the steps that others have left; all ranks' samples."""
-        while self._step(_ENDED, 0)[1]:
-            pass
-        return self.samples
+    def others_go_on(self, due: bool) -> bool:
+        """Take part, without data, in a step that others may have left; whether any had."""
+        return self._step(_ENDED, 0, due)[1]
 
-    def _step(self, kind: int, count: int) -> tuple[int, bool]:
-        told = self._tell(kind, count)
+    def _step(self, kind: int, count: int, due: bool) -> tuple[int, bool]:
+        told = self._tell(kind, count, due)
         if {row[0] for row in told} - {_BATCH, _ENDED}:
             raise RanksError(f"the ranks are at different places: {told}")
         counts = [row[1] for row in told]
@@ -118,6 +120,7 @@ class Ranks:
         going = any(row[0] == _BATCH for row in told)
         self.samples += sum(counts)
         self.steps += going
+        self.due = going and any(row[3] for row in told)
         return first, going
 
     def section(self, mark: int = 0) -> bool:
@@ -199,9 +202,9 @@ class Ranks:
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor.cuda() if self._on_gpu else tensor
 
-    def _tell(self, kind: int, number: int) -> list[list[int]]:
+    def _tell(self, kind: int, number: int, due: bool = False) -> list[list[int]]:
         """Every rank's message; raises where one says that it failed."""
-        own = self._sendable(torch.tensor([kind, number, self.steps]))
+        own = self._sendable(torch.tensor([kind, number, self.steps, due]))
         found = [torch.empty_like(own) for _ in range(self.world)]
         self._called(lambda: distributed.all_gather(found, own, self.group))
         self.traffic.statuses += 1

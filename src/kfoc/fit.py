@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.agreement import check_same, pool, sharded, unwrapped
+from kfoc.agreement import check_same, pool, sharded, synchronise, unwrapped
 from kfoc.batches import (
     Mark,
     Predict,
@@ -338,11 +338,16 @@ class _Run:
                 index += self._batch(batch, record, index, number, alone)
             batch, number = following, number + 1
             self.read = index
+            if self.ranks and self.ranks.due:
+                synchronise(self.ranks, self)
             if meter:
                 meter.show(number, index, last=following is _END)
             if following is not _END:
                 keeper.after_batch(self, index, number)
-        samples = self.ranks.rest() if self.ranks else index
+        while self.ranks and self.ranks.others_go_on(self._due()):
+            if self.ranks.due:
+                synchronise(self.ranks, self)
+        samples = self.ranks.samples if self.ranks else index
         if not samples:
             raise ValueError(f"data has no batches (pass {self.earlier + 1})")
         if self.earlier and number != len(self.marks):
@@ -354,6 +359,10 @@ class _Run:
             pool(self.ranks, self)
         self.num_samples, self.passes, self.read = samples, self.passes + 1, 0
         return number
+
+    def _due(self) -> bool:
+        waiting = (self.states[name] for name in self.states.keys() - self.settled)
+        return any(self.estimator.due(state) for state in waiting)
 
     def adopt(self, name: str, silent: LayerSamples) -> None:
         """Begin the state of a layer that other ranks' samples reached, and none of this one's."""
@@ -367,7 +376,8 @@ class _Run:
         if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
             self.settled.add(name)
             return False
-        self.states[name] = self.estimator.init(name, samples)
+        state = self.estimator.init(name, samples)
+        self.states[name] = self.estimator.shared(state) if self.ranks else state
         if self.num_probes:
             self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
         return True
@@ -398,7 +408,7 @@ class _Run:
             for name in self.settled & record.calls.keys():
                 del record.calls[name]  # no derivative is needed by what it put out
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
-                first = self.ranks.first_index(count) if self.ranks else index
+                first = self.ranks.first_index(count, self._due()) if self.ranks else index
                 grads = self._gradients(outputs, targets, record, first)
             regions, calls = list(record.regions), list(record.calls)
             # Regions first: they need the graph. All of it, as before torch 2.8 nodes of custom

@@ -63,7 +63,7 @@ def influence(
 
     The score of training sample n for query q is
 
-        `-grad_q^T (F + damping * I)^-1 grad_n`
+        -grad_q^T (F + damping * I)^-1 grad_n
 
     with gradients of each sample's own negative log-likelihood by the curvature's parameters: the
     derivative of the query's loss by n's weight in the training loss, a mean over samples plus

@@ -30,8 +30,9 @@ class KroneckerFit:
     """The closest Kronecker product and how good it is.
 
     Attributes:
-        left: (o, o), right: (i, i): the factors, of equal Frobenius norm `sqrt(sigma)`; their
-            product `torch.kron(left, right)` is the approximation, scale included.
+        left: (o, o), of Frobenius norm `sqrt(sigma)`, as is right: their product
+            `torch.kron(left, right)` is the approximation, scale included.
+        right: (i, i).
         sigma: the largest singular value of the rearranged sum, the norm of the approximation.
         relative_error: `||F - left (x) right||_F / ||F||_F`, or None where it was not computed.
             It comes from `||F||^2 - sigma^2`, so errors below the square root of the working

@@ -98,7 +98,8 @@ class Likelihood(ABC):
             targets: the batch's labels; may be None for "mc" and "exact".
             fisher: "mc", "exact" or "empirical".
             mc_samples: directions of "mc", each scaled by `1 / sqrt(mc_samples)`.
-            seed, index: of the draws; `index` is the first sample's position in the data set.
+            seed: of the draws.
+            index: of the draws: the first sample's position in the data set.
         """
         self.check(outputs, targets, fisher)
         if fisher == "mc":

@@ -79,7 +79,8 @@ class Block(ABC):
         """The block's diagonal in a basis: `w^T block w` for `w = kron(left[:, p], right[:, q])`.
 
         Args:
-            left, right: (o, p) and (i, q); None is the identity.
+            left: (o, p); None is the identity.
+            right: (i, q), likewise.
 
         Returns:
             (p, q).

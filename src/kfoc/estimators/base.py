@@ -7,7 +7,7 @@ from typing import Any
 
 from kfoc.blocks import Block
 from kfoc.memory import Footprint
-from kfoc.pooling import Pooling
+from kfoc.pooling import Pooling, unpooled
 from kfoc.samples import LayerSamples
 
 
@@ -78,6 +78,21 @@ class Estimator(ABC):
             ValueError: an estimator whose states cannot be pooled.
         """
         raise ValueError(f"{self} cannot be fitted over several ranks: leave out group=...")
+
+    def shared(self, state: Any) -> Any:
+        """A new state, of a fit over ranks: it may keep samples until `synchronised` is called."""
+        return state
+
+    def due(self, state: Any) -> bool:
+        """Whether a state holds as much as it should before `synchronised` is called."""
+        return False
+
+    def synchronised(self, state: Any) -> Pooling[Any]:
+        """The state after all ranks have taken in what they keep.
+
+        Called on all ranks at once between two batches, where one rank's state is due.
+        """
+        return unpooled(state)
 
     @property
     def pass_limit(self) -> int:

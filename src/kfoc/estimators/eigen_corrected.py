@@ -86,6 +86,16 @@ class EigenCorrected(FactoredEstimator):
         state.samples = round(count)
         return state
 
+    def shared_one(self, state: _State) -> None:
+        self.base.shared_one(state.base)
+
+    def due_one(self, state: _State) -> bool:
+        return state.base is not None and self.base.due_one(state.base)
+
+    def synchronised_one(self, state: _State) -> Pooling[None]:
+        if state.base is not None:
+            yield from self.base.synchronised_one(state.base)
+
     def next_pass_one(self, state: _State) -> tuple[_State, bool]:
         if state.basis is not None or state.uncorrected is not None:
             return state, True

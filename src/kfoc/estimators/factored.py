@@ -79,6 +79,15 @@ class FactoredEstimator(Estimator):
     @abstractmethod
     def pooled_one(self, state: Any) -> Pooling[Any]: ...
 
+    def shared_one(self, state: Any) -> None:
+        """As `shared`, in place; and so the two below."""
+
+    def due_one(self, state: Any) -> bool:
+        return False
+
+    def synchronised_one(self, state: Any) -> Pooling[None]:
+        return unpooled(None)
+
     def decayed_one(self, state: Any, factor: float) -> Any:
         return super().decayed(state, factor)
 
@@ -188,11 +197,20 @@ class FactoredEstimator(Estimator):
         ]
         return _Groups((yield from together(poolings)), state.settled)
 
+    def shared(self, state: Any) -> Any:
+        for one in _single(state):
+            self.shared_one(one)
+        return state
+
+    def due(self, state: Any) -> bool:
+        return any(self.due_one(one) for one in _single(state))
+
+    def synchronised(self, state: Any) -> Pooling[Any]:
+        yield from together([self.synchronised_one(one) for one in _single(state)])
+        return state
+
     def change(self, state: Any) -> float | None:
-        if isinstance(state, _Other | _Rows):
-            return None
-        states = state.states if isinstance(state, _Groups) else [state]
-        changes = [self.change_one(one) for one in states]
+        changes = [self.change_one(one) for one in _single(state)]
         return max((change for change in changes if change is not None), default=None)
 
     def finish(self, state: Any, num_samples: float) -> Block:
@@ -211,6 +229,13 @@ class FactoredEstimator(Estimator):
             plan=reports[0].plan,
         )
         return GroupedBlock(blocks, report=report)
+
+
+def _single(state: Any) -> list[Any]:
+    """The states of this estimator's own that a layer has: none, one, or one per group."""
+    if isinstance(state, _Other | _Rows):
+        return []
+    return state.states if isinstance(state, _Groups) else [state]
 
 
 def _other(samples: Direct) -> Estimator:

@@ -49,7 +49,8 @@ class KFOCBackend(CurvatureInterface):
         fisher: "exact" by default, which is the generalised Gauss-Newton matrix and what
             laplace-torch's own backends compute; it takes as many backward passes as there are
             outputs. "mc" takes `mc_samples`, "empirical" one.
-        mc_samples, seed: of "mc"; each batch draws anew.
+        mc_samples: draws per sample, of "mc".
+        seed: of "mc"; each batch draws anew.
         curvature: of the whole data set, to be used in place of fits by batch.
 
     Other arguments are laplace-torch's. All go through `Laplace(..., backend_kwargs={...})`.
@@ -85,7 +86,8 @@ class KFOCBackend(CurvatureInterface):
         """Loss and Kronecker factors of one batch, both summed over its samples.
 
         Args:
-            x, y: the batch.
+            x: the batch's inputs.
+            y: its targets.
             N: samples in the whole data set.
 
         Raises:

@@ -33,7 +33,7 @@ CANDIDATES = tuple(10 ** (k / 2) for k in range(-4, 9))
 class Laplace:
     """A Gaussian over the parameters, around the trained ones, of precision
 
-        `num_samples / (temperature * sigma_noise^2) * F + prior_precision * I`
+        num_samples / (temperature * sigma_noise^2) * F + prior_precision * I
 
     with F the mean Fisher of the curvature, a Gauss-Newton stand-in for the Hessian. Parameters
     that the curvature does not cover (`curvature.skipped`, layers left out of `fit(layers=...)`)
@@ -90,7 +90,8 @@ class Laplace:
         """Draws of the parameters, name -> (num, *shape), for `torch.func.functional_call`.
 
         Args:
-            seed, generator: as in `DampedCurvature.sample`; the global state is not touched.
+            seed: as in `DampedCurvature.sample`; the global state is not touched.
+            generator: likewise.
         """
         draws = self.posterior.sample(num, seed=seed, generator=generator)
         return {name: value + draws[name].to(value) for name, value in self._parameters.items()}
@@ -204,7 +205,8 @@ class Laplace:
 
         Args:
             data: the training data, all of it; or `data_fit` of it.
-            prior_precision, sigma_noise: in place of this object's.
+            prior_precision: in place of this object's.
+            sigma_noise: likewise.
 
         Raises:
             ValueError: data of another number of samples than the posterior's.
