@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Cases of each property test in a nightly run.
 CASES ?= 2000
 
-.PHONY: reproduce reproduce-full test nightly wheel lint benchmark docs clean
+.PHONY: reproduce reproduce-full test nightly wheel lint benchmark notebooks docs dist clean
 
 reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
 	$(BIN)/kfoc reproduce --quick --out results-quick
@@ -44,5 +44,18 @@ $(VENV)/peers: $(VENV)/ready benchmarks/requirements-peers.txt
 docs: $(VENV)/ready  ## the documentation, into site/; search needs a server: python -m http.server -d site
 	$(BIN)/mkdocs build
 
+notebooks: $(VENV)/ready  ## run examples/notebooks again, in place
+	$(BIN)/python examples/notebooks/execute.py
+
+dist: $(VENV)/ready $(VENV)/release  ## wheel and sdist, checked, into dist/; see RELEASING.md
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/release.py dist
+
+$(VENV)/release: $(VENV)/ready
+	$(BIN)/pip install --quiet 'build>=1.2' 'twine>=6'
+	touch $@
+
 clean:
-	rm -rf $(VENV) results results-quick site
+	rm -rf $(VENV) results results-quick site dist
