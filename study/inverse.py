@@ -6,6 +6,9 @@ On layers of which the exact block F can be formed. A is an approximation, d a d
 - "gain": how far one step along `(A + d)^-1 g`, of the best length, lowers the quadratic model
   `x^T (F + d) x / 2 - g^T x`, by what the exact step lowers it: 1 is as good as F itself, whatever
   the scale of A;
+- "solve, factored", "gain, factored": of a single product with factored damping (method "pi");
+- "solve, random", "gain, random": for Gaussian g, the means over some; without: for the mean
+  gradient of the loss;
 - "logdet": `(ln det (A + d) - ln det (F + d)) / parameters`;
 - by bands of F's eigenvectors from the largest eigenvalue on: the share of trace F in each, for F,
   and for A along the same directions.
@@ -24,7 +27,7 @@ from methods import ESTIMATORS
 from subjects import SMALL, Subject, layers, loss, trained
 
 SAMPLES, SEEDS, DIRECTIONS = 512, (0, 1, 2), 8
-SEQUENCES = 64  # of 32 labels each
+SEQUENCES = 512  # of 32 labels each
 DAMPINGS = tuple(10.0**k for k in range(-6, 2))  # times the mean eigenvalue of F
 BANDS = {"top 1 %": (0.0, 0.01), "next 9 %": (0.01, 0.1), "other 90 %": (0.1, 1.0)}
 LARGEST = 1100  # parameters of a layer
@@ -33,7 +36,7 @@ LARGEST = 1100  # parameters of a layer
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "samples": 64 if quick else SAMPLES,
-        "sequences": 8 if quick else SEQUENCES,
+        "sequences": 16 if quick else SEQUENCES,
         "seeds": [0] if quick else list(SEEDS),
         "dampings, by the mean eigenvalue": DAMPINGS[::3] if quick else DAMPINGS,
         "random directions": DIRECTIONS,
@@ -43,12 +46,12 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
     chosen = settings(quick)
-    for subject in SMALL[:1] if quick else SMALL:
+    for subject in SMALL[2:] if quick else SMALL:
         count = chosen["sequences" if "GPT" in subject.name else "samples"]
         inputs, targets = (part[:count] for part in subject.data())
         for seed in chosen["seeds"]:
             for stage, model in trained(subject, seed, quick):
-                if stage == "init" and not quick:
+                if stage == "init":
                     continue
                 model = model.double()
                 if inputs.is_floating_point():
@@ -81,7 +84,9 @@ def of_model(
         block = exact[layer]
         if block.shape[0] * block.shape[1] > LARGEST or not block.frobenius_norm():
             continue
-        gradients = torch.randn(DIRECTIONS + 1, *block.shape, generator=generator, dtype=block.dtype)
+        gradients = torch.randn(
+            DIRECTIONS + 1, *block.shape, generator=generator, dtype=block.dtype
+        )
         gradients[0] = extended_gradient(model.get_submodule(layer))
         spectrum = torch.linalg.eigh(block.to_dense())
         for method, curvature in fits.items():
@@ -111,18 +116,29 @@ def solves(
     flat = gradients.flatten(1)
     exact = ((flat @ vectors) / damped) @ vectors.mT
     names = ("solve", "gain", "solve, random", "gain, random")
+    factored = ("solve, factored", "gain, factored")
     try:
         factorised = block.damped(kfoc.blocks.Damping(damping))
         approximate = factorised.power(gradients, -1).flatten(1)
         logdet = factorised.logdet() - damped.log().sum().item()
     except ValueError:
-        return dict.fromkeys((*names, "logdet"))
-    errors = (exact - approximate).norm(dim=1) / exact.norm(dim=1)
-    quadratic = ((approximate @ vectors).square() * damped).sum(1)
-    gains = (flat * approximate).sum(1).square() / quadratic / (flat * exact).sum(1)
+        return dict.fromkeys((*names, *factored, "logdet"))
+
+    def judged(steps: Tensor) -> tuple[Tensor, Tensor]:
+        errors = (exact - steps).norm(dim=1) / exact.norm(dim=1)
+        quadratic = ((steps @ vectors).square() * damped).sum(1)
+        return errors, (flat * steps).sum(1).square() / quadratic / (flat * exact).sum(1)
+
+    errors, gains = judged(approximate)
     numbers = (errors[0], gains[0], errors[1:].mean(), gains[1:].mean())
-    row = {name: number.item() for name, number in zip(names, numbers, strict=True)}
-    return row | {"logdet": logdet / len(values)}
+    row: dict[str, float | None] = dict(zip(names, map(float, numbers), strict=True))
+    row |= dict.fromkeys(factored) | {"logdet": logdet / len(values)}
+    if isinstance(block, kfoc.KroneckerBlock):
+        other = block.damped(kfoc.blocks.Damping(damping, method="pi")).power(gradients, -1)
+        row |= dict(
+            zip(factored, (float(each[0]) for each in judged(other.flatten(1))), strict=True)
+        )
+    return row
 
 
 def bands(spectrum: tuple[Tensor, Tensor], matrix: Tensor) -> dict[str, list[float]]:
