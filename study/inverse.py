@@ -10,8 +10,10 @@ On layers of which the exact block F can be formed. A is an approximation, d a d
 - "solve, random", "gain, random": for Gaussian g, the means over some; without: for the mean
   gradient of the loss;
 - "logdet": `(ln det (A + d) - ln det (F + d)) / parameters`;
+- "overshoot": the largest eigenvalue of `(A + d)^-1 (F + d)`: how much too long the step along
+  `(A + d)^-1 g` can be in some direction, since A has less of it than F;
 - by bands of F's eigenvectors from the largest eigenvalue on: the share of trace F in each, for F,
-  and for A along the same directions.
+  and for A along the same directions; and the share of `|g|^2`, for the mean gradient.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from subjects import SMALL, Subject, layers, loss, trained
 SAMPLES, SEEDS, DIRECTIONS = 512, (0, 1, 2), 8
 SEQUENCES = 512  # of 32 labels each
 DAMPINGS = tuple(10.0**k for k in range(-6, 2))  # times the mean eigenvalue of F
+OVERSHOOT_AT = (1e-4, 1e-2, 1.0)
 BANDS = {"top 1 %": (0.0, 0.01), "next 9 %": (0.01, 0.1), "other 90 %": (0.1, 1.0)}
 LARGEST = 1100  # parameters of a layer
 
@@ -39,6 +42,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "sequences": 16 if quick else SEQUENCES,
         "seeds": [0] if quick else list(SEEDS),
         "dampings, by the mean eigenvalue": DAMPINGS[::3] if quick else DAMPINGS,
+        "overshoot at": OVERSHOOT_AT,
         "random directions": DIRECTIONS,
         "bands": BANDS,
     }
@@ -89,11 +93,18 @@ def of_model(
         )
         gradients[0] = extended_gradient(model.get_submodule(layer))
         spectrum = torch.linalg.eigh(block.to_dense())
+        along = gradient_bands(spectrum, gradients[0])
         for method, curvature in fits.items():
-            row = {"layer": layer, "method": method, "parameters": len(spectrum[0])}
+            row: dict[str, Any] = {
+                "layer": layer,
+                "gradient": along,
+                "method": method,
+                "parameters": len(spectrum[0]),
+            }
             dense = curvature[layer].to_dense()
             row["error"] = ((dense - block.to_dense()).norm() / block.to_dense().norm()).item()
             row["bands"] = bands(spectrum, dense)
+            row["overshoot"] = [overshoot(spectrum, curvature[layer], d) for d in OVERSHOOT_AT]
             found = [solves(spectrum, curvature[layer], gradients, d) for d in dampings]
             yield row | {key: [each[key] for each in found] for key in found[0]}
 
@@ -141,14 +152,41 @@ def solves(
     return row
 
 
+def overshoot(spectrum: tuple[Tensor, Tensor], block: kfoc.Block, damping: float) -> float | None:
+    """The largest eigenvalue of `(A + d)^-1 (F + d)`; None where the library refuses."""
+    values, vectors = spectrum[0].clamp_min(0), spectrum[1]
+    damping = damping * values.mean().item()
+    root = (vectors * (values + damping).sqrt()).mT  # (F + d)^1/2, but for a rotation
+    try:
+        factorised = block.damped(kfoc.blocks.Damping(damping))
+        solved = factorised.power(root.view(-1, *block.shape), -1).flatten(1)
+    except ValueError:
+        return None
+    product = solved @ root.mT
+    return torch.linalg.eigvalsh((product + product.mT) / 2)[-1].item()
+
+
+def slices(size: int) -> dict[str, slice]:
+    """The bands of eigenvalues in falling order; the first has one at least."""
+    return {
+        name: slice(max(round(begin * size), int(begin > 0)), max(round(end * size), 1))
+        for name, (begin, end) in BANDS.items()
+    }
+
+
+def gradient_bands(spectrum: tuple[Tensor, Tensor], gradient: Tensor) -> dict[str, float]:
+    """Band -> share of the mean gradient's square."""
+    squares = (gradient.flatten() @ spectrum[1].flip(1)).square()
+    shares = squares / squares.sum()
+    return {name: shares[band].sum().item() for name, band in slices(len(shares)).items()}
+
+
 def bands(spectrum: tuple[Tensor, Tensor], matrix: Tensor) -> dict[str, list[float]]:
     """Band -> shares of trace F: F's own, A's along F's eigenvectors, and A's own largest."""
     values, vectors = spectrum[0].flip(0), spectrum[1].flip(1)
     along = (vectors * (matrix @ vectors)).sum(0)
     own = torch.linalg.eigvalsh(matrix).flip(0)
-    found, size = {}, len(values)
-    for name, (begin, end) in BANDS.items():
-        band = slice(round(begin * size), max(round(end * size), 1))
-        shares = (part[band].sum() / values.sum() for part in (values, along, own))
-        found[name] = [share.item() for share in shares]
-    return found
+    return {
+        name: [(part[band].sum() / values.sum()).item() for part in (values, along, own)]
+        for name, band in slices(len(values)).items()
+    }
