@@ -79,7 +79,8 @@ def main() -> None:
     measure_all(arguments.only, arguments)
     committed = out == HERE / "results"
     plots = Path(arguments.plots or (HERE.parent / "docs" / "study" if committed else out))
-    for command in (["plots.py", str(out), str(plots)], ["report.py", str(out)]):
+    page = ["--page", str(HERE.parent / "docs" / "study.md")] * committed
+    for command in (["plots.py", str(out), str(plots)], ["report.py", str(out), *page]):
         subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
 
 

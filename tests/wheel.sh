@@ -19,7 +19,7 @@ wheel=$(ls "$place"/dist/*.whl)
 
 mkdir "$place/outside"
 cd "$root"
-cp -r tests docs examples benchmarks README.md pyproject.toml "$place/outside"
+cp -r tests docs examples benchmarks study README.md pyproject.toml "$place/outside"
 cd "$place/outside"
 "$place/venv/bin/python" -c '
 import kfoc, torch
