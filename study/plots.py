@@ -44,7 +44,7 @@ def errors(part: dict[str, Any]) -> Figure:
                     points(axis, x + 0.12 * (k - 2.5), found, method)
             axis.set_xticks(range(len(stages)), stages)
             axis.set_title(f"{network}, {fisher} Fisher", fontsize=9)
-            axis.set_ylim(0, 1.05)
+            axis.set_ylim(0, 1.3)
             axis.grid(axis="y", alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error, mean of layers")
@@ -57,10 +57,10 @@ def inverse(part: dict[str, Any]) -> Figure:
     rows = part["rows"]
     dampings = part["settings"]["dampings, by the mean eigenvalue"]
     panels = {
-        "solve": "error of the solve, mean gradient",
-        "gain": "gain of the solve, mean gradient",
-        "solve, random": "error of the solve, random vectors",
-        "logdet": "log-determinant's error per parameter",
+        "solve": "error, mean gradient",
+        "gain": "gain, mean gradient",
+        "solve, random": "error, random vectors",
+        "logdet": "log-determinant's error",
     }
     stages = distinct(rows, "stage")
     figure, axes = pyplot.subplots(
@@ -91,7 +91,7 @@ def spectrum(part: dict[str, Any]) -> Figure:
     rows = where(part["rows"], stage="trained")
     networks, bands = distinct(rows, "network"), list(rows[0]["bands"])
     figure, axes = pyplot.subplots(
-        1, len(networks), figsize=(4 * len(networks), 3.4), sharey=True, squeeze=False,
+        1, len(networks), figsize=(4 * max(len(networks), 2), 3.4), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, network in zip(axes[0], networks, strict=True):

@@ -21,7 +21,7 @@ from subjects import mlp, small_digits
 
 TRAIN, BATCH, STEPS, EVERY, SEEDS = 1437, 128, 100, 5, (0, 1, 2)
 RATES = tuple(10 ** (-4 + k / 3) for k in range(9))
-DAMPINGS, CLIPS = (1e-3, 1e-2, 1e-1), (3e-4, 1e-3, 3e-3)
+DAMPINGS, CLIPS = (1e-3, 1e-2, 1e-1), (1e-4, 3e-4, 1e-3)
 ESTIMATORS = {"K-FAC": kfoc.KFAC(), "K-FOC": kfoc.KFOC()}
 
 
