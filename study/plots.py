@@ -83,7 +83,9 @@ def inverse(part: dict[str, Any]) -> Figure:
 def median_of(found: Iterable[float | None]) -> float:
     """nan where one is missing: the median of those that were not refused would flatter."""
     there = list(found)
-    return float("nan") if None in there else statistics.median(v for v in there if v is not None)
+    return (
+        float("nan") if None in there else statistics.median(abs(v) for v in there if v is not None)
+    )
 
 
 def spectrum(part: dict[str, Any]) -> Figure:

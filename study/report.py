@@ -13,14 +13,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import summary
 import tables
 from borrowed import ROOT
 from record import read
 
 HERE = Path(__file__).parent
 BENCHMARK = ROOT / "benchmarks" / "results" / "optimizer.json"
+PARTS = {"errors", "inverse", "laplace", "optimizer", "continual", "influence"}
 # Name of a table -> the part that it is of, what it is, and what makes it.
 TABLES: dict[str, tuple[str, str, Callable[[tables.Results], str]]] = {
+    "summary": ("all", "How often the closer product did better", summary.summary),
     "errors": ("errors", "Relative error of the blocks", tables.errors),
     "solve": (
         "inverse",
@@ -61,6 +64,8 @@ def made(folder: Path) -> dict[str, str]:
     """All tables whose results are there, by name."""
     results = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
     results["benchmark"] = read(BENCHMARK)
+    if results.keys() >= PARTS:
+        results["all"] = {"rows": [True]}
     return {
         name: make(results)
         for name, (part, _, make) in TABLES.items()

@@ -44,10 +44,10 @@ def by_damping(results: Results, key: str) -> str:
 
 
 def middle(found: list[float | None]) -> str:
-    """The median where none is missing; else how many are."""
+    """The median of the sizes where none is missing; else how many are."""
     there = [value for value in found if value is not None]
     if len(there) == len(found):
-        return f"{statistics.median(there):.2f}"
+        return f"{statistics.median(map(abs, there)):.2f}"
     return f"{len(found) - len(there)} of {len(found)} refused" if there else "-"
 
 
