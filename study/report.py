@@ -55,6 +55,11 @@ TABLES: dict[str, tuple[str, str, Callable[[tables.Results], str]]] = {
     "laplace": ("laplace", "Laplace posteriors", tables.laplace),
     "benchmark": ("benchmark", "Natural gradients, larger networks", tables.benchmark),
     "optimizer": ("optimizer", "Natural gradients, small MLP", tables.optimizer),
+    "optimizer-damping": (
+        "optimizer",
+        "Natural gradients, small MLP, training loss by damping",
+        tables.optimizer_by_damping,
+    ),
     "continual": ("continual", "Five tasks", tables.continual),
     "influence": ("influence", "Influence against leaving out", tables.influence),
 }

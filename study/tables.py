@@ -141,6 +141,17 @@ def optimizer(results: Results) -> str:
     return markdown([*header, "steps to AdamW's last"], lines, 3)
 
 
+def optimizer_by_damping(results: Results) -> str:
+    """Training loss at the last step with the best kl_clip for each damping."""
+    rows = [row for row in results["optimizer"]["rows"] if row["damping"] is not None]
+    dampings, lines = distinct(rows, "damping"), []
+    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
+        mine = where(rows, damped=damped, method=method)
+        cells = [spread(values(best(where(mine, damping=d)), "final"), 4) for d in dampings]
+        lines.append([method, damped, *cells])
+    return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, 2)
+
+
 def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row]:
     """The rows, one a seed, of the setting with the lowest mean score."""
     chosen = min(

@@ -1,9 +1,9 @@
 """Part d: training loss by natural gradients, on a small MLP.
 
-AdamW gets as many settings as each of the others: nine learning rates against three dampings times
-three lengths of step. "pi" is factored damping, NaturalGradient's default; "exact" is not factored.
-Eigen-corrected curvatures take two passes over their data, so they cannot follow a stream of
-batches.
+AdamW gets as many settings as each of the others: sixteen learning rates against four dampings
+times four lengths of step. "pi" is factored damping, NaturalGradient's default, and "exact" is not
+factored. Eigen-corrected curvatures take two passes over their data, so they cannot follow a stream
+of batches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import kfoc
 from subjects import mlp, small_digits
 
 TRAIN, BATCH, STEPS, EVERY, SEEDS = 1437, 128, 100, 5, (0, 1, 2)
-RATES = tuple(10 ** (-4 + k / 3) for k in range(9))
-DAMPINGS, CLIPS = (1e-3, 1e-2, 1e-1), (1e-4, 3e-4, 1e-3)
+RATES = tuple(10 ** (-3.75 + k / 6) for k in range(16))
+DAMPINGS, CLIPS = (1e-4, 1e-3, 1e-2, 1e-1), (3e-5, 1e-4, 3e-4, 1e-3)
 ESTIMATORS = {"K-FAC": kfoc.KFAC(), "K-FOC": kfoc.KFOC()}
 
 
@@ -30,9 +30,9 @@ def settings(quick: bool) -> dict[str, Any]:
         "steps": 10 if quick else STEPS,
         "batch": BATCH,
         "seeds": [0] if quick else list(SEEDS),
-        "AdamW: learning rates": RATES[4:5] if quick else RATES,
-        "dampings": DAMPINGS[1:2] if quick else DAMPINGS,
-        "kl_clip": CLIPS[1:2] if quick else CLIPS,
+        "AdamW: learning rates": RATES[8:9] if quick else RATES,
+        "dampings": DAMPINGS[2:3] if quick else DAMPINGS,
+        "kl_clip": CLIPS[2:3] if quick else CLIPS,
         "damping by": ["pi", "exact"],
         "loss every": EVERY,
     }
@@ -44,6 +44,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     for rate in chosen["AdamW: learning rates"]:
         for seed in chosen["seeds"]:
             row = {"method": "AdamW", "damped": "", "setting": f"lr {rate:.2g}", "seed": seed}
+            row |= {"damping": None}
             yield row | trained(chosen["steps"], seed, None, rate)
     grid = list(itertools.product(chosen["dampings"], chosen["kl_clip"]))
     for damped, method in itertools.product(chosen["damping by"], ESTIMATORS):
@@ -52,6 +53,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
             options |= {"damping": damping, "kl_clip": clip, "seed": seed}
             setting = f"damping {damping:g}, kl_clip {clip:g}"
             row = {"method": method, "damped": damped, "setting": setting, "seed": seed}
+            row |= {"damping": damping}
             yield row | trained(chosen["steps"], seed, options)
 
 
@@ -60,9 +62,8 @@ def trained(
 ) -> dict[str, Any]:
     """One run; batches and starting point depend on the seed alone. None: AdamW."""
     inputs, labels = small_digits()
-    (train, test), (targets, truth) = (
-        (part[:TRAIN], part[TRAIN:]) for part in (inputs, labels)
-    )  # fmt: skip
+    train, test = inputs[:TRAIN], inputs[TRAIN:]
+    targets, truth = labels[:TRAIN], labels[TRAIN:]
     torch.manual_seed(seed)
     model = mlp(64, 64, 64, 10)
     optimizer: torch.optim.Optimizer

@@ -49,7 +49,7 @@ def test_the_page_shows_every_table_and_plot_once() -> None:
     for plot in (ROOT / "docs" / "study").glob("*.png"):
         assert page.count(f"(study/{plot.name})") == 1, plot.name
     names = re.findall(r'^    "([\w-]+)": \(', (STUDY / "report.py").read_text(), re.M)
-    assert len(names) == 14
+    assert len(names) == 15
     assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
 
 
