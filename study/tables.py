@@ -135,7 +135,7 @@ def optimizer(results: Results) -> str:
         mine = best(where(rows, damped=damped, method=method))
         reached = [steps_to(row["losses"], goal, every) for row in mine]
         counts = f"{statistics.fmean(reached):.0f}" if None not in reached else "not in all"
-        losses = [spread(values(mine, key), 4) for key in ("final", "test")]
+        losses = [significant(values(mine, key)) for key in ("final", "test")]
         lines.append([method, damped, mine[0]["setting"], *losses, counts])
     header = ["method", "damping by", "best setting", "training loss", "test loss"]
     return markdown([*header, "steps to AdamW's last"], lines, 3)
@@ -147,7 +147,7 @@ def optimizer_by_damping(results: Results) -> str:
     dampings, lines = distinct(rows, "damping"), []
     for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
         mine = where(rows, damped=damped, method=method)
-        cells = [spread(values(best(where(mine, damping=d)), "final"), 4) for d in dampings]
+        cells = [significant(values(best(where(mine, damping=d)), "final")) for d in dampings]
         lines.append([method, damped, *cells])
     return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, 2)
 
@@ -159,6 +159,12 @@ def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row
         key=lambda each: statistics.fmean(values(rows, score, **{of: each})),
     )
     return where(rows, **{of: chosen})
+
+
+def significant(found: list[float]) -> str:
+    """Mean ± standard deviation of losses of any size."""
+    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.2g}{deviation}"
 
 
 def steps_to(losses: list[float], goal: float, every: int) -> int | None:
