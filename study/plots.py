@@ -69,7 +69,7 @@ def inverse(part: dict[str, Any]) -> Figure:
     )  # fmt: skip
     for line, stage in zip(axes, stages, strict=True):
         for axis, (key, title) in zip(line, panels.items(), strict=True):
-            for method in (*PRODUCTS, "K-FOC, rank 2"):
+            for method in PRODUCTS:  # of rank 2, most are refused
                 columns = [row[key] for row in where(rows, stage=stage, method=method)]
                 medians = [median_of(column[k] for column in columns) for k in range(len(dampings))]
                 axis.plot(dampings, medians, **style(method))
@@ -89,28 +89,35 @@ def median_of(found: Iterable[float | None]) -> float:
 
 
 def spectrum(part: dict[str, Any]) -> Figure:
-    """What each curvature has of F along F's own eigenvectors, by band and network, trained."""
+    """Trained networks: what each has of F along F's own eigenvectors, and the overshoot."""
     rows = where(part["rows"], stage="trained")
     networks, bands = distinct(rows, "network"), list(rows[0]["bands"])
+    dampings = part["settings"]["overshoot at"]
     figure, axes = pyplot.subplots(
-        1, len(networks), figsize=(4 * max(len(networks), 2), 3.4), sharey=True, squeeze=False,
+        2, len(networks), figsize=(4 * max(len(networks), 2), 6), sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for axis, network in zip(axes[0], networks, strict=True):
-        for k, method in enumerate((*PRODUCTS, "K-FOC, rank 2")):
+    for (above, below), network in zip(axes.T, networks, strict=True):
+        for k, method in enumerate(PRODUCTS):
+            mine = where(rows, network=network, method=method)
+            look = {"width": 0.18, "color": COLOURS[method], "label": method}
             for x, band in enumerate(bands):
-                shares = [row["bands"][band] for row in where(rows, network=network, method=method)]
+                shares = [row["bands"][band] for row in mine]
                 ratio = sum(share[1] for share in shares) / sum(share[0] for share in shares)
-                axis.bar(
-                    x + 0.16 * (k - 2), ratio - 1, 0.15, bottom=1, color=COLOURS[method],
-                    label=method,
-                )  # fmt: skip
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(bands)), bands)
-        axis.set_title(f"{network}, trained", fontsize=9)
-        axis.set_yscale("log", base=2)
-        axis.set_yticks([0.5, 1, 2, 4], ["1/2", "1", "2", "4"])
+                above.bar(x + 0.2 * (k - 1.5), ratio - 1, bottom=1, **look)
+            for x in range(len(dampings)):
+                middle = median_of(row["overshoot"][x] for row in mine)
+                below.bar(x + 0.2 * (k - 1.5), middle - 1, bottom=1, **look)
+        above.axhline(1, color="black", linewidth=0.8)
+        above.set_xticks(range(len(bands)), bands)
+        above.set_title(f"{network}, trained", fontsize=9)
+        above.set_yscale("log", base=2)
+        above.set_yticks([0.5, 1, 2, 4], ["1/2", "1", "2", "4"])
+        below.set_xticks(range(len(dampings)), [f"{d:g}" for d in dampings])
+        below.set(yscale="log", xlabel="damping / mean eigenvalue")
+        below.set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
     axes[0, 0].set_ylabel("trace along F's eigenvectors / F's own")
+    axes[1, 0].set_ylabel("overshoot, median of layers")
     legend(figure, axes[0, 0])
     return figure
 

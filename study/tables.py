@@ -43,6 +43,10 @@ def by_damping(results: Results, key: str) -> str:
     return markdown(["stage", "curvature", *(f"{d:g}" for d in dampings)], lines, 2)
 
 
+def percent(found: Any) -> str:
+    return f"{100 * statistics.fmean(found):.1f}"
+
+
 def middle(found: list[float | None]) -> str:
     """The median of the sizes where none is missing; else how many are."""
     there = [value for value in found if value is not None]
@@ -68,10 +72,6 @@ def bands(results: Results) -> str:
             lines.append([network, method, *cells])
         lines.append([network, "the mean gradient's square", *gradient])
     return markdown(["network", "", *names], lines, 2)
-
-
-def percent(found: Any) -> str:
-    return f"{100 * statistics.fmean(found):.1f}"
 
 
 def overshoot(results: Results) -> str:
