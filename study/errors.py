@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import kfoc
-from methods import ESTIMATORS
+from estimators import ESTIMATORS
 from subjects import LARGE, Data, Subject, layers, trained
 
 SAMPLES, BATCH, PROBES, SEEDS = 512, 128, 64, (0, 1, 2)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import kfoc
-from methods import ESTIMATORS
+from estimators import ESTIMATORS
 from subjects import SMALL, Subject, layers, loss, trained
 
 SAMPLES, SEEDS, DIRECTIONS = 512, (0, 1, 2), 8
@@ -33,7 +33,7 @@ SEQUENCES = 512  # of 32 labels each
 DAMPINGS = tuple(10.0**k for k in range(-6, 2))  # times the mean eigenvalue of F
 OVERSHOOT_AT = (1e-4, 1e-2, 1.0)
 BANDS = {"top 1 %": (0.0, 0.01), "next 9 %": (0.01, 0.1), "other 90 %": (0.1, 1.0)}
-LARGEST = 1100  # parameters of a layer
+LARGEST = 1100
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "overshoot at": OVERSHOOT_AT,
         "random directions": DIRECTIONS,
         "bands": BANDS,
+        "largest layer": 120 if quick else LARGEST,
     }
 
 
@@ -61,8 +62,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
                 if inputs.is_floating_point():
                     inputs = inputs.double()
                 where = {"network": subject.name, "seed": seed, "stage": stage}
-                dampings = chosen["dampings, by the mean eigenvalue"]
-                for row in of_model(model, (inputs, targets), subject, dampings, seed):
+                for row in of_model(model, (inputs, targets), subject, chosen, seed):
                     yield where | row
 
 
@@ -70,11 +70,12 @@ def of_model(
     model: torch.nn.Module,
     data: tuple[Tensor, Tensor],
     subject: Subject,
-    dampings: tuple[float, ...],
+    chosen: dict[str, Any],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
     """Rows by method and layer. One batch holds all data: every fit is the optimum of its kind."""
-    names = layers(model)
+    names = small(model, chosen["largest layer"])
+    dampings = chosen["dampings, by the mean eigenvalue"]
     arguments: dict[str, Any] = {"fisher": subject.fisher, "layers": names, "seed": seed}
     exact = kfoc.fit(model, [data], estimator=kfoc.BlockDiagonal(), **arguments)
     fits = {
@@ -86,7 +87,7 @@ def of_model(
     generator = torch.Generator().manual_seed(seed)
     for layer in names:
         block = exact[layer]
-        if block.shape[0] * block.shape[1] > LARGEST or not block.frobenius_norm():
+        if not block.frobenius_norm():
             continue
         gradients = torch.randn(
             DIRECTIONS + 1, *block.shape, generator=generator, dtype=block.dtype
@@ -107,6 +108,16 @@ def of_model(
             row["overshoot"] = [overshoot(spectrum, curvature[layer], d) for d in OVERSHOOT_AT]
             found = [solves(spectrum, curvature[layer], gradients, d) for d in dampings]
             yield row | {key: [each[key] for each in found] for key in found[0]}
+
+
+def small(model: torch.nn.Module, largest: int) -> list[str]:
+    """The layers of so many parameters at most."""
+    modules = {name: model.get_submodule(name) for name in layers(model)}
+    return [
+        name
+        for name, module in modules.items()
+        if sum(parameter.numel() for parameter in module.parameters()) <= largest
+    ]
 
 
 def extended_gradient(module: torch.nn.Module) -> Tensor:

@@ -21,8 +21,8 @@ DAMPINGS = (1.0, 10.0)  # times the weight decay
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
-        "training samples": 100 if quick else TRAIN,
-        "left out": 3 if quick else LEFT_OUT,
+        "training samples": 60 if quick else TRAIN,
+        "left out": 2 if quick else LEFT_OUT,
         "queries": QUERIES,
         "seeds": [0] if quick else list(SEEDS),
         "weight decay": borrowed("examples/influence.py").DECAY,

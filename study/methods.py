@@ -1,17 +1,11 @@
-"""The curvatures that the study compares, and the one colour that each has in all plots."""
+"""Names of the curvatures in tables, and the one colour that each has in all plots.
+
+Without torch: tables and plots are made of files.
+"""
 
 from __future__ import annotations
 
-import kfoc
-
-ESTIMATORS: dict[str, kfoc.Estimator] = {
-    "diagonal": kfoc.Diagonal(),
-    "K-FAC": kfoc.KFAC(),
-    "K-FOC": kfoc.KFOC(),
-    "EKFAC": kfoc.EigenCorrected(kfoc.KFAC()),
-    "EK-FOC": kfoc.EigenCorrected(kfoc.KFOC()),
-    "K-FOC, rank 2": kfoc.KFOC(rank=2),
-}
+NAMES = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "K-FOC, rank 2")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers say it again.
 COLOURS = {

@@ -18,7 +18,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from drawing import legend, points, style
-from methods import COLOURS, ESTIMATORS
+from methods import COLOURS, NAMES
 from plots_of_uses import continual, influence, laplace, optimizer
 from record import distinct, read, values, where
 
@@ -37,7 +37,7 @@ def errors(part: dict[str, Any]) -> Figure:
     for column, network in enumerate(networks):
         fishers = distinct(where(rows, network=network), "fisher")
         for axis, fisher in zip(axes[:, column], fishers, strict=False):
-            for k, method in enumerate(ESTIMATORS):
+            for k, method in enumerate(NAMES):
                 for x, stage in enumerate(stages):
                     cell = {"network": network, "fisher": fisher, "stage": stage}
                     found = values(rows, "error", method=method, **cell)

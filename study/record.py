@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ Row = dict[str, Any]
 
 def keep(rows: Iterable[Row], settings: dict[str, Any], path: Path) -> Iterator[Row]:
     """Pass the rows on; all of them so far are in the file, which says whether it is complete."""
+    start = time.process_time()
     machine = borrowed("benchmarks/machine.py").describe(threads=1)
     content: dict[str, Any] = {"complete": False, "settings": settings, "machine": machine}
     content["rows"] = []
@@ -23,6 +25,7 @@ def keep(rows: Iterable[Row], settings: dict[str, Any], path: Path) -> Iterator[
         write(content, path)
         yield row
     content["complete"] = True
+    content["processor seconds"] = round(time.process_time() - start)
     write(content, path)
 
 

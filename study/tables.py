@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from methods import ESTIMATORS
+from methods import NAMES
 from record import Row, distinct, spread, values, where
 
 Results = dict[str, dict[str, Any]]  # part -> what its file holds
@@ -24,9 +24,9 @@ def errors(results: Results) -> str:
         for fisher in distinct(where(rows, network=network), "fisher"):
             for stage in distinct(rows, "stage"):
                 cell = {"network": network, "fisher": fisher, "stage": stage}
-                found = [spread(values(rows, "error", method=m, **cell)) for m in ESTIMATORS]
+                found = [spread(values(rows, "error", method=m, **cell)) for m in NAMES]
                 lines.append([network, fisher, stage, *found])
-    return markdown(["network", "Fisher", "stage", *ESTIMATORS], lines, 3)
+    return markdown(["network", "Fisher", "stage", *NAMES], lines, 3)
 
 
 def by_damping(results: Results, key: str) -> str:
@@ -35,7 +35,7 @@ def by_damping(results: Results, key: str) -> str:
     dampings = part["settings"]["dampings, by the mean eigenvalue"]
     lines = []
     for stage in distinct(part["rows"], "stage"):
-        for method in ESTIMATORS:
+        for method in NAMES:
             columns = [row[key] for row in where(part["rows"], stage=stage, method=method)]
             cells = [middle([column[k] for column in columns]) for k in range(len(dampings))]
             if any(cell != "-" for cell in cells):
@@ -66,7 +66,7 @@ def bands(results: Results) -> str:
             [network, "F itself", *(percent(r["bands"][n][0] for r in mine) for n in names)]
         )
         gradient = (percent(r["gradient"][n] for r in mine) for n in names)
-        for method in ESTIMATORS:
+        for method in NAMES:
             found = where(mine, method=method)
             cells = (percent(r["bands"][n][1] for r in found) for n in names)
             lines.append([network, method, *cells])
@@ -80,7 +80,7 @@ def overshoot(results: Results) -> str:
     rows, dampings = part["rows"], part["settings"]["overshoot at"]
     lines = []
     for network in distinct(rows, "network"):
-        for method in ESTIMATORS:
+        for method in NAMES:
             line = [network, method]
             for stage in distinct(rows, "stage"):
                 columns = [
