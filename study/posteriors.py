@@ -18,7 +18,7 @@ SIZES, EPOCHS, SEEDS = (1500, 250, 1000), 60, (0, 1, 2)
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
-        "train, held out, test": (60, 20, 20) if quick else SIZES,
+        "train, held out, test": (60, 8, 8) if quick else SIZES,
         "epochs": 2 if quick else EPOCHS,
         "seeds": [0] if quick else list(SEEDS),
         "priors tried on held-out digits": borrowed("examples/laplace.py").PRIORS,
