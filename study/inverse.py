@@ -26,7 +26,7 @@ from torch import Tensor
 
 import kfoc
 from estimators import ESTIMATORS
-from subjects import SMALL, Subject, layers, loss, trained
+from subjects import SMALL, Subject, loss, small_layers, trained
 
 SAMPLES, SEEDS, DIRECTIONS = 512, (0, 1, 2), 8
 SEQUENCES = 512  # of 32 labels each
@@ -74,7 +74,7 @@ def of_model(
     seed: int,
 ) -> Iterator[dict[str, Any]]:
     """Rows by method and layer. One batch holds all data: every fit is the optimum of its kind."""
-    names = small(model, chosen["largest layer"])
+    names = small_layers(model, chosen["largest layer"])
     dampings = chosen["dampings, by the mean eigenvalue"]
     arguments: dict[str, Any] = {"fisher": subject.fisher, "layers": names, "seed": seed}
     exact = kfoc.fit(model, [data], estimator=kfoc.BlockDiagonal(), **arguments)
@@ -108,16 +108,6 @@ def of_model(
             row["overshoot"] = [overshoot(spectrum, curvature[layer], d) for d in OVERSHOOT_AT]
             found = [solves(spectrum, curvature[layer], gradients, d) for d in dampings]
             yield row | {key: [each[key] for each in found] for key in found[0]}
-
-
-def small(model: torch.nn.Module, largest: int) -> list[str]:
-    """The layers of so many parameters at most."""
-    modules = {name: model.get_submodule(name) for name in layers(model)}
-    return [
-        name
-        for name, module in modules.items()
-        if sum(parameter.numel() for parameter in module.parameters()) <= largest
-    ]
 
 
 def extended_gradient(module: torch.nn.Module) -> Tensor:

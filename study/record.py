@@ -67,6 +67,12 @@ def spread(found: list[float], digits: int = 3) -> str:
     return mean + (f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else "")
 
 
+def significant(found: list[float]) -> str:
+    """Mean ± standard deviation of losses of any size."""
+    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.2g}{deviation}"
+
+
 def distinct(rows: Iterable[Row], key: str) -> list[Any]:
     """A column's values, in the order of their first appearance."""
     return list(dict.fromkeys(row[key] for row in rows))

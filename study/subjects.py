@@ -116,6 +116,16 @@ def layers(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
 
 
+def small_layers(model: nn.Module, largest: int) -> list[str]:
+    """The layers of so many parameters at most."""
+    modules = {name: model.get_submodule(name) for name in layers(model)}
+    return [
+        name
+        for name, module in modules.items()
+        if sum(parameter.numel() for parameter in module.parameters()) <= largest
+    ]
+
+
 def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     outputs = model(inputs)
     return cross_entropy(outputs.flatten(0, -2), targets.flatten())

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from methods import NAMES
-from record import Row, distinct, spread, values, where
+from record import Row, distinct, significant, spread, values, where
 
 Results = dict[str, dict[str, Any]]  # part -> what its file holds
 
@@ -159,12 +159,6 @@ def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row
         key=lambda each: statistics.fmean(values(rows, score, **{of: each})),
     )
     return where(rows, **{of: chosen})
-
-
-def significant(found: list[float]) -> str:
-    """Mean ± standard deviation of losses of any size."""
-    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.2g}{deviation}"
 
 
 def steps_to(losses: list[float], goal: float, every: int) -> int | None:
