@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 # Cases of each property test in a nightly run.
 CASES ?= 2000
 
-.PHONY: reproduce reproduce-full test nightly wheel lint benchmark notebooks docs dist clean
+.PHONY: reproduce reproduce-full test nightly wheel lint benchmark study study-quick notebooks docs \
+	dist clean
 
 reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
 	$(BIN)/kfoc reproduce --quick --out results-quick
@@ -37,6 +38,12 @@ $(VENV)/ready: pyproject.toml requirements-torch.txt
 benchmark: $(VENV)/ready $(VENV)/peers
 	$(BIN)/python benchmarks/run.py
 
+study: $(VENV)/ready  ## does optimality matter? results, plots and tables, in some ten minutes
+	$(BIN)/python study/run.py
+
+study-quick: $(VENV)/ready  ## the same, tiny, to see that all of it runs
+	$(BIN)/python study/run.py --quick --out results-study-quick
+
 $(VENV)/peers: $(VENV)/ready benchmarks/requirements-peers.txt
 	$(BIN)/pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
 	touch $@
@@ -58,4 +65,4 @@ $(VENV)/release: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) results results-quick site dist
+	rm -rf $(VENV) results results-quick results-study-quick site dist

@@ -19,7 +19,7 @@ wheel=$(ls "$place"/dist/*.whl)
 
 mkdir "$place/outside"
 cd "$root"
-cp -r tests docs examples benchmarks README.md CHANGELOG.md pyproject.toml mkdocs.yml site_hooks.py "$place/outside"
+cp -r tests docs examples benchmarks study README.md CHANGELOG.md pyproject.toml mkdocs.yml site_hooks.py "$place/outside"
 cd "$place/outside"
 "$place/venv/bin/python" -c '
 import kfoc, torch

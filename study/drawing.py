@@ -1,0 +1,44 @@
+"""What the study's plots share: one look of each method, means with ranges, one legend."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from methods import COLOURS, MARKERS
+
+
+def style(method: str, line: str = "-") -> dict[str, Any]:
+    return {
+        "color": COLOURS[method],
+        "marker": MARKERS[method],
+        "markersize": 5,
+        "linewidth": 1.4,
+        "linestyle": line,
+        "label": method,
+    }
+
+
+def middle_and_ends(found: list[float]) -> tuple[float, list[list[float]]]:
+    """A mean, and how far the smallest and largest value lie from it."""
+    mean = statistics.fmean(found)
+    return mean, [[mean - min(found)], [max(found) - mean]]
+
+
+def points(axis: Any, place: float, found: list[float], method: str, **options: Any) -> None:
+    """Mean and range over the seeds, if there are any."""
+    if found:
+        mean, ends = middle_and_ends(found)
+        axis.errorbar([place], [mean], yerr=ends, **(style(method, "") | {"capsize": 2} | options))
+
+
+def legend(figure: Figure, axis: Any, rows: int = 1) -> None:
+    """One for all panels, above them."""
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    columns = -(-len(unique) // rows)
+    figure.legend(
+        unique.values(), unique.keys(), loc="outside upper center", ncols=columns, fontsize=8
+    )

@@ -1,0 +1,57 @@
+"""Part a: how close each curvature is to the exact blocks, by network, stage and Fisher type."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import kfoc
+from estimators import ESTIMATORS
+from subjects import LARGE, Data, Subject, layers, trained
+
+SAMPLES, BATCH, PROBES, SEEDS = 512, 128, 64, (0, 1, 2)
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {
+        "samples": 64 if quick else SAMPLES,
+        "batch": BATCH,
+        "probes": PROBES,
+        "seeds": [0] if quick else list(SEEDS),
+        "stages (steps of Adam)": LARGE[0].stages,
+    }
+
+
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    chosen = settings(quick)
+    for subject in LARGE[::2] if quick else LARGE:
+        inputs, targets = (part[: chosen["samples"]] for part in subject.data())
+        data = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+        for seed in chosen["seeds"]:
+            for stage, model in trained(subject, seed, quick):
+                for fisher in (subject.fisher, "empirical"):
+                    for method in ESTIMATORS:
+                        if method in subject.once and seed != SEEDS[0]:
+                            continue
+                        row = {"network": subject.name, "seed": seed, "stage": stage}
+                        row |= {"fisher": fisher, "method": method}
+                        yield row | errors(model, data, subject, fisher, method, seed)
+
+
+def errors(
+    model: Any, data: list[Data], subject: Subject, fisher: str, method: str, seed: int
+) -> dict[str, Any]:
+    """Relative errors by layer and their mean; the probes are the same for all methods."""
+    curvature = kfoc.fit(
+        model, data, estimator=ESTIMATORS[method], fisher=fisher, layers=layers(model),
+        probes=PROBES, seed=seed,
+    )  # fmt: skip
+    # A layer that no sample moves (F = 0) has no relative error.
+    found = {k: b.relative_error for k, b in curvature.items() if b.frobenius_norm() > 0}
+    deviations = [curvature[layer].relative_error_standard_error or 0.0 for layer in found]
+    return {
+        "error": statistics.fmean(found.values()),
+        "worst standard error": max(deviations),
+        "layers": found,
+    }

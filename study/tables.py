@@ -1,0 +1,195 @@
+"""The study's tables in Markdown, one function a table, from the rows of the parts."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from methods import NAMES
+from record import Row, distinct, significant, spread, values, where
+
+Results = dict[str, dict[str, Any]]  # part -> what its file holds
+
+
+def markdown(header: list[str], lines: list[list[str]], words: int = 1) -> str:
+    """Columns after the first `words` are numbers."""
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def errors(results: Results) -> str:
+    """Mean over layers of the relative error; ± over the seeds."""
+    rows, lines = results["errors"]["rows"], []
+    for network in distinct(rows, "network"):
+        for fisher in distinct(where(rows, network=network), "fisher"):
+            for stage in distinct(rows, "stage"):
+                cell = {"network": network, "fisher": fisher, "stage": stage}
+                found = [spread(values(rows, "error", method=m, **cell)) for m in NAMES]
+                lines.append([network, fisher, stage, *found])
+    return markdown(["network", "Fisher", "stage", *NAMES], lines, 3)
+
+
+def by_damping(results: Results, key: str) -> str:
+    """Medians over layers, networks and seeds; with how many the library refused."""
+    part = results["inverse"]
+    dampings = part["settings"]["dampings, by the mean eigenvalue"]
+    lines = []
+    for stage in distinct(part["rows"], "stage"):
+        for method in NAMES:
+            columns = [row[key] for row in where(part["rows"], stage=stage, method=method)]
+            cells = [middle([column[k] for column in columns]) for k in range(len(dampings))]
+            if any(cell != "-" for cell in cells):
+                lines.append([stage, method, *cells])
+    return markdown(["stage", "curvature", *(f"{d:g}" for d in dampings)], lines, 2)
+
+
+def percent(found: Any) -> str:
+    return f"{100 * statistics.fmean(found):.1f}"
+
+
+def middle(found: list[float | None]) -> str:
+    """The median of the sizes where none is missing; else how many are."""
+    there = [value for value in found if value is not None]
+    if len(there) == len(found):
+        return f"{statistics.median(map(abs, there)):.2f}"
+    return f"{len(found) - len(there)} of {len(found)} refused" if there else "-"
+
+
+def bands(results: Results) -> str:
+    """Shares of trace F in percent, means over layers and seeds, of trained networks."""
+    rows = where(results["inverse"]["rows"], stage="trained")
+    names = list(rows[0]["bands"])
+    lines = []
+    for network in distinct(rows, "network"):
+        mine = where(rows, network=network)
+        lines.append(
+            [network, "F itself", *(percent(r["bands"][n][0] for r in mine) for n in names)]
+        )
+        gradient = (percent(r["gradient"][n] for r in mine) for n in names)
+        for method in NAMES:
+            found = where(mine, method=method)
+            cells = (percent(r["bands"][n][1] for r in found) for n in names)
+            lines.append([network, method, *cells])
+        lines.append([network, "the mean gradient's square", *gradient])
+    return markdown(["network", "", *names], lines, 2)
+
+
+def overshoot(results: Results) -> str:
+    """Medians over layers and seeds."""
+    part = results["inverse"]
+    rows, dampings = part["rows"], part["settings"]["overshoot at"]
+    lines = []
+    for network in distinct(rows, "network"):
+        for method in NAMES:
+            line = [network, method]
+            for stage in distinct(rows, "stage"):
+                columns = [
+                    row["overshoot"]
+                    for row in where(rows, network=network, stage=stage, method=method)
+                ]
+                line += [middle([column[k] for column in columns]) for k in range(len(dampings))]
+            lines.append(line)
+    header = [f"{stage}, {d:g}" for stage in distinct(rows, "stage") for d in dampings]
+    return markdown(["network", "curvature", *header], lines, 2)
+
+
+def laplace(results: Results) -> str:
+    rows, lines = results["laplace"]["rows"], []
+    columns = ("evidence", "accuracy", "NLL", "ECE", "its NLL", "its ECE")
+    for network in distinct(rows, "network"):
+        for method in distinct(where(rows, network=network), "method"):
+            mine = where(rows, network=network, method=method)
+            priors = [mean_of(mine, key) for key in ("prior", "held-out prior")]
+            cells = [spread(values(mine, key)) for key in columns]
+            lines.append([network, method, priors[0], *cells[:4], priors[1], *cells[4:]])
+    header = ["prior by evidence", "evidence", "accuracy", "NLL", "ECE"]
+    header += ["prior by held-out digits", "NLL", "ECE"]
+    return markdown(["network", "curvature", *header], lines, 2)
+
+
+def mean_of(rows: list[Row], key: str) -> str:
+    found = values(rows, key)
+    return f"{statistics.fmean(found):.3g}" if found else ""
+
+
+def benchmark(results: Results) -> str:
+    """Of benchmarks/optimizer.py: one seed, larger networks."""
+    lines = []
+    for row in results["benchmark"]["rows"]:
+        there = [f"{row['setting']:g}", str(row["steps"]), f"{row['seconds']:.2f}"]
+        lines.append([row["problem"], row["method"], *there, f"{row['lowest loss']:.4f}"])
+    header = ["problem", "method", "lr or kl_clip", "steps to AdamW's best", "seconds"]
+    return markdown([*header, "lowest loss"], lines, 2)
+
+
+def optimizer(results: Results) -> str:
+    """The setting of the lowest mean loss at the end, for each method.
+
+    Steps are to the highest of AdamW's last losses over the seeds.
+    """
+    part = results["optimizer"]
+    rows, every = part["rows"], part["settings"]["loss every"]
+    goal = max(row["final"] for row in best(where(rows, method="AdamW")))
+    lines = []
+    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
+        mine = best(where(rows, damped=damped, method=method))
+        reached = [steps_to(row["losses"], goal, every) for row in mine]
+        counts = f"{statistics.fmean(reached):.0f}" if None not in reached else "not in all"
+        losses = [significant(values(mine, key)) for key in ("final", "test")]
+        lines.append([method, damped, mine[0]["setting"], *losses, counts])
+    header = ["method", "damping by", "best setting", "training loss", "test loss"]
+    return markdown([*header, "steps to AdamW's last"], lines, 3)
+
+
+def optimizer_by_damping(results: Results) -> str:
+    """Training loss at the last step with the best kl_clip for each damping."""
+    rows = [row for row in results["optimizer"]["rows"] if row["damping"] is not None]
+    dampings, lines = distinct(rows, "damping"), []
+    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
+        mine = where(rows, damped=damped, method=method)
+        cells = [significant(values(best(where(mine, damping=d)), "final")) for d in dampings]
+        lines.append([method, damped, *cells])
+    return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, 2)
+
+
+def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row]:
+    """The rows, one a seed, of the setting with the lowest mean score."""
+    chosen = min(
+        distinct(rows, of),
+        key=lambda each: statistics.fmean(values(rows, score, **{of: each})),
+    )
+    return where(rows, **{of: chosen})
+
+
+def steps_to(losses: list[float], goal: float, every: int) -> int | None:
+    return next((every * (k + 1) for k, loss in enumerate(losses) if loss <= goal), None)
+
+
+def continual(results: Results) -> str:
+    """At the strength that does best on validation digits, for each method."""
+    rows, lines = results["continual"]["rows"], []
+    for method in distinct(rows, "method"):
+        mine = strongest(rows, method)
+        cells = [spread([100 * v for v in values(mine, key)], 1) for key in ("test", "forgetting")]
+        lines.append([method, *cells, f"{mine[0]['strength']:g}"])
+    return markdown(["curvature", "accuracy, %", "forgetting, %", "strength"], lines)
+
+
+def strongest(rows: list[Row], method: str) -> list[Row]:
+    mine = [row | {"error": 1 - row["validation"]} for row in where(rows, method=method)]
+    return best(mine, "error", "strength")
+
+
+def influence(results: Results) -> str:
+    rows, lines = results["influence"]["rows"], []
+    dampings = distinct(rows, "damping")
+    for method in distinct(rows, "method"):
+        line = [method]
+        for damping in dampings:
+            mine = where(rows, method=method, damping=damping)
+            line += [spread(values(mine, key), 2) for key in ("correlation", "scale", "found")]
+        lines.append(line)
+    header = [
+        f"{name}, {damping:g}" for damping in dampings for name in ("correlation", "scale", "found")
+    ]
+    return markdown(["curvature", *header], lines)

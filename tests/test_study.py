@@ -1,0 +1,82 @@
+"""The study runs, part by part, and its page says what its results say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from documents import ROOT
+
+STUDY = ROOT / "study"
+PARTS = ("errors", "inverse", "laplace", "optimizer", "continual", "influence")
+
+
+def run(*arguments: str) -> None:
+    """A script of the study, in a process of its own."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a quick run of all parts."""
+    folder = tmp_path_factory.mktemp("study")
+    run(str(STUDY / "run.py"), "--quick", "--out", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_writes_complete_results_and_a_plot(part: str, quick: Path) -> None:
+    content = json.loads((quick / f"{part}.json").read_text())
+    assert content["complete"]
+    committed = json.loads((STUDY / "results" / f"{part}.json").read_text())
+    assert committed["complete"]
+    assert set(content) == set(committed)
+    assert set(content["settings"]) == set(committed["settings"])
+    assert {key for row in content["rows"] for key in row} == {
+        key for row in committed["rows"] for key in row
+    }
+    assert (quick / f"{part}.png").stat().st_size > 5000
+
+
+def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
+    assert (quick / "study.md").read_text().count("## ") == 15
+    assert not list(quick.glob("*.partial"))
+
+
+def test_tables_of_the_page_are_those_of_the_results() -> None:
+    run(str(STUDY / "report.py"), "--page", str(ROOT / "docs" / "study.md"), "--check")
+
+
+def test_the_page_shows_every_table_and_plot_once() -> None:
+    page = (ROOT / "docs" / "study.md").read_text()
+    for plot in (ROOT / "docs" / "study").glob("*.png"):
+        assert page.count(f"(study/{plot.name})") == 1, plot.name
+    names = re.findall(r'^    "([\w-]+)": \(', (STUDY / "report.py").read_text(), re.M)
+    assert len(names) == 15
+    assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
+
+
+def test_what_was_measured_stays_when_a_part_is_interrupted(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'study')\n"
+        "from pathlib import Path\n"
+        "from record import keep\n"
+        "def rows():\n"
+        "    yield {'a': 1.23456789}\n"
+        "    raise KeyboardInterrupt\n"
+        "try:\n"
+        f"    list(keep(rows(), {{}}, Path({str(tmp_path / 'part.json')!r})))\n"
+        "except KeyboardInterrupt:\n"
+        "    pass\n"
+    )
+    run("-c", code)
+    content = json.loads((tmp_path / "part.json").read_text())
+    assert not content["complete"]
+    assert content["rows"] == [{"a": 1.23457}]
