@@ -18,6 +18,7 @@ ALLOWED = {
         "batches", "certificate", "distributed", "estimators", "samples", "selection",
     },
     "scales": set(),
+    "pending": {"samples"},
     "samples": {"memory", "scales"},
     "tokens": {"samples"},
     "tied": {"samples", "scales"},
@@ -59,7 +60,7 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "solver", "tied", "token_plan", "tokens", "memory", "pooling",
+        "solver", "tied", "token_plan", "tokens", "memory", "pending", "pooling",
     },
     "forward": {"batches"},
     "jacobians": {"batches", "forward"},

@@ -363,6 +363,8 @@ def nearest_to_pair(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
     shares: tuple[float, float] = (1.0, 1.0),
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The Kronecker product closest to the weighted sum of two, in closed form.
 
@@ -373,6 +375,7 @@ def nearest_to_pair(
     Args:
         first, second: (left, right) of shapes (o, o) and (i, i), each factor PSD.
         shares: positive weights of the two products in the sum.
+        in_place: whether the result may take the memory of `first`.
 
     Returns:
         The balanced (left, right).
@@ -396,7 +399,8 @@ def nearest_to_pair(
         coefficients = (weights * (triangles[1 - k].mT @ vector)).abs()
         coefficients *= root / (triangles[k] @ coefficients).norm()
         a, b = (coefficients / torch.tensor(norms[k], dtype=torch.float64)).tolist()
-        merged.append((first[k] * a).add_(second[k], alpha=b))
+        total = first[k].mul_(a) if in_place else first[k] * a
+        merged.append(total.add_(second[k], alpha=b))
     return merged[0], merged[1]
 
 
@@ -407,7 +411,10 @@ def _nonzero(term: tuple[Tensor, Tensor]) -> bool:
 def _gram_schmidt(first: Tensor, second: Tensor) -> tuple[list[float], Tensor]:
     """Norms of two matrices, and the triangle R of QR = [first, second] once normalised."""
     norms = [norm_of(first), norm_of(second)]
-    along = torch.dot(first.flatten() / norms[0], second.flatten()).item() / norms[1]
+    if all(2.0**-20 < norm < 2.0**20 for norm in norms):  # no product of two leaves the range
+        along = torch.dot(first.flatten(), second.flatten()).item() / norms[0] / norms[1]
+    else:
+        along = torch.dot(first.flatten() / norms[0], second.flatten()).item() / norms[1]
     if along < 0.9:
         rest = math.sqrt(1 - along**2)
     else:  # the root would lose half the digits

@@ -154,7 +154,8 @@ class Running(Aggregation):
             self.left, self.right = fit.left, fit.right
             return
         shares = before / self.count, samples.num_samples / self.count
-        merged = nearest_to_pair((self.left, self.right), (fit.left, fit.right), shares)
+        estimate = self.left, self.right
+        merged = nearest_to_pair(estimate, (fit.left, fit.right), shares, in_place=True)
         self.left, self.right = merged
 
     def pooled(self) -> Pooling[None]:

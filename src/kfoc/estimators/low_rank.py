@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kfoc.blocks import LowRankBlock, Report
 from kfoc.kronecker import Side, opposite, settled
+from kfoc.pending import Pending
 from kfoc.plans import CHUNK, add_fisher
 from kfoc.pooling import Gather, Pooling, Sum, largest
 from kfoc.products import mirrored
@@ -157,7 +158,7 @@ class LowRank:
         self.report = Report()
         self.like = samples.grads.new_zeros(())
         self.unit = 0.0  # the scale of all sums, see `Samples.rescaled`
-        self.pending: list[Samples] = []
+        self.pending = Pending(config.buffer)
         self.fisher: Tensor | None = None
         if (o * i) ** 2 <= config.buffer:
             self.fisher = samples.grads.new_zeros(o * i, o * i)
@@ -179,10 +180,13 @@ class LowRank:
         if self.fixed:
             self._absorb(samples)
             return
-        held = sum(part.numel for part in self.pending)
-        if self.pending and held + samples.numel > self.config.buffer:
+        held = self.pending.numel
+        if held and held + samples.numel > self.config.buffer:
             self.found = self._merged()
-        self.pending.append(samples if alone else samples.detached_copy())
+        if alone:
+            self.pending.parts = [samples]
+        else:
+            self.pending.add(samples)
 
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
@@ -211,7 +215,7 @@ class LowRank:
         if self.fixed:
             yield [Sum([fixed.image for fixed in self.fixed])]
             return
-        if self.fisher is None and (self.pending or self.found is not None):
+        if self.fisher is None and (self.pending.parts or self.found is not None):
             self.found = self._close()
         (unit,) = yield from largest(self.unit)
         self._rescale(unit)
@@ -249,7 +253,7 @@ class LowRank:
         if self.found is None:
             steps = Weighted(self._taken())
             return self._solved(steps, "samples", self.config.rtol, self.config.max_steps)
-        return self._merged() if self.pending else self.found
+        return self._merged() if self.pending.parts else self.found
 
     def _merged(self) -> Singular:
         """Triples of those so far and of what is pending."""
@@ -262,8 +266,7 @@ class LowRank:
 
     def _taken(self) -> list[tuple[HalfSteps, float]]:
         """The pending samples, no longer pending, with their weights in `unit`."""
-        pending, self.pending = joined(self.pending), []
-        rescaled = [samples.rescaled() for samples in pending]
+        rescaled = [samples.rescaled() for samples in self.pending.taken()]
         for _, scale in rescaled:
             self._rescale(scale)
         limit = self.config.memory_limit // max(1, len(rescaled))
@@ -326,14 +329,3 @@ class Fixed:
         """The next half step, back from the image."""
         image = self.refined().rights
         return Fixed(self.sign, opposite(self.side), image, torch.zeros_like(self.factors))
-
-
-def joined(pending: list[Samples]) -> list[Samples]:
-    """Batches that can be one, as one."""
-    groups: list[list[Samples]] = []
-    for samples in pending:
-        if groups and groups[-1][0].joins(samples):
-            groups[-1].append(samples)
-        else:
-            groups.append([samples])
-    return [Samples.merged(group) for group in groups]

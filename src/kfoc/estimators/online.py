@@ -13,6 +13,7 @@ from kfoc.blocks import Report
 from kfoc.estimators import over_ranks
 from kfoc.estimators.aggregation import Aggregation
 from kfoc.kronecker import Contraction, KroneckerFit, Side, balance, opposite, settled
+from kfoc.pending import Pending
 from kfoc.planner import Size, sums_densely
 from kfoc.plans import Dense, add_fisher
 from kfoc.pooling import Pooling, Sum
@@ -48,8 +49,8 @@ class Online(Aggregation):
         self.norms = 0.0, 0.0  # of the sums, which are kept on and above the diagonal alone
         self.weight = 0.0  # samples in the sums, decayed as they are
         self.unit = 0.0  # the scale of all sums: they would overflow at extreme gradients
-        self.pending: list[Samples] = []
         self.buffer = 0 if config.decay else config.buffer
+        self.pending = Pending(self.buffer)
         self.single: KroneckerFit | None = None
         self.waits = False  # with what is pending, until all ranks begin together (`over_ranks`)
         self.taken, self.until = 0, 0  # buffers since sums were exchanged, and when to do it again
@@ -70,32 +71,25 @@ class Online(Aggregation):
             add_fisher(self.fisher, rescaled, scale / (self.unit or 1.0))
             return
         if not self.waits:
-            if self.pending and (
-                self._held + samples.numel > self.buffer or not self.pending[0].joins(samples)
-            ):
+            held = self.pending.numel
+            if held + samples.numel > self.buffer or not self.pending.joins(samples):
                 self.flush()
             if samples.numel > self.buffer:
                 self.take(samples)
                 return
-        self.pending.append(samples.detached_copy())
-
-    @property
-    def _held(self) -> int:
-        return sum(part.numel for part in self.pending)
+        self.pending.add(samples)
 
     @property
     def due(self) -> bool:
         """Whether ranks should begin, another batch being too much to keep, or exchange sums."""
         if self.waits:
-            return self.fisher is None and self._held + self._latest > self.buffer
+            return self.fisher is None and self.pending.numel + self._latest > self.buffer
         return self.taken >= self.until
 
     def flush(self) -> None:
         """Take in what is pending."""
-        if self.pending:
-            merged = self.pending[0].merged(self.pending)
-            self.pending = []  # before what is taken in needs memory
-            self.take(merged)
+        for samples in self.pending.taken():
+            self.take(samples)
 
     def take(self, samples: Samples) -> None:
         """Absorb a batch, in parts where that is cheaper: inner products grow with its square."""
@@ -120,9 +114,9 @@ class Online(Aggregation):
                     scale=self.unit / self.weight,
                 )
             )
-        if self.pending and not self.weight:
-            self.single = self.solved_alone(self.pending[0].merged(self.pending))
-            self.pending = []
+        if not self.weight and self.pending.parts:
+            (samples,) = self.pending.taken()
+            self.single = self.solved_alone(samples)
         self.flush()
 
     def absorb(self, samples: Samples) -> None:

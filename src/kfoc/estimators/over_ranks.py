@@ -21,7 +21,6 @@ from kfoc.plans import Dense
 from kfoc.pooling import Pooling, Sum, optimum, summed
 from kfoc.pooling import largest as largest_of
 from kfoc.products import mirrored
-from kfoc.samples import Samples
 
 if TYPE_CHECKING:
     from kfoc.estimators.online import Online
@@ -58,17 +57,18 @@ def pooled(state: Online) -> Pooling[None]:
 
 def _factored(state: Online) -> bool:
     """Whether this rank has samples, and does not sum F itself."""
-    seen = state.weight > 0 or any(samples.numel for samples in state.pending)
+    seen = state.weight > 0 or state.pending.numel > 0
     return state.fisher is None and seen
 
 
 def _summed(state: Online) -> Pooling[None]:
     """F itself, where every rank with data sums it: each decides by the size of its first batch."""
-    count = state.weight + sum(samples.num_samples for samples in state.pending)
+    count = state.weight + state.pending.num_samples
     (unit,) = yield from largest_of(state.unit)
     if state.fisher is None:
         o, i = state.shape
-        state.fisher, state.pending = state.like.new_zeros(o * i, o * i), []
+        state.fisher = state.like.new_zeros(o * i, o * i)
+        state.pending.taken()
     state.rescale(unit, 1.0)
     yield [Sum([state.fisher])]
     (state.weight,) = yield from summed(count)
@@ -84,25 +84,11 @@ def _taken(state: Online, factored: bool) -> tuple[Pending, float]:
     if state.fisher is not None and factored:
         pending = [(Dense.of(state.fisher, state.shape), state.unit)]
         count, state.fisher, state.unit, state.weight = state.weight, None, 0.0, 0.0
-    samples, state.pending = state.pending, []
-    for batch in _joined(samples):
+    for batch in state.pending.taken():
         if batch.num_samples:
             pending.append(state.config.contraction(batch))
             count += batch.num_samples
     return pending, count
-
-
-def _joined(samples: list[Samples]) -> list[Samples]:
-    """As few batches as there are kinds: those of other lengths of sequences do not join."""
-    kinds: list[list[Samples]] = []
-    for batch in samples:
-        for kind in kinds:
-            if kind[0].joins(batch):
-                kind.append(batch)
-                break
-        else:
-            kinds.append([batch])
-    return [kind[0].merged(kind) for kind in kinds]
 
 
 def _step(state: Online, pending: Pending, unit: float) -> Callable[[Tensor, Side], Tensor]:
