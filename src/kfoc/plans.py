@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side, positive
-from kfoc.products import add_symmetric, gram, half, mirrored, share, times_half
+from kfoc.products import add_symmetric, gram, halves, mirrored, share, times_half
 from kfoc.samples import Inputs, LayerSamples, Rows, Samples, gradient_chunks
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
@@ -107,17 +107,17 @@ class Primal(_Coefficients):
         return squares / math.sqrt(self._sizes["right"])
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
-        vectors, constant, upper = self._vectors[side], self._constants[side], half(matrix)
-        inner = upper if constant is None else upper[:-1, :-1]
-        products = []
+        vectors, constant = self._vectors[side], self._constants[side]
+        inner = matrix if constant is None else matrix[:-1, :-1]
+        products, diagonal = [], halves(inner)
         for start, stop in self._parts(vectors):
             rows = vectors[start:stop]
-            by_half = times_half(rows, inner, self._scratch.like(rows))
+            by_half = times_half(rows, inner, diagonal, self._scratch.like(rows))
             products.append(torch.linalg.vecdot(by_half, rows))
         image = torch.cat(products)
         if constant is not None:
-            image.addmv_(vectors, upper[:-1, -1], alpha=constant)
-            image += constant**2 * upper[-1, -1]
+            image.addmv_(vectors, matrix[:-1, -1], alpha=constant)
+            image += constant**2 / 2 * matrix[-1, -1]
         return image.view(-1, self._count).sum(0).mul_(2)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
@@ -258,11 +258,11 @@ class Positions(_Coefficients):
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         rows = self._rows[side]
-        upper = half(matrix)
+        diagonal = halves(matrix)
         image: Tensor | None = None
         for direction in rows:
             flat = direction.reshape(-1, direction.shape[-1])
-            half_way = times_half(flat, upper, self._scratch.like(flat))
+            half_way = times_half(flat, matrix, diagonal, self._scratch.like(flat))
             product = torch.bmm(half_way.view_as(direction), direction.mT)
             image = product if image is None else image.add_(product)
         assert image is not None
@@ -462,10 +462,10 @@ class Gradients(_Explicit):
                 product = torch.mm(representation, wide, out=self._scratch.like(wide))
                 add_symmetric(image, gradients.view(-1, i), product.view(-1, i))
             return mirrored(image)
-        image, upper = representation.new_zeros(o, o), half(representation)
+        image, diagonal = representation.new_zeros(o, o), halves(representation)
         for gradients in self._chunks():
             rows = gradients.view(-1, i)
-            product = times_half(rows, upper, self._scratch.like(rows))
+            product = times_half(rows, representation, diagonal, self._scratch.like(rows))
             image.addmm_(product.view(o, -1), gradients.view(o, -1).mT)
         return image + image.mT
 

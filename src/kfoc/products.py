@@ -75,20 +75,31 @@ def gram(rows: Tensor) -> Tensor:
     return mirrored(total)
 
 
-def half(symmetric: Tensor) -> Tensor:
-    """Upper triangular U with `U + U^T` the symmetric matrix.
+def halves(symmetric: Tensor) -> list[Tensor]:
+    """The blocks on the diagonal of the upper triangular U with `U + U^T` the symmetric matrix.
 
-    It serves `rows @ symmetric @ rows^T`, which is `M + M^T` for `M = rows @ U @ rows^T`.
+    The rest of U is what `symmetric` has above these blocks, so U itself need not be formed. It
+    serves `rows @ symmetric @ rows^T`, which is `M + M^T` for `M = rows @ U @ rows^T`.
     """
-    upper = symmetric.triu()
-    upper.diagonal().mul_(0.5)
-    return upper
+    found = []
+    for start, stop in blocks(symmetric.shape[0]):
+        upper = symmetric[start:stop, start:stop].triu()
+        upper.diagonal().mul_(0.5)
+        found.append(upper)
+    return found
 
 
-def times_half(rows: Tensor, upper: Tensor, out: Tensor | None = None) -> Tensor:
-    """`rows @ upper` for an upper triangular matrix, (k, n)."""
-    parts = blocks(upper.shape[0])
+def times_half(
+    rows: Tensor, symmetric: Tensor, diagonal: list[Tensor], out: Tensor | None = None
+) -> Tensor:
+    """`rows @ U`, (k, n), for the U of a symmetric matrix and its `halves`.
+
+    The matrix is read on and above the diagonal alone.
+    """
     product = rows.new_empty(rows.shape) if out is None else out
-    for start, stop in parts:
-        torch.mm(rows[:, :stop], upper[:stop, start:stop], out=product[:, start:stop])
+    for (start, stop), upper in zip(blocks(symmetric.shape[0]), diagonal, strict=True):
+        part = product[:, start:stop]
+        torch.mm(rows[:, start:stop], upper, out=part)
+        if start:
+            part.addmm_(rows[:, :start], symmetric[:start, start:stop])
     return product

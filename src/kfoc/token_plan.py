@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kfoc.kronecker import Contraction, Side
-from kfoc.products import add_symmetric, half, mirrored, times_half
+from kfoc.products import add_symmetric, halves, mirrored, times_half
 from kfoc.samples import Samples, chunks, gradient_chunks
 from kfoc.tied import Tied
 from kfoc.tokens import Pairs, merged_pairs
@@ -68,17 +68,17 @@ class TokenPairs(_Explicit):
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         if side == "left":
-            return self._to_right(half(matrix))
+            return self._to_right(matrix)
         width = self._rows.shape[1]
         left = self._rows.new_zeros(width, width)
         for rows, tokens in self._parts():
             add_symmetric(left, rows, rows * matrix[tokens, None])
         return mirrored(left)
 
-    def _to_right(self, upper: Tensor) -> Tensor:
-        right = self._rows.new_zeros(self._size)
+    def _to_right(self, left: Tensor) -> Tensor:
+        right, diagonal = self._rows.new_zeros(self._size), halves(left)
         for rows, tokens in self._parts():
-            values = torch.linalg.vecdot(times_half(rows, upper), rows)
+            values = torch.linalg.vecdot(times_half(rows, left, diagonal), rows)
             right.index_add_(0, tokens, values, alpha=2)
         return right
 
