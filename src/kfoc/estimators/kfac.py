@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
@@ -128,9 +127,10 @@ def _add_single(total: Tensor, samples: Samples, share: float, before: float) ->
     inner = total if constant is None else total[:-1, :-1]
     add_symmetric(inner, values, values, alpha=share, beta=before)
     if constant is not None:
-        last = torch.cat([values.sum(0), values.new_tensor([constant * len(values)])])
-        last *= constant * share
-        total[:, -1] = last + before * total[:, -1] if before else last
+        if not before:  # the memory is one that nobody has written to
+            total[:, -1] = 0.0
+        total[:-1, -1].mul_(before).add_(values.sum(0), alpha=constant * share)
+        total[-1, -1].mul_(before).add_(constant**2 * share * len(values))
 
 
 def _pooled(state: _State) -> Pooling[_State]:
