@@ -35,6 +35,7 @@ from kfoc.compare.factory import CompareError, Subject, load, subject
 from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
 from kfoc.compare.report import page
 from kfoc.compare.table import show
+from kfoc.compare.timed import Timed
 from kfoc.reproduce.cli import app
 
 EVERY = Options(tuple(ESTIMATORS), probes=100)
@@ -108,9 +109,24 @@ def test_costs_and_order(study: Study) -> None:
         assert entries["ekfoc"].error <= entries["kfoc"].error + 1e-9
         assert entries["ekfac"].error <= entries["kfac"].error + 1e-9
         assert layer.entries[study.closest(layer)].error == min(e.error for e in entries.values())
-    assert all(seconds > 0 for seconds in study.seconds.values())
+    for name, seconds in study.seconds.items():
+        by_layer = [layer.entries[name].seconds for layer in study.layers]
+        assert all(spent > 0 for spent in by_layer)
+        assert sum(by_layer) < seconds
     assert study.num_samples == 60
     assert study.first_batch == 20
+
+
+def test_timing_changes_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    data = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(3)]
+    for base in (kfoc.Diagonal(), kfoc.EigenCorrected(kfoc.KFOC("exact", buffer=0))):
+        timed = Timed(base)
+        found = kfoc.fit(model, data, estimator=timed)
+        expected = kfoc.fit(model, data, estimator=base)
+        assert set(timed.seconds) == set(found) == {"0", "2"}
+        for name, block in expected.items():
+            assert torch.equal(found[name].to_dense(), block.to_dense())
 
 
 def test_curves(study: Study) -> None:

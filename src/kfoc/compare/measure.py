@@ -26,6 +26,7 @@ from kfoc import (
 from kfoc.compare.convergence import Curve, half_steps, sample_counts
 from kfoc.compare.factory import CompareError, Subject
 from kfoc.compare.pictures import Heatmap, Spectrum, heatmaps, spectrum
+from kfoc.compare.timed import Timed
 
 Say = Callable[[str], None]
 
@@ -66,6 +67,7 @@ class Entry:
 
     Attributes:
         error, standard_error: `||F - block|| / ||F||` and its standard error.
+        seconds: what the estimator spent on the layer in a fit, forward and backward pass apart.
         numbers, bytes: what the block keeps.
         plan, steps, converged: of the contraction, as in `kfoc.Report`.
         structure: the kind of block.
@@ -74,6 +76,7 @@ class Entry:
 
     error: float
     standard_error: float
+    seconds: float
     numbers: int
     bytes: int
     plan: str
@@ -102,7 +105,7 @@ class Study:
     Attributes:
         title: what was compared on, as the user named it.
         settings: name -> value, to print.
-        seconds: estimator -> wall time of its fit, without probes.
+        seconds: estimator -> wall time of its fit, without probes, model included.
         skipped: layer -> why it has no block.
         num_samples, first_batch: samples in all, and in the batch of the curves by half step.
     """
@@ -176,7 +179,7 @@ def measure(
     by_step, first_batch = half_steps(model, first, arguments) if options.curves else ({}, 0)
     fits: dict[str, Curvature] = {}
     say("times")
-    seconds = _times(model, data, options.estimators, arguments)
+    seconds, by_layer = _times(model, data, options.estimators, arguments)
     for name in options.estimators:
         say(f"{ESTIMATORS[name].label}: errors")
         estimator = ESTIMATORS[name].estimator
@@ -187,7 +190,7 @@ def measure(
             say(f"{ESTIMATORS[name].label}: by samples")
             fitting = _fitting(model, ESTIMATORS[name].estimator, arguments)
             by_samples[name] = sample_counts(fitting, data, fits[name])
-    study = _study(fits, options, title, seconds, first_batch)
+    study = _study(fits, options, title, (seconds, by_layer), first_batch)
     return replace(
         study,
         settings=_settings(model, study, arguments, options),
@@ -245,36 +248,45 @@ def repeatable(data: Iterable[Any], batches: int | None) -> Iterable[Any]:
     return data
 
 
+Seconds = dict[str, float]
+
+
 def _times(
     model: nn.Module, data: Iterable[Any], names: Iterable[str], arguments: dict[str, Any]
-) -> dict[str, float]:
+) -> tuple[Seconds, dict[str, Seconds]]:
     """Seconds of a fit without probes: the fastest of some short ones, or of one long one.
 
     The estimators take turns, so that what else the machine does in between meets all of them.
+
+    Returns:
+        By estimator, of whole fits; and by estimator and layer, of what was spent on that.
     """
     cuda = any(parameter.is_cuda for parameter in model.parameters())
     found: dict[str, list[float]] = {name: [] for name in names}
+    by_layer: dict[str, Seconds] = {name: {} for name in found}
     for _ in range(REPEATS):
         for name, before in found.items():
             if before and sum(before) >= REPEAT_SECONDS:
                 continue
-            if cuda:
-                torch.cuda.synchronize()
+            estimator = Timed(ESTIMATORS[name].estimator, cuda)
             start = time.perf_counter()
-            fit(model, data, estimator=ESTIMATORS[name].estimator, **arguments)
+            fit(model, data, estimator=estimator, **arguments)
             if cuda:
                 torch.cuda.synchronize()
             before.append(time.perf_counter() - start)
-    return {name: min(times) for name, times in found.items()}
+            for layer, seconds in estimator.seconds.items():
+                by_layer[name][layer] = min(seconds, by_layer[name].get(layer, seconds))
+    return {name: min(times) for name, times in found.items()}, by_layer
 
 
 def _study(
     fits: dict[str, Curvature],
     options: Options,
     title: str,
-    seconds: dict[str, float],
+    times: tuple[Seconds, dict[str, Seconds]],
     first_batch: int,
 ) -> Study:
+    seconds, by_layer = times
     some = next(iter(fits.values()))
     # A layer that one of the estimators refuses could not be compared.
     names = [name for name in some if all(name in curvature for curvature in fits.values())]
@@ -283,7 +295,7 @@ def _study(
         Layer(
             name,
             some[name].shape,
-            {key: _entry(fits[key][name], options.pictures) for key in fits},
+            {key: _entry(fits[key][name], by_layer[key][name], options.pictures) for key in fits},
         )
         for name in names
     )
@@ -291,13 +303,14 @@ def _study(
     return Study(title, {}, labels, seconds, layers, skipped, some.num_samples, first_batch)
 
 
-def _entry(block: Block, pictures: bool) -> Entry:
+def _entry(block: Block, seconds: float, pictures: bool) -> Entry:
     report, tensors = block.report, list(block.tensors())
     if report.relative_error is None or report.standard_error is None:
         raise CompareError("a block came without its relative error")
     return Entry(
         report.relative_error,
         report.standard_error,
+        seconds,
         sum(map(Tensor.numel, tensors)),
         sum(t.numel() * t.element_size() for t in tensors),
         report.plan,

@@ -230,7 +230,7 @@ def _numbers(study: Study) -> str:
                 f"{escape(study.labels[name])}</td><td{bold}>{_figure(entry.error)}</td>"
                 f"<td>{_figure(entry.standard_error)}</td>{_costs(entry)}</tr>"
             )
-    heads = ("estimator", "error", "std. error", "structure", "numbers", "bytes", "plan")
+    heads = ("estimator", "error", "std. error", "time", "structure", "numbers", "bytes", "plan")
     text = ("estimator", "structure", "plan")
     columns = "".join(
         f"<th scope='col'{' class=text' if head in text else ''}>{head}</th>"
@@ -250,6 +250,7 @@ def _figure(value: float) -> str:
 def _costs(entry: Entry) -> str:
     steps = f"{entry.steps}{'' if entry.converged else ' (limit)'}" if entry.steps else "–"
     return (
+        f"<td>{duration(entry.seconds)}</td>"
         f"<td class='text'>{escape(entry.structure)}</td><td>{entry.numbers:,}</td>"
         f"<td>{quantity(entry.bytes)}B</td><td class='text'>{escape(entry.plan) or '–'}</td>"
         f"<td>{steps}</td>"
@@ -276,7 +277,8 @@ def _method(study: Study) -> str:
         "rounding.</p>"
         "<p class='soft'>The time is that of one whole fit, without probes, model included, after "
         "a warm-up on the first batch: the fastest of five where fits are short, one where they "
-        "are long. Small differences mean little. "
+        "are long; by layer, it is what was spent on that layer’s block, the forward and backward "
+        "pass apart. Small differences mean little. "
         "“Numbers kept” is what the result holds, not the memory of the fit. A layer whose block "
         "an estimator treats in another way than the rest (normalisation layers, say, have their "
         "exact block) says so under “structure”.</p>"

@@ -14,6 +14,7 @@ from kfoc.compare.words import duration, measured, quantity
 def show(study: Study, console: Console) -> None:
     """Print the errors by layer, and the costs."""
     console.print(_errors(study))
+    console.print(_times(study))
     console.print(_costs(study))
     for name, reason in study.skipped.items():
         console.print(f"[dim]Without a comparison:[/dim] {escape(f'{name}: {reason}')}")
@@ -36,8 +37,22 @@ def _errors(study: Study) -> Table:
     return table
 
 
+def _times(study: Study) -> Table:
+    title = "Time on the layer's block (forward and backward pass apart)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold", min_width=10)
+    for label in study.labels.values():
+        table.add_column(escape(label), justify="right")
+    for layer in study.layers:
+        times = (duration(entry.seconds) for entry in layer.entries.values())
+        table.add_row(escape(layer.name) or "(the model)", *times)
+    return table
+
+
 def _costs(study: Study) -> Table:
-    table = Table(title="Cost of a fit, all layers", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="Cost of a fit, all layers and the model", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("estimator")
     for head in ("time", "/ K-FAC", "numbers kept", "closest at layers"):
         table.add_column(head, justify="right")
