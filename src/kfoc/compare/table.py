@@ -38,7 +38,7 @@ def _errors(study: Study) -> Table:
 
 
 def _times(study: Study) -> Table:
-    title = "Time on the layer's block (forward and backward pass apart)"
+    title = "Time by layer, for its block alone"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layer", overflow="fold", min_width=10)
     for label in study.labels.values():
