@@ -15,7 +15,7 @@ ALLOWED = {
     "pooling": {"kronecker"},
     "distributed": {"pooling"},
     "agreement": {
-        "batches", "certificate", "distributed", "estimators", "samples", "selection",
+        "batches", "certificate", "distributed", "estimators", "pooling", "samples", "selection",
     },
     "scales": set(),
     "pending": {"samples"},

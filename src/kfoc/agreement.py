@@ -7,6 +7,7 @@ layers have a block, and of what shape.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
@@ -16,6 +17,7 @@ from kfoc.batches import mapped, moved
 from kfoc.certificate import Probes
 from kfoc.distributed import Ranks, RanksError
 from kfoc.estimators import Estimator
+from kfoc.pooling import Pooling
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection
 
@@ -71,20 +73,20 @@ def check_same(ranks: Ranks, options: dict[str, Any], selection: Selection) -> N
 
 def pool(ranks: Ranks, run: Run) -> None:
     """Make the states of this rank's data those of all ranks', see `Estimator.pooled`."""
-    _agree(ranks, run)
-    names = sorted(run.states.keys() - run.settled)
-    poolings = [run.estimator.pooled(run.states[name]) for name in names]
-    for name, state in zip(names, ranks.pooled(poolings), strict=True):
-        run.states[name] = state
+    _together(ranks, run, run.estimator.pooled)
     if not run.passes:
         ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
 
 
 def synchronise(ranks: Ranks, run: Run) -> None:
     """Let all ranks' states take in what they keep, see `Estimator.synchronised`."""
+    _together(ranks, run, run.estimator.synchronised)
+
+
+def _together(ranks: Ranks, run: Run, pooling: Callable[[Any], Pooling[Any]]) -> None:
     _agree(ranks, run)
     names = sorted(run.states.keys() - run.settled)
-    poolings = [run.estimator.synchronised(run.states[name]) for name in names]
+    poolings = [pooling(run.states[name]) for name in names]
     for name, state in zip(names, ranks.pooled(poolings), strict=True):
         run.states[name] = state
 
