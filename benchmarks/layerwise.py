@@ -19,7 +19,7 @@ import machine
 import memory
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH, DEPTH, BATCH = 1024, 16, 64
+WIDTH, DEPTH, BATCH, BATCHES = 1024, 16, 64, 8  # more samples than KFOC buffers
 
 
 def run(estimator: str, share: float, storage: bool) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def run(estimator: str, share: float, storage: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     layers = [m for _ in range(DEPTH) for m in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 10))
-    x, y = torch.randn(4 * BATCH, WIDTH), torch.randint(10, (4 * BATCH,))
+    x, y = torch.randn(BATCHES * BATCH, WIDTH), torch.randint(10, (BATCHES * BATCH,))
     data = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     sizes = [m.weight.shape for m in model if isinstance(m, torch.nn.Linear)]
     factors = sum(4 * (o * o + (i + 1) ** 2) for o, i in sizes)
@@ -94,7 +94,8 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
             rows.append(json.loads(done.stdout))
-    shown = f"{DEPTH} layers of {WIDTH} x {WIDTH}, 4 batches of {BATCH}, float32.\n\n" + table(rows)
+    sizes = f"{DEPTH} layers of {WIDTH} x {WIDTH}, {BATCHES} batches of {BATCH}, float32."
+    shown = f"{sizes}\n\n" + table(rows)
     print(shown)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "layerwise.md").write_text(shown + "\n")
