@@ -14,7 +14,10 @@ trap 'rm -rf "$place"' EXIT
     { cat "$place/build.log"; exit 1; }
 wheel=$(ls "$place"/dist/*.whl)
 # The torch that is asked for, and no other for the sake of some dependency.
-"$place/venv/bin/python" -c 'import torch; print("torch==" + torch.__version__)' > "$place/torch.txt"
+"$place/venv/bin/python" -c '
+from importlib.metadata import version  # torch.__version__ may have a suffix that pip does not know
+print("torch==" + version("torch"))
+' > "$place/torch.txt"
 "$place/venv/bin/pip" install --quiet "$wheel[test]" -c "$place/torch.txt"
 
 mkdir "$place/outside"
