@@ -2,7 +2,7 @@
 
     python distributed_worker.py RANK WORLD DIRECTORY
 
-Writes DIRECTORY/result-RANK.json: check -> "" or what went wrong.
+Writes DIRECTORY/result-RANK.json: check -> "", "skipped: ...", or what went wrong.
 """
 
 from __future__ import annotations
@@ -302,8 +302,14 @@ def wrapped_models_go_by_their_own_names(rank: int, world: int) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+class Skipped(Exception):
+    """What a check cannot be done with, and why."""
+
+
 @check
 def sharded_models_are_fitted_as_they_are(rank: int, world: int) -> None:
+    if torch.__version__.startswith("2.6."):
+        raise Skipped("fully_shard of torch 2.6 asks for CUDA streams in its own forward")
     model, _, _, data = data_and_model()
     plain = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (world,))
@@ -494,6 +500,8 @@ def main() -> None:
         try:
             function(rank, world)
             results[name] = ""
+        except Skipped as reason:
+            results[name] = f"skipped: {reason}"
         except Exception:
             results[name] = traceback.format_exc()
         (directory / f"result-{rank}.json").write_text(json.dumps(results))
