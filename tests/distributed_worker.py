@@ -302,14 +302,14 @@ def wrapped_models_go_by_their_own_names(rank: int, world: int) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """What a check cannot be done with, and why."""
 
 
 @check
 def sharded_models_are_fitted_as_they_are(rank: int, world: int) -> None:
     if torch.__version__.startswith("2.6."):
-        raise Skipped("fully_shard of torch 2.6 asks for CUDA streams in its own forward")
+        raise SkippedError("fully_shard of torch 2.6 asks for CUDA streams in its own forward")
     model, _, _, data = data_and_model()
     plain = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (world,))
@@ -500,7 +500,7 @@ def main() -> None:
         try:
             function(rank, world)
             results[name] = ""
-        except Skipped as reason:
+        except SkippedError as reason:
             results[name] = f"skipped: {reason}"
         except Exception:
             results[name] = traceback.format_exc()
