@@ -342,6 +342,19 @@ def traffic_is_what_is_stated(rank: int, world: int) -> None:
     assert ranks.traffic.statuses == 1 + steps + 1 + 1 + 2 + 1
 
 
+@check
+def exact_sends_one_image_a_pass(rank: int, world: int) -> None:
+    model, _, _, data = data_and_model()
+    sent = []
+    for passes in (1, 2):
+        ranks, estimator = Ranks(), kfoc.KFOC("exact", rtol=0, passes=passes, buffer=0)
+        curvature = kfoc.fit(model, data[rank::world], estimator=estimator, group=ranks)
+        sent.append(ranks.traffic.sum_bytes)
+    shapes = [block.shape for block in curvature.values()]
+    images = {8 * sum(o * o for o, _ in shapes), 8 * sum(i * i for _, i in shapes)}
+    assert sent[1] - sent[0] in images, (sent, images)
+
+
 def failing(data: Data, at: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from data[:at]
     raise OSError("the disk is gone")

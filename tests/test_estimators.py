@@ -345,3 +345,14 @@ def test_exact_reports_when_its_passes_do_not_suffice() -> None:
     short = kfoc.fit(model, batches(x, y, 5), estimator=estimator)
     assert not short["3"].report.converged
     assert short["3"].report.steps == 1
+
+
+def test_exact_of_one_pass_is_that_of_online() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    data = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(5)]
+    found = kfoc.fit(model, data, estimator=kfoc.KFOC("exact", passes=1, buffer=0))
+    expected = kfoc.fit(model, data, estimator=kfoc.KFOC("online", buffer=0))
+    for name, block in expected.items():
+        assert block.left.norm() > 0
+        assert torch.equal(found[name].to_dense(), block.to_dense())
+        assert not found[name].report.converged

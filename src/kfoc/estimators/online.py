@@ -235,6 +235,11 @@ class Exact(Online):
         step = contraction.apply(fixed, self.side)
         contraction.accumulate(image, step, opposite(self.side), scale / (self.unit or 1.0))
 
+    @property
+    def due(self) -> bool:
+        """After the first pass the image alone is summed, at the end of each."""
+        return self.side is None and super().due
+
     def pooled(self) -> Pooling[None]:
         if self.side is None:
             yield from super().pooled()
@@ -246,6 +251,9 @@ class Exact(Online):
     def next_pass(self) -> bool:
         self.close()
         if self.single is not None or (self.side is None and not self.core):
+            return True
+        if self.config.passes == 1:  # the estimate of that pass is all there will be
+            self.report = replace(self.report, converged=False)
             return True
         if self.side is None:
             mirrored(self.left)
@@ -269,7 +277,7 @@ class Exact(Online):
         return (self.left, self.right) if side == "left" else (self.right, self.left)
 
     def _fix(self, side: Side) -> None:
-        self.side, self.waits = side, False  # what is added up now needs no order among ranks
+        self.side = side
         self._factors(side)[1].zero_()
 
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
