@@ -28,7 +28,7 @@ ALLOWED = {
     "layout": set(),
     "batches": set(),
     "coverage": {"layout"},
-    "plans": {"kronecker", "products", "samples"},
+    "plans": {"kronecker", "plans", "products", "samples"},  # a package of them
     "solver": {"kronecker", "scales"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
     "planner": {"kronecker", "plans", "products", "samples", "tied", "token_plan"},

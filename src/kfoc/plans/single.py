@@ -1,0 +1,166 @@
+"""One position per sample: a weight per sample stands for a factor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kfoc.kronecker import Side
+from kfoc.plans.coefficients import CHUNK, Coefficients, Scratch
+from kfoc.products import add_symmetric, gram, halves, mirrored, times_half
+from kfoc.samples import Inputs, Rows, Samples
+
+
+class Primal(Coefficients):
+    """T = 1: `left = sum_n w_n sum_s g g^T` and `right = sum_n v_n a a^T`, iterated on w and v.
+
+    The weights are `w_n = a^T right a` and `v_n = sum_s g^T left g`: never negative, so the
+    factors are PSD by construction.
+    """
+
+    plan = "primal"
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__()
+        self._count = samples.num_samples
+        right, constant = single_rows(samples.inputs)
+        self._vectors = {"left": samples.grads[:, :, 0].flatten(0, 1), "right": right}
+        self._constants: dict[Side, float | None] = {"left": None, "right": constant}
+        self._sizes = dict(zip(("left", "right"), samples.shape, strict=True))
+        self._scratch = Scratch()
+
+    def start(self) -> Tensor:
+        vectors, constant = self._vectors["right"], self._constants["right"]
+        squares = torch.linalg.vecdot(vectors, vectors)
+        squares = squares if constant is None else squares + constant**2
+        return squares / math.sqrt(self._sizes["right"])
+
+    def apply(self, matrix: Tensor, side: Side) -> Tensor:
+        vectors, constant = self._vectors[side], self._constants[side]
+        inner = matrix if constant is None else matrix[:-1, :-1]
+        products, diagonal = [], halves(inner)
+        for start, stop in self._parts(vectors):
+            rows = vectors[start:stop]
+            by_half = times_half(rows, inner, diagonal, self._scratch.like(rows))
+            products.append(torch.linalg.vecdot(by_half, rows))
+        image = torch.cat(products)
+        if constant is not None:
+            image.addmv_(vectors, matrix[:-1, -1], alpha=constant)
+            image += constant**2 / 2 * matrix[-1, -1]
+        return image.view(-1, self._count).sum(0).mul_(2)
+
+    def factor(self, representation: Tensor, side: Side) -> Tensor:
+        return mirrored(self._upper(representation, side))
+
+    def accumulate(self, total: Tensor, representation: Tensor, side: Side, scale: float) -> None:
+        self._add(total, representation, side, scale, 1.0)
+
+    def _image(self, representation: Tensor, side: Side) -> Tensor:
+        return self.apply(self._upper(representation, side), side)
+
+    def _upper(self, representation: Tensor, side: Side) -> Tensor:
+        """The factor on and above the diagonal."""
+        size = self._sizes[side]
+        total = representation.new_empty(size, size)
+        self._add(total, representation, side, 1.0, 0.0)
+        return total
+
+    def positive(self, representation: Tensor, side: Side) -> bool:
+        return representation.min().item() >= -1e-6 * representation.max().item()
+
+    def _add(
+        self, total: Tensor, representation: Tensor, side: Side, alpha: float, beta: float
+    ) -> None:
+        vectors, constant = self._vectors[side], self._constants[side]
+        repeats = vectors.shape[0] // self._count
+        # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
+        # Rounding and extrapolation can bring a weight under zero, and no further.
+        weights = representation.clamp_min(0)
+        weights = weights.repeat(repeats) if repeats > 1 else weights
+        inner = total if constant is None else total[:-1, :-1]
+        if constant is not None:
+            total[:-1, -1].addmv_(vectors.mT, weights, alpha=alpha * constant, beta=beta)
+            corner = alpha * constant**2 * weights.sum()
+            total[-1, -1] = corner + beta * total[-1, -1] if beta else corner
+        roots = weights.sqrt()
+        for start, stop in self._parts(vectors):
+            rows = vectors[start:stop]
+            scaled = torch.mul(rows, roots[start:stop, None], out=self._scratch.like(rows))
+            add_symmetric(inner, scaled, scaled, alpha=alpha, beta=beta)
+            beta = 1.0
+
+    @staticmethod
+    def _parts(vectors: Tensor) -> list[tuple[int, int]]:
+        """Ranges of rows whose temporaries stay small."""
+        count, step = len(vectors), max(256, CHUNK // max(1, vectors.shape[1]))
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def _kernel(self, side: Side, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the squared inner products between samples, over directions."""
+        vectors, count, constant = self._vectors[side], self._count, self._constants[side]
+        directions = vectors.view(-1, count, vectors.shape[1])
+        kernel = vectors.new_zeros(stop - start, count)
+        for rows in directions[:, start:stop]:
+            for others in directions:
+                products = rows @ others.mT
+                kernel += (products if constant is None else products + constant**2).square_()
+        return kernel
+
+    def squared_norm(self) -> float:
+        """`sum_{n,m} (a_n.a_m)^2 (g_n.g_m)^2`, by chunks of rows."""
+        total, step = 0.0, max(1, CHUNK // self._count)
+        for start in range(0, self._count, step):
+            stop = min(start + step, self._count)
+            product = self._kernel("left", start, stop).mul_(self._kernel("right", start, stop))
+            total += product.sum(dtype=torch.float64).item()
+        return total
+
+
+class Gram(Primal):
+    """The half steps are products with the two (N, N) matrices of squared inner products.
+
+    The matrices are formed when first asked for: a half step from an explicit factor does without.
+    """
+
+    plan = "gram"
+    cheap_steps = True
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__(samples)
+        self._kernels: dict[Side, Tensor] = {}
+
+    @property
+    def certifies(self) -> bool:
+        return True
+
+    def forget(self) -> None:
+        super().forget()
+        self._kernels.clear()
+
+    def _whole(self, side: Side) -> Tensor:
+        if side not in self._kernels:
+            vectors = self._vectors[side]
+            single = len(vectors) == self._count
+            if single:
+                kernel = gram(vectors.mT)
+                kernel = kernel.add_((self._constants[side] or 0.0) ** 2).square_()
+            else:
+                kernel = self._kernel(side, 0, self._count)
+            self._kernels[side] = kernel
+        return self._kernels[side]
+
+    def _image(self, representation: Tensor, side: Side) -> Tensor:
+        return self._whole(side) @ representation
+
+    def squared_norm(self) -> float:
+        product = self._whole("left") * self._whole("right")
+        return product.sum(dtype=torch.float64).item()
+
+
+def single_rows(inputs: Inputs) -> tuple[Tensor, float | None]:
+    """Inputs of one position, as (N, i) or, with a constant last column, as (N, i - 1) and that."""
+    if isinstance(inputs, Rows):
+        return inputs.values[:, 0], inputs.constant
+    return inputs.columns(0, inputs.num_samples)[:, :, 0].mT, None
