@@ -138,6 +138,7 @@ class Iterate:
     steps: int
     converged: bool
     exact_side: Side  # of the factor that is the image of the other, and has the norm sigma
+    damping: float = 1.0  # estimate of the squared ratio of the second singular value to the first
 
     def scales(self, sigma: float) -> tuple[float, float]:
         """What to multiply left and right by, so that each has the norm `sqrt(sigma)`."""
@@ -165,7 +166,7 @@ def power_iteration(
     current, norm = start, _norm(contraction, start, side)
     if norm == 0.0:
         image = contraction.advance(current, side)
-        return _ordered(current, image, side, 0.0, 1, True)
+        return _ordered(current, image, side, [0.0, 0.0], True)
     sigmas = [*history, norm]
     while True:
         image = contraction.advance(current, side) / norm
@@ -174,7 +175,7 @@ def power_iteration(
         converged = settled(sigmas, rtol, precision)
         steps = len(sigmas) - 1
         if converged or steps >= max_steps or sigma == 0.0:
-            return _ordered(current / norm, image, side, sigma, steps, converged)
+            return _ordered(current / norm, image, side, sigmas, converged)
         current, norm, side = image, sigma, opposite(side)
 
 
@@ -183,13 +184,30 @@ def _norm(contraction: Contraction, representation: Tensor, side: Side) -> float
 
 
 def _ordered(
-    current: Tensor, image: Tensor, side: Side, sigma: float, steps: int, converged: bool
+    current: Tensor, image: Tensor, side: Side, sigmas: list[float], converged: bool
 ) -> Iterate:
     left, right = (current, image) if side == "left" else (image, current)
-    return Iterate(left, right, sigma, steps, converged, opposite(side))
+    steps = len(sigmas) - 1
+    damping = damping_of(sigmas, 4 * torch.finfo(current.dtype).eps)
+    return Iterate(left, right, sigmas[-1], steps, converged, opposite(side), damping)
 
 
-def settled(sigmas: list[float], rtol: float, precision: float, least: int = 3) -> bool:
+def damping_of(sigmas: Sequence[float], precision: float) -> float:
+    """What successive rises of sigma fall by: the larger of the last two ratios, at most 1.
+
+    Rises under the precision tell nothing, but that what was before them fell to that.
+    """
+    rises = [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
+    pairs = [(before, after) for before, after in pairwise(rises) if before > precision]
+    ratios = [after / before for before, after in pairs if after > precision]
+    if not ratios and pairs:
+        ratios = [precision / pairs[-1][0]]
+    return min(1.0, max(ratios[-2:], default=1.0))
+
+
+def settled(
+    sigmas: list[float], rtol: float, precision: float, least: int = 3, damping: float | None = None
+) -> bool:
     """Whether sigma, after `least` rises, is within `rtol` of its limit, judged from how it rose.
 
     The sigmas rise geometrically in the end, so what is left to rise is `c q / (1 - q)` after a
@@ -199,6 +217,9 @@ def settled(sigmas: list[float], rtol: float, precision: float, least: int = 3) 
 
     The factors' error is the square root of sigma's. So a tolerance near the precision asks for
     the factors to rounding: that takes as many steps again as sigma took to stop rising.
+
+    Args:
+        damping: q, where it is known from elsewhere: a single rise then tells what is left.
     """
     rises = [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
     if rtol < max(precision, 1e-12):
@@ -206,6 +227,8 @@ def settled(sigmas: list[float], rtol: float, precision: float, least: int = 3) 
         return len(rises) >= 2 * flat + 3
     if len(rises) >= 2 and rises[-1] <= precision:
         return True
+    if damping is not None and rises:
+        return rises[-1] * damping / (1 - damping) <= rtol
     if len(rises) < least:
         return False
     ratios = [after / before if before > 0 else 1.0 for before, after in pairwise(rises[-3:])]
@@ -233,7 +256,8 @@ def balance(left: Tensor, right: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 
 def norm_of(tensor: Tensor) -> float:
     """The Frobenius norm, also of numbers whose squares leave the range of the dtype."""
-    norm = tensor.norm().item()
+    # Sums of a million squares one by one would be off by 1e-5 in float32: first by rows.
+    norm = (tensor.norm(dim=1) if tensor.ndim == 2 else tensor).norm().item()
     if 1e-15 < norm < 1e15:
         return norm
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,16 @@ from kfoc.token_plan import contraction_of_diagonal
 
 # What a solve takes as a rule, beyond its start; the measured counts are 3 to 5 half steps.
 HALF_STEPS = 4
+
+# What reducing samples and solving for them costs beside multiply-adds, in these.
+SKETCHING = 2**28
+
+# Plans that a solve from a sketch can go by.
+SKETCHABLE = ("primal", "position_gram", "positions", "gradients")
+
+# Rows of the sketch of a factor, and directions that a third half step is checked along.
+ROWS = 64
+PROBES = 8
 
 # What moving a number to and from memory costs, in multiply-adds of a matrix product.
 TRAFFIC = 16
@@ -89,7 +100,12 @@ def _primal(z: Size) -> Cost:
 
 def _positioned(z: Size) -> float:
     """Multiply-adds of forming both factors from W and V."""
-    return z.N * z.T**2 * (z.i + z.S * z.o) + _factors(z)
+    return _one_side(z, z.i) + z.S * _one_side(z, z.o)
+
+
+def _one_side(z: Size, size: int) -> float:
+    """Multiply-adds of forming a factor of this size from W or V, per direction."""
+    return z.N * z.T * (z.T * size + share(size) * size**2)
 
 
 def _positions(z: Size) -> Cost:
@@ -123,6 +139,41 @@ def _dense(z: Size) -> Cost:
     return Cost(setup, size**2, 0.0, 2 * size**2)
 
 
+def reduced_rank(z: Size) -> int:
+    """Directions that a sketch reduces the samples to (see `kfoc.sketch`); 0: too few to reduce."""
+    if z.T == 1:
+        return 96 if max(z.i, z.o) > 192 else 0
+    # The more samples, the better do errors of theirs cancel.
+    rank = min(max(8, 512 // (z.S * z.N)), 32, min(z.T, z.i, z.o) // 4)
+    return rank if rank >= 8 else 0
+
+
+def sketch_cost(z: Size, name: str) -> float:
+    """Multiply-adds of a solve by the named plan from a sketch, where that suffices."""
+    rank, count, larger = reduced_rank(z), z.S * z.N, max(z.i, z.o)
+    if not rank or name not in SKETCHABLE:
+        return math.inf
+    if z.T == 1:
+        projected = [min(size, rank) if size > 2 * rank else size for size in (z.i, z.o)]
+        reduced = Size(z.S, z.N, 1, *projected)
+        setup = (3 * rank + 1) * z.N * (z.i + z.S * z.o)
+        rows = z.N * rank * larger * (z.S if larger == z.o else 1)
+        return setup + _primal(reduced).total(8) + rows + 2 * _factors(z) + SKETCHING
+    reduced = Size(1, count, rank, z.i, z.o)
+    solve = _position_gram(reduced).total(8) + SKETCHING
+    probes = PROBES * larger**2 * count
+    if name == "gradients":
+        # Formed; reduced; and two half steps, of which the first is by a few rows.
+        setup = count * z.o * z.i * (z.T + 6 * rank + ROWS + PROBES)
+        smaller, step = min(z.i, z.o), count * z.o * z.i
+        step *= smaller + share(larger) * larger
+        return setup + solve + probes + step
+    setup = z.N * z.T**2 * z.i + count * z.T * (z.i + z.o) * 6 * rank
+    first = count * z.T * larger * (ROWS + PROBES)
+    smaller = z.S * _one_side(z, z.o) if z.o <= z.i else _one_side(z, z.i)
+    return setup + solve + probes + first + _positioned(z) + smaller
+
+
 COSTS: dict[str, Callable[[Size], Cost]] = {
     "gram": _gram,
     "primal": _primal,
@@ -154,7 +205,19 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
     fitting = {n: c for n, c in costs.items() if c.memory * element_size <= memory_limit}
     if not fitting:
         return "primal" if size.T == 1 else "gradients"
-    return min(fitting, key=lambda name: fitting[name].expected())
+
+    def multiply_adds(name: str) -> float:
+        # Some solves go on beyond the sketch: by the plan whose half steps cost least.
+        return min(fitting[name].expected(), sketch_cost(size, name) + fitting[name].half_step)
+
+    return min(fitting, key=multiply_adds)
+
+
+def sketch_rank(size: Size, name: str) -> int:
+    """Directions that a sketch should reduce the samples to; 0 where it does not pay."""
+    if sketch_cost(size, name) < COSTS[name](size).expected():
+        return reduced_rank(size)
+    return 0
 
 
 def sums_densely(size: Size, budget: int) -> bool:

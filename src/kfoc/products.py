@@ -6,6 +6,7 @@ and above the diagonal are computed. With b blocks that is (b + 1) / 2b of the m
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import pairwise
 
@@ -103,3 +104,17 @@ def times_half(
         if start:
             part.addmm_(rows[:, :start], symmetric[:start, start:stop])
     return product
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what is large in `rows`, (..., k, n).
+
+    By the Cholesky factor of their inner products: where rows depend on one another, to half the
+    precision, what is left of them is shorter than 1.
+    """
+    products = rows @ rows.mT
+    diagonal = products.diagonal(dim1=-2, dim2=-1)
+    info = torch.finfo(rows.dtype)
+    diagonal += diagonal.sum(-1, keepdim=True) * math.sqrt(info.eps) / 256 + info.tiny
+    factor = torch.linalg.cholesky_ex(products).L
+    return torch.linalg.solve_triangular(factor, rows, upper=False)

@@ -8,6 +8,7 @@ Rayleigh-Ritz step, converges like the root (locally optimal conjugate gradients
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise
 
 import torch
@@ -18,6 +19,7 @@ from kfoc.kronecker import (
     Iterate,
     KroneckerFit,
     Side,
+    damping_of,
     norm_of,
     power_iteration,
     relative_error,
@@ -33,7 +35,24 @@ SOON = {True: 1, False: 2}
 BASIS_LIMIT = 2**21
 
 
-def leading_pair(contraction: Contraction, rtol: float, max_steps: int) -> Iterate:
+@dataclass(frozen=True)
+class Start:
+    """Where a solve begins, if not at the half step from the identity.
+
+    Attributes:
+        left: the half step from a right factor of unit norm.
+        steps: half steps taken until there.
+        damping: an estimate of the squared ratio of the second singular value to the first.
+    """
+
+    left: Tensor
+    steps: int
+    damping: float
+
+
+def leading_pair(
+    contraction: Contraction, rtol: float, max_steps: int, begun: Start | None = None
+) -> Iterate:
     """The leading pair from the deterministic start, the half step from the identity.
 
     That start is PSD and has a positive inner product with every PSD optimum, so it cannot be
@@ -44,27 +63,28 @@ def leading_pair(contraction: Contraction, rtol: float, max_steps: int) -> Itera
     left image of that, as every half step draws it back, and it is looked after: the power
     iteration, which never leaves the cone, takes over where the right image is not PSD.
     """
-    start = contraction.start()
+    start = begun.left if begun else contraction.start()
+    damping = begun.damping if begun else None
     precision = 4 * torch.finfo(start.dtype).eps
     # Rises of sigma cannot show when factors have settled to rounding, only how long they take.
     settle = rtol < max(precision, 1e-12)
     if settle or max_steps < 5 or contraction.cheap_steps:
         return power_iteration(contraction, start, "left", rtol, max_steps)
-    krylov = _Krylov(contraction, start)
+    krylov = _Krylov(contraction, start, begun.steps if begun else 0)
     sigmas = krylov.first_sigmas()
-    converged = settled(sigmas, rtol, precision)
+    converged = settled(sigmas, rtol, precision, damping=damping)
     if converged or not sigmas[-1]:
         return krylov.first_pair(sigmas)
     if max(x.numel() for x in krylov.chain) > BASIS_LIMIT:
         return krylov.continued(sigmas, rtol, max_steps)
     soon = SOON[contraction.implicit]
     if _left(sigmas, rtol) <= soon:
-        found = krylov.continued(sigmas, rtol, min(max_steps, 3 + soon))
+        found = krylov.continued(sigmas, rtol, min(max_steps, krylov.before + 3 + soon))
         if found.converged or found.steps >= max_steps:
             return found
         krylov = _Krylov(contraction, found.left, found.steps)
         sigmas = krylov.first_sigmas()
-    values = [sigmas[1]]
+    values, damping = [sigmas[1]], 1.0
     while not converged:
         sigma, damping = krylov.improve(precision)
         values.append(sigma)
@@ -75,7 +95,7 @@ def leading_pair(contraction: Contraction, rtol: float, max_steps: int) -> Itera
             break
         if not converged:
             krylov.extend()
-    pair = krylov.pair(values[-1], converged)
+    pair = krylov.pair(values[-1], converged, damping)
     return pair or power_iteration(contraction, start, "left", rtol, max_steps)
 
 
@@ -100,7 +120,7 @@ class _Krylov:
     def __init__(self, contraction: Contraction, start: Tensor, steps: int = 0) -> None:
         self.contraction = contraction
         self.length = 3 if contraction.implicit else 2
-        self.steps = steps
+        self.before = self.steps = steps
         self.unit = 1.0
         self.chain = self._chain(start)
         # Of the norm that inner products of implicit representations give, in these units.
@@ -145,14 +165,17 @@ class _Krylov:
         """What the power iteration ends with after three half steps."""
         norm = (self._norm(2) or 1.0) * self.root
         left, right = self.chain[2] / norm, self.chain[3] * (self.unit / norm)
-        return Iterate(left, right, sigmas[-1], 3, True, "right")
+        damping = damping_of(sigmas, 4 * torch.finfo(left.dtype).eps)
+        return Iterate(left, right, sigmas[-1], self.before + 3, True, "right", damping)
 
     def continued(self, sigmas: list[float], rtol: float, max_steps: int) -> Iterate:
         """The power iteration, from where the chain ends."""
         end = len(self.chain) - 1
         side: Side = "right" if end % 2 else "left"
         start = self.chain[end] * (self.unit / (self._norm(end - 1) * self.root))
-        return power_iteration(self.contraction, start, side, rtol, max_steps, history=sigmas[:end])
+        limit, history = max_steps - self.before, sigmas[:end]
+        found = power_iteration(self.contraction, start, side, rtol, limit, history=history)
+        return replace(found, steps=found.steps + self.before)
 
     def improve(self, precision: float) -> tuple[float, float]:
         """Make the Ritz vector the current one, of unit norm.
@@ -197,7 +220,7 @@ class _Krylov:
         for rows, new in zip(self.basis, self._images([image], self.length), strict=True):
             rows[1] = new.flatten()
 
-    def pair(self, sigma: float, converged: bool) -> Iterate | None:
+    def pair(self, sigma: float, converged: bool, damping: float) -> Iterate | None:
         """The current right factor, of unit norm, with its left image; None if it is not PSD."""
         right = self._current(1) * (self.unit / (sigma * self.root))
         if not self.contraction.positive(right, "right"):
@@ -208,7 +231,7 @@ class _Krylov:
             left = self.contraction.advance(right, "right")
             sigma = left.norm().item()
             self.steps += 1
-        return Iterate(left, right, sigma, self.steps, converged, "left")
+        return Iterate(left, right, sigma, self.steps, converged, "left", damping)
 
 
 def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:
@@ -237,13 +260,15 @@ def fit_contraction(
     max_steps: int,
     certify: bool = True,
     scale: float = 1.0,
+    begun: Start | None = None,
 ) -> KroneckerFit:
-    """Solve a contraction of positive semi-definite terms, from the deterministic start.
+    """Solve a contraction of positive semi-definite terms.
 
     Args:
         scale: what the sum is `scale` times the contraction of.
+        begun: None: from the deterministic start.
     """
-    iterate = leading_pair(contraction, rtol, max_steps)
+    iterate = leading_pair(contraction, rtol, max_steps, begun)
     total = contraction.squared_norm() if certify else None
     contraction.forget()
     sigma = iterate.sigma

@@ -16,9 +16,10 @@ from kfoc.estimators.online import Exact, Online
 from kfoc.estimators.over_ranks import synchronised
 from kfoc.kronecker import Contraction, KroneckerFit
 from kfoc.memory import Footprint, out_of_memory
-from kfoc.planner import PLANS, SINGLE_POSITION, contract
+from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sketch_rank
 from kfoc.pooling import Pooling
 from kfoc.samples import Rows, Samples
+from kfoc.sketch import Sketchable, fit_from_sketch
 from kfoc.solver import fit_contraction
 from kfoc.tied import Tied
 
@@ -195,13 +196,26 @@ class KFOC(FactoredEstimator):
 
     def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         contraction, scale = self.contraction(samples)
+        scale /= samples.num_samples
+        if isinstance(contraction, Sketchable) and self._sketches:
+            rank = sketch_rank(Size.of(samples), contraction.plan)
+            if rank:
+                how = {"rtol": self.rtol, "max_steps": self.max_steps}
+                return fit_from_sketch(
+                    contraction, samples.shape, rank, **how, certify=certify, scale=scale
+                )
         return fit_contraction(
             contraction,
             rtol=self.rtol,
             max_steps=self.max_steps,
             certify=certify or contraction.certifies,
-            scale=scale / samples.num_samples,
+            scale=scale,
         )
+
+    @property
+    def _sketches(self) -> bool:
+        """Whether tolerance and steps leave room for a start that is only nearly the optimum."""
+        return self.rtol >= 1e-8 and self.max_steps >= 20
 
     def contraction(self, samples: Samples) -> tuple[Contraction, float]:
         """The planned contraction of the rescaled samples, and the factor that it then lacks."""

@@ -57,3 +57,9 @@ class Scratch:
         if self._memory is None or self._memory.numel() < count:
             self._memory = tensor.new_empty(count)
         return self._memory[:count].view(tensor.shape)
+
+
+def quadratic_sum(columns: Tensor, matrix: Tensor) -> Tensor:
+    """`sum_n Y_n^T matrix Y_n`, (m, m), of columns Y, (M, n, m)."""
+    rows = columns.permute(2, 0, 1).contiguous()  # (m, M, n)
+    return rows.flatten(1) @ (rows @ matrix).flatten(1).mT

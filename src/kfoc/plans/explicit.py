@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Contraction, Side
-from kfoc.plans.coefficients import CHUNK, Scratch
+from kfoc.kronecker import Contraction, Side, opposite
+from kfoc.plans.coefficients import CHUNK, Scratch, quadratic_sum
 from kfoc.products import add_symmetric, halves, mirrored, times_half
 from kfoc.samples import LayerSamples, Samples, gradient_chunks
 
@@ -48,6 +48,11 @@ class Gradients(_Explicit):
         self._scratch = Scratch()
         self._stored: list[Tensor] | None = None
 
+    @property
+    def like(self) -> Tensor:
+        """For dtype and device."""
+        return self._samples.grads
+
     def _formed(self) -> Iterator[Tensor]:
         for gradients in gradient_chunks(self._samples, CHUNK):
             yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
@@ -80,6 +85,50 @@ class Gradients(_Explicit):
             product = times_half(rows, representation, diagonal, self._scratch.like(rows))
             image.addmm_(product.view(o, -1), gradients.view(o, -1).mT)
         return image + image.mT
+
+    def apply_rows(self, rows: Tensor, side: Side) -> Tensor:
+        """As `apply`, from the factor `rows^T rows`, which is of low rank; rows of (r, n)."""
+        o, i = self._samples.shape
+        size = o if side == "right" else i
+        image = rows.new_zeros(size, size)
+        for gradients in self._chunks():
+            if side == "right":
+                few = (gradients.view(-1, i) @ rows.mT).view(o, -1).mT
+            else:
+                few = (rows @ gradients.view(o, -1)).view(-1, i)
+            add_symmetric(image, few, few)
+        return mirrored(image)
+
+    def carried(self, matrices: Tensor, side: Side) -> Tensor:
+        """Every `X` times matrices that stand on its right, or `X^T` times those on its left.
+
+        Args:
+            matrices: (n, k), or (S N, n, k) with one for each X.
+
+        Returns:
+            (S N, i or o, k).
+        """
+        o, i = self._samples.shape
+        found, start = [], 0
+        for gradients in self._chunks():
+            count = gradients.shape[1]
+            each = matrices[start : start + count] if matrices.ndim == 3 else None
+            if side == "right":
+                if each is None:
+                    part = (gradients.view(-1, i) @ matrices).view(o, count, -1).transpose(0, 1)
+                else:
+                    part = torch.bmm(gradients.transpose(0, 1), each)
+            elif each is None:
+                part = (matrices.mT @ gradients.view(o, -1)).view(-1, count, i).permute(1, 2, 0)
+            else:
+                part = torch.bmm(gradients.permute(1, 2, 0), each)
+            found.append(part)
+            start += count
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`probes^T (half step from matrix) probes`, (m, m), from probes (n, m); not the step."""
+        return quadratic_sum(self.carried(probes, opposite(side)), matrix), None
 
     def squared_norm(self) -> float:
         """`sum_{k,l} <X_k, X_l>^2`, the squared Gram matrix of the per-sample gradients."""

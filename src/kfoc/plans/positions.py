@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Side, positive
-from kfoc.plans.coefficients import Coefficients, Scratch
+from kfoc.kronecker import Side, opposite, positive
+from kfoc.plans.coefficients import Coefficients, Scratch, quadratic_sum
 from kfoc.products import add_symmetric, halves, mirrored, share, times_half
 from kfoc.samples import Samples
 
 # Columns of a matrix product that is one of many: fewer would run at a lower rate.
 COLUMNS = 256
+
+# Blocks of inner products that one matrix product of many takes: numbers in all.
+BLOCKS = 2**17
 
 
 class Positions(Coefficients):
@@ -33,6 +36,11 @@ class Positions(Coefficients):
         }
         self._scratch = Scratch()
 
+    @property
+    def like(self) -> Tensor:
+        """For dtype and device."""
+        return self._rows["left"]
+
     def start(self) -> Tensor:
         rows = self._rows["right"][0]
         return torch.bmm(rows, rows.mT).div_(math.sqrt(rows.shape[2]))
@@ -48,6 +56,33 @@ class Positions(Coefficients):
             image = product if image is None else image.add_(product)
         assert image is not None
         return image + image.mT
+
+    def apply_rows(self, rows: Tensor, side: Side) -> Tensor:
+        """As `apply`, from the factor `rows^T rows`, which is of low rank; rows of (r, n)."""
+        image: Tensor | None = None
+        for direction in self._rows[side]:
+            few = direction @ rows.mT
+            image = torch.bmm(few, few.mT) if image is None else image.baddbmm_(few, few.mT)
+        assert image is not None
+        return image
+
+    def carried(self, matrices: Tensor, side: Side) -> Tensor:
+        """Every `X` times matrices that stand on its right, or `X^T` times those on its left.
+
+        Args:
+            matrices: (n, k), or (S N, n, k) with one for each X.
+
+        Returns:
+            (S N, i or o, k).
+        """
+        here, there = self._rows[side], self._rows[opposite(side)]
+        if matrices.ndim == 3:
+            matrices = matrices.view(-1, here.shape[1], *matrices.shape[1:])
+        return torch.matmul(there.mT, here @ matrices).flatten(0, 1)
+
+    def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`probes^T (half step from matrix) probes`, (m, m), from probes (n, m); not the step."""
+        return quadratic_sum(self.carried(probes, opposite(side)), matrix), None
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         size = self._rows[side].shape[-1]
@@ -125,7 +160,7 @@ class PositionGram(Positions):
         self._kernels.clear()
 
     def _whole(self, side: Side) -> Tensor:
-        """(M, M, T, T): block (m, n) holds the products of n's positions (rows) with m's."""
+        """(M, M, T, T): block (n, m) holds the products of m's positions (rows) with n's."""
         if side not in self._kernels:
             self._kernels[side] = _position_products(self._rows[side].flatten(0, 1))
         return self._kernels[side]
@@ -135,17 +170,17 @@ class PositionGram(Positions):
         if not through_products(directions, samples, positions, size):
             return super()._image(representation, side)
         kernel = self._whole(side)
-        count, samples = len(kernel), len(representation)
-        image: Tensor | None = None
-        for m in range(count):
-            block = kernel[m]  # (M, T_n, T_m)
-            step = torch.matmul(block, representation[m % samples])
-            if image is None:
-                image = torch.bmm(step, block.mT)
-            else:
-                image.baddbmm_(step, block.mT)
-        assert image is not None
-        return image.view(-1, samples, *image.shape[1:]).sum(0)
+        count, parts = len(kernel), []
+        # W K by blocks, the samples that it is summed over below one another: the second product
+        # of a sample is then a single one. Small blocks are taken several samples at a time.
+        several = max(1, BLOCKS // (count * positions**2))
+        weights = representation.repeat(directions, 1, 1) if directions > 1 else representation
+        for start in range(0, count, several):
+            blocks = kernel[start : start + several]  # (n, M, T_m, T_n)
+            step = torch.matmul(weights, blocks).flatten(1, 2)
+            parts.append(torch.bmm(step.mT, blocks.flatten(1, 2)))
+        image = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return image.view(-1, samples, *image.shape[1:]).sum(0) if directions > 1 else image
 
     def _products(self) -> Tensor:
         left, right = self._whole("left"), self._whole("right")

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Side
+from kfoc.kronecker import Side, opposite
 from kfoc.plans.coefficients import CHUNK, Coefficients, Scratch
-from kfoc.products import add_symmetric, gram, halves, mirrored, times_half
+from kfoc.products import add_symmetric, gram, halves, mirrored, orthonormal, times_half
 from kfoc.samples import Inputs, Rows, Samples
 
 
@@ -50,6 +50,48 @@ class Primal(Coefficients):
             image.addmv_(vectors, matrix[:-1, -1], alpha=constant)
             image += constant**2 / 2 * matrix[-1, -1]
         return image.view(-1, self._count).sum(0).mul_(2)
+
+    def apply_rows(self, rows: Tensor, side: Side) -> Tensor:
+        """As `apply`, from the factor `rows^T rows`, which is of low rank; rows of (r, n)."""
+        vectors, constant = self._vectors[side], self._constants[side]
+        if constant is None:
+            products = vectors @ rows.mT
+        else:
+            products = torch.addmm(rows[:, -1], vectors, rows[:, :-1].mT, beta=constant)
+        return products.square_().sum(1).view(-1, self._count).sum(0)
+
+    def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As that of plans with several positions, and the half step that it took."""
+        other = opposite(side)
+        vectors, constant = self._vectors[other], self._constants[other]
+        if constant is None:
+            products = vectors @ probes
+        else:
+            products = torch.addmm(probes[-1], vectors, probes[:-1], beta=constant)
+        step = self.apply(matrix, side)
+        weights = step.repeat(len(vectors) // self._count)
+        return products.mT @ (products * weights[:, None]), step
+
+    def projected(self, rank: int) -> tuple[Samples, dict[Side, Tensor | None]]:
+        """The samples in coordinates of about `rank` directions on either side.
+
+        The directions span random sums of samples, after a step of subspace iteration: mostly
+        what is large in the samples.
+
+        Returns:
+            The samples; and per side the directions, (k, n), or None where none were left out.
+        """
+        vectors: dict[Side, Tensor] = {}
+        bases: dict[Side, Tensor | None] = {}
+        for side, of_side in self._vectors.items():
+            bases[side], vectors[side] = None, of_side
+            if of_side.shape[1] > 2 * rank:
+                inner = of_side @ orthonormal(random_sums(of_side, rank)).mT
+                bases[side] = basis = orthonormal(inner.mT @ of_side)
+                vectors[side] = of_side @ basis.mT
+        inputs = Rows(vectors["right"][:, None], self._constants["right"])
+        grads = vectors["left"].view(-1, self._count, 1, vectors["left"].shape[1])
+        return Samples(inputs, grads), bases
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         return mirrored(self._upper(representation, side))
@@ -164,3 +206,12 @@ def single_rows(inputs: Inputs) -> tuple[Tensor, float | None]:
     if isinstance(inputs, Rows):
         return inputs.values[:, 0], inputs.constant
     return inputs.columns(0, inputs.num_samples)[:, :, 0].mT, None
+
+
+def random_sums(vectors: Tensor, count: int) -> Tensor:
+    """Sums of consecutive rows with random signs, (count, n): each row has a part in one."""
+    length = max(1, len(vectors) // count)
+    used = vectors[: length * count].view(-1, length, vectors.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, used.shape[:2], generator=generator) * 2 - 1
+    return torch.bmm(signs[:, None].to(vectors), used)[:, 0]
