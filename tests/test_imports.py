@@ -30,6 +30,7 @@ ALLOWED = {
     "coverage": {"layout"},
     "plans": {"kronecker", "plans", "products", "samples"},  # a package of them
     "solver": {"kronecker", "scales"},
+    "sketch": {"kronecker", "planner", "plans", "products", "samples", "solver"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
     "planner": {"kronecker", "plans", "products", "samples", "tied", "token_plan"},
     "certificate": {"blocks", "plans", "pooling", "samples", "token_plan"},
@@ -60,7 +61,7 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "solver", "tied", "token_plan", "tokens", "memory", "pending", "pooling",
+        "sketch", "solver", "tied", "token_plan", "tokens", "memory", "pending", "pooling",
     },
     "forward": {"batches"},
     "jacobians": {"batches", "forward"},

@@ -206,7 +206,12 @@ def damping_of(sigmas: Sequence[float], precision: float) -> float:
 
 
 def settled(
-    sigmas: list[float], rtol: float, precision: float, least: int = 3, damping: float | None = None
+    sigmas: list[float],
+    rtol: float,
+    precision: float,
+    least: int = 3,
+    damping: float | None = None,
+    floor: float = 0.0,
 ) -> bool:
     """Whether sigma, after `least` rises, is within `rtol` of its limit, judged from how it rose.
 
@@ -220,6 +225,7 @@ def settled(
 
     Args:
         damping: q, where it is known from elsewhere: a single rise then tells what is left.
+        floor: at least so much is q taken for, where the first rises are of another kind.
     """
     rises = [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
     if rtol < max(precision, 1e-12):
@@ -228,11 +234,12 @@ def settled(
     if len(rises) >= 2 and rises[-1] <= precision:
         return True
     if damping is not None and rises:
-        return rises[-1] * damping / (1 - damping) <= rtol
+        q = max(damping, damping_of(sigmas, precision) if len(rises) > 1 else 0.0)
+        return q < 1 and rises[-1] * q / (1 - q) <= rtol
     if len(rises) < least:
         return False
     ratios = [after / before if before > 0 else 1.0 for before, after in pairwise(rises[-3:])]
-    q = max(ratios)
+    q = max(*ratios, floor)
     return min(ratios) > 0 and q < 1 and rises[-1] * q / (1 - q) <= rtol
 
 

@@ -165,13 +165,12 @@ def sketch_cost(z: Size, name: str) -> float:
     if name == "gradients":
         # Formed; reduced; and two half steps, of which the first is by a few rows.
         setup = count * z.o * z.i * (z.T + 6 * rank + ROWS + PROBES)
-        smaller, step = min(z.i, z.o), count * z.o * z.i
-        step *= smaller + share(larger) * larger
-        return setup + solve + probes + step
+        step = min(z.i, z.o) + share(larger) * larger
+        return setup + solve + probes + count * z.o * z.i * step
     setup = z.N * z.T**2 * z.i + count * z.T * (z.i + z.o) * 6 * rank
     first = count * z.T * larger * (ROWS + PROBES)
-    smaller = z.S * _one_side(z, z.o) if z.o <= z.i else _one_side(z, z.i)
-    return setup + solve + probes + first + _positioned(z) + smaller
+    second = z.S * _one_side(z, z.o) if z.o <= z.i else _one_side(z, z.i)
+    return setup + solve + probes + first + second + _positioned(z)
 
 
 COSTS: dict[str, Callable[[Size], Cost]] = {

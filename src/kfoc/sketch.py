@@ -76,8 +76,14 @@ def fit_from_sketch(
     sketch = sketched(contraction, shape, rank, rtol)
     found = formed(contraction, sketch, rtol) if sketch else None
     if not isinstance(found, Formed):
-        how = {"rtol": rtol, "max_steps": max_steps, "certify": certify, "scale": scale}
-        return fit_contraction(contraction, begun=found, **how)
+        return fit_contraction(
+            contraction,
+            rtol=rtol,
+            max_steps=max_steps,
+            certify=certify,
+            scale=scale,
+            begun=found,
+        )
     total = contraction.squared_norm() if certify else None
     contraction.forget()
     sigma = found.sigma * scale

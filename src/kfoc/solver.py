@@ -90,7 +90,7 @@ def leading_pair(
         values.append(sigma)
         # The values are those of left factors and their images. What is returned is a half step
         # further on, which brings what is left down by the damping.
-        converged = settled(values, rtol / damping, precision, least=2)
+        converged = settled(values, rtol / damping, precision, least=2, floor=0.05)
         if krylov.steps + 2 > max_steps:
             break
         if not converged:

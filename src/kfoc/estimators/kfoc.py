@@ -197,13 +197,17 @@ class KFOC(FactoredEstimator):
     def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         contraction, scale = self.contraction(samples)
         scale /= samples.num_samples
-        if isinstance(contraction, Sketchable) and self._sketches:
-            rank = sketch_rank(Size.of(samples), contraction.plan)
-            if rank:
-                how = {"rtol": self.rtol, "max_steps": self.max_steps}
-                return fit_from_sketch(
-                    contraction, samples.shape, rank, **how, certify=certify, scale=scale
-                )
+        rank = self._sketch_rank(samples, contraction)
+        if rank and isinstance(contraction, Sketchable):
+            return fit_from_sketch(
+                contraction,
+                samples.shape,
+                rank,
+                rtol=self.rtol,
+                max_steps=self.max_steps,
+                certify=certify,
+                scale=scale,
+            )
         return fit_contraction(
             contraction,
             rtol=self.rtol,
@@ -212,10 +216,12 @@ class KFOC(FactoredEstimator):
             scale=scale,
         )
 
-    @property
-    def _sketches(self) -> bool:
-        """Whether tolerance and steps leave room for a start that is only nearly the optimum."""
-        return self.rtol >= 1e-8 and self.max_steps >= 20
+    def _sketch_rank(self, samples: Samples, contraction: Contraction) -> int:
+        """See `planner.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
+        is only nearly the optimum."""
+        if isinstance(samples, Tied) or samples.diagonal or self.rtol < 1e-8 or self.max_steps < 20:
+            return 0
+        return sketch_rank(Size.of(samples), contraction.plan)
 
     def contraction(self, samples: Samples) -> tuple[Contraction, float]:
         """The planned contraction of the rescaled samples, and the factor that it then lacks."""

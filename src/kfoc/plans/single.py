@@ -83,7 +83,9 @@ class Primal(Coefficients):
         """
         vectors: dict[Side, Tensor] = {}
         bases: dict[Side, Tensor | None] = {}
-        for side, of_side in self._vectors.items():
+        sides: tuple[Side, Side] = "left", "right"
+        for side in sides:
+            of_side = self._vectors[side]
             bases[side], vectors[side] = None, of_side
             if of_side.shape[1] > 2 * rank:
                 inner = of_side @ orthonormal(random_sums(of_side, rank)).mT

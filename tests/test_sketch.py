@@ -1,0 +1,195 @@
+"""The start from a sketch, against the rearranged Fisher and its SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import kfoc
+from kfoc.kronecker import Side, opposite
+from kfoc.planner import PLANS, Size, contract, sketch_rank
+from kfoc.plans import Gradients, Positions, Primal
+from kfoc.samples import Rows, Samples
+from kfoc.sketch import CLOSEST, Sketchable, fit_from_sketch, formed, sketched
+from oracle import assert_psd_and_symmetric, rearranged
+
+NAMES = ["primal", "positions", "position_gram", "gradients"]
+SHAPE = 20, 24  # (o, i)
+
+
+def falling(size: int, generator: torch.Generator, power: float) -> Tensor:
+    """A mixing of directions whose sizes fall, as those of inputs and gradients do."""
+    orthogonal = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    return torch.arange(1.0, size + 1)[:, None] ** -power * orthogonal
+
+
+def samples_of(
+    plan: str, seed: int, *, power: float = 1.0, directions: int = 1, constant: float | None = None
+) -> Samples:
+    generator = torch.Generator().manual_seed(seed)
+    o, i = SHAPE
+    N, T = (70, 1) if plan == "primal" else (9, 16)
+    width = i - (constant is not None)
+    inputs = torch.randn(N, T, width, generator=generator) + 0.3
+    grads = torch.randn(directions, N, T, o, generator=generator)
+    inputs = inputs @ falling(width, generator, power)
+    return Samples(Rows(inputs, constant), grads @ falling(o, generator, power))
+
+
+def fisher_sum(samples: Samples) -> Tensor:
+    inputs = samples.inputs.rows(0, samples.num_samples)
+    x = torch.einsum("snto,nti->snoi", samples.grads, inputs).flatten(2).flatten(0, 1)
+    return x.mT @ x
+
+
+def contraction_of(samples: Samples, plan: str) -> Sketchable:
+    contraction = contract(samples, plan=plan)
+    assert isinstance(contraction, Primal | Positions | Gradients)
+    return contraction
+
+
+@pytest.mark.parametrize("plan", NAMES)
+@pytest.mark.parametrize("constant", [None, 0.5])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_is_the_optimum_however_poor_the_sketch(
+    plan: str, constant: float | None, directions: int, power: float, rank: int
+) -> None:
+    for seed in range(3):
+        samples = samples_of(plan, seed, power=power, directions=directions, constant=constant)
+        contraction = contraction_of(samples, plan)
+        fit = fit_from_sketch(
+            contraction, SHAPE, rank, rtol=1e-7, max_steps=500, certify=True, scale=0.5
+        )
+        matrix = rearranged(0.5 * fisher_sum(samples), *SHAPE)
+        sigma = torch.linalg.svdvals(matrix)[0].item()
+        product = torch.outer(fit.left.flatten(), fit.right.flatten())
+        missed = (matrix - product).norm().square().item()
+        best = matrix.norm().square().item() - sigma**2
+        assert fit.converged
+        assert fit.sigma == pytest.approx(sigma, rel=3e-7)
+        assert missed <= best + 6e-7 * sigma**2
+        assert product.norm().item() == pytest.approx(fit.sigma, rel=3e-7)
+        assert fit.relative_error == pytest.approx(missed**0.5 / matrix.norm().item(), rel=1e-6)
+        assert_psd_and_symmetric(fit.left)
+        assert_psd_and_symmetric(fit.right)
+
+
+@pytest.mark.parametrize("plan", NAMES)
+def test_suffices_where_gradients_are_of_low_rank(plan: str) -> None:
+    for seed in range(5):
+        contraction = contraction_of(samples_of(plan, seed, power=2.0), plan)
+        fit = fit_from_sketch(
+            contraction, SHAPE, 8, rtol=1e-6, max_steps=500, certify=False, scale=1.0
+        )
+        assert fit.steps <= 4
+        assert fit.converged
+        assert fit.relative_error is None
+
+
+@pytest.mark.parametrize("plan", NAMES)
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("constant", [None, 0.5])
+def test_what_a_sketch_asks_of_a_plan(plan: str, directions: int, constant: float | None) -> None:
+    samples = samples_of(plan, 5, directions=directions, constant=constant)
+    contraction = contraction_of(samples, plan)
+    generator = torch.Generator().manual_seed(7)
+    sizes: dict[Side, int] = {"left": SHAPE[0], "right": SHAPE[1]}
+    x = samples.gradients(0, samples.num_samples).flatten(0, 1)
+    for side, size in sizes.items():
+        rows = torch.randn(3, size, generator=generator)
+        expected = contraction.apply(rows.mT @ rows, side)
+        torch.testing.assert_close(contraction.apply_rows(rows, side), expected)
+
+        matrix = torch.randn(size, size, generator=generator)
+        matrix = matrix @ matrix.mT
+        probes = torch.randn(sizes[opposite(side)], 4, generator=generator)
+        image = contraction.factor(contraction.apply(matrix, side), opposite(side))
+        found, step = contraction.quadratic(matrix, side, probes)
+        torch.testing.assert_close(found, probes.mT @ image @ probes)
+        if step is not None:
+            torch.testing.assert_close(contraction.factor(step, opposite(side)), image)
+        if isinstance(contraction, Primal):
+            continue
+        of_side = x if side == "right" else x.mT
+        for matrices in (rows.mT, torch.randn(len(x), size, 2, generator=generator)):
+            torch.testing.assert_close(contraction.carried(matrices, side), of_side @ matrices)
+
+
+@pytest.mark.parametrize("plan", NAMES)
+def test_zero_gradients(plan: str) -> None:
+    samples = samples_of(plan, 0)
+    for zero in (
+        Samples(samples.inputs, torch.zeros_like(samples.grads)),
+        Samples(Rows(torch.zeros_like(samples.inputs.tensor)), samples.grads),
+    ):
+        fit = fit_from_sketch(
+            contraction_of(zero, plan), SHAPE, 8, rtol=1e-6, max_steps=50, certify=True, scale=1.0
+        )
+        assert not fit.left.any()
+        assert not fit.right.any()
+        assert fit.relative_error == 0.0
+
+
+def test_close_singular_values_are_not_left_to_a_sketch() -> None:
+    """Two groups of samples without anything in common: which is the larger, a sketch may miss."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, grads = torch.zeros(200, 1, 24), torch.zeros(1, 200, 1, 20)
+    for group, share in ((slice(0, 100), 1.0), (slice(100, 200), 0.99)):
+        columns = slice(0, 10) if group.start == 0 else slice(10, 20)
+        inputs[group, 0, columns] = torch.randn(100, 10, generator=generator) * share
+        grads[0, group, 0, columns] = torch.randn(100, 10, generator=generator)
+    samples = Samples(Rows(inputs), grads)
+    sketch = sketched(contraction_of(samples, "primal"), SHAPE, 8, 1e-6)
+    assert sketch is None or sketch.damping <= CLOSEST
+    fit = fit_from_sketch(
+        contraction_of(samples, "primal"),
+        SHAPE,
+        8,
+        rtol=1e-9,
+        max_steps=5000,
+        certify=False,
+        scale=1.0,
+    )
+    sigma = torch.linalg.svdvals(rearranged(fisher_sum(samples), *SHAPE))[0].item()
+    assert fit.sigma == pytest.approx(sigma, rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", NAMES)
+def test_in_float32(plan: str) -> None:
+    for seed in range(3):
+        samples = samples_of(plan, seed)
+        half = Samples(Rows(samples.inputs.tensor.float()), samples.grads.float())
+        fit = fit_from_sketch(
+            contraction_of(half, plan), SHAPE, 6, rtol=1e-6, max_steps=500, certify=False, scale=1.0
+        )
+        sigma = torch.linalg.svdvals(rearranged(fisher_sum(samples), *SHAPE))[0].item()
+        assert fit.sigma == pytest.approx(sigma, rel=3e-6)
+
+
+def test_draws_nothing_from_the_global_generator() -> None:
+    state = torch.get_rng_state()
+    contraction = contraction_of(samples_of("positions", 0), "positions")
+    sketch = sketched(contraction, SHAPE, 4, 1e-6)
+    assert sketch is not None
+    formed(contraction, sketch, 1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_is_used_by_large_layers() -> None:
+    """One of a transformer's layers, at its own size; and no small one."""
+    size = Size(S=1, N=8, T=128, i=257, o=256)
+    assert sketch_rank(size, "position_gram") == 32
+    assert sketch_rank(Size(S=1, N=8, T=16, i=30, o=20), "position_gram") == 0
+    assert set(NAMES) <= set(PLANS)
+    generator = torch.Generator().manual_seed(0)
+    mixing = falling(256, generator, 1.0)
+    inputs = torch.randn(8, 128, 256, generator=generator) @ mixing
+    grads = torch.randn(8, 128, 256, generator=generator) @ mixing
+    samples = Samples(Rows(inputs.float()), grads.float()[None])
+    fit = kfoc.KFOC().solve(samples, certify=False)
+    plain = kfoc.KFOC(rtol=1e-9).solve(samples, certify=False)
+    assert fit.steps < plain.steps
+    assert fit.sigma == pytest.approx(plain.sigma, rel=3e-6)
