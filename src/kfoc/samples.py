@@ -21,6 +21,9 @@ from torch.nn import functional
 from kfoc.memory import out_of_memory
 from kfoc.scales import power_of_two
 
+# Patches are brought into order a few samples at a time, which stay in the cache: numbers in all.
+COPIED = 2**18
+
 
 class Inputs(Protocol):
     """A layer's inputs, (N, T, i), of which any range of samples can be asked for."""
@@ -186,9 +189,30 @@ class Patches:
         return columns
 
     def rows(self, start: int, stop: int) -> Tensor:
-        # Transposed as a matrix: torch does that by blocks, and a permutation of three axes not.
-        columns = self.columns(start, stop)
-        return columns.flatten(1).mT.contiguous().view(stop - start, -1, self.size)
+        rows = self.padded.new_empty(stop - start, self.num_positions, self.size)
+        patches = rows[..., : self.size - (self.constant is not None)]
+        channels = self.padded.shape[1]
+        patches = patches.view(*rows.shape[:2], channels, -1)
+        several = max(1, COPIED // max(1, rows[:1].numel()))
+        for first in range(start, stop, several):
+            few = self._patches(first, min(first + several, stop))
+            patches[first - start : first - start + several].copy_(few.mT)
+        if self.constant is not None:
+            rows[..., -1] = self.constant
+        return rows
+
+    def _patches(self, start: int, stop: int) -> Tensor:
+        """(n, T, kernel, C), channels last: patches are then copied by runs of all channels."""
+        windows = self.padded[start:stop].movedim(1, -1).contiguous()
+        for axis, (span, step) in enumerate(zip(self.spans, self.stride, strict=True), start=1):
+            windows = windows.unfold(axis, span, step)  # (n, *out, C, *spans)
+        dims = len(self.kernel)
+        every = tuple(slice(None, None, d) for d in self.dilation)
+        windows = windows[(slice(None),) * (2 + dims) + every]
+        if self.flipped:
+            windows = windows.flip(tuple(range(2 + dims, 2 + 2 * dims)))
+        windows = windows.movedim(1 + dims, -1).contiguous()
+        return windows.view(stop - start, self.num_positions, -1, windows.shape[-1])
 
     def magnitude(self) -> float:
         return max(magnitude(self.padded), abs(self.constant or 0.0))

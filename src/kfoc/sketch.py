@@ -25,6 +25,9 @@ from kfoc.products import orthonormal
 from kfoc.samples import Rows, Samples
 from kfoc.solver import Start, fit_contraction, leading_pair
 
+# Gradients whose errors cancel one another.
+MANY = 64
+
 # Half steps that the reduced problem may take.
 MAX_STEPS = 200
 
@@ -129,8 +132,9 @@ def truncated(contraction: Positions | Gradients, width: int, rank: int) -> tupl
     directions = torch.randn(width, rank, generator=generator)
     found = contraction.carried(directions.to(contraction.like), "right")
     whole = found.square().sum().item() / rank
-    # Two steps of subspace iteration: gradients' singular values fall slowly.
-    for _ in range(2):
+    # Steps of subspace iteration: gradients' singular values fall slowly, and a second step is
+    # worth its time where there are few gradients.
+    for _ in range(2 if len(found) < MANY else 1):
         again = contraction.carried(orthonormal(found.mT).mT, "left")
         found = contraction.carried(again, "right")
     left = orthonormal(found.mT)  # (M, k, o)
