@@ -16,8 +16,8 @@ from torch import Tensor
 # Narrower blocks would cost more in the rate of the products than they save in multiply-adds.
 MIN_BLOCK = 128
 MAX_BLOCKS = 8
-# Tiles of a transposed copy: small enough to stay in the cache, large enough for all threads.
-TILE = 256
+# Rows of a transposed copy: few enough to stay in the cache.
+TILE = 128
 
 
 @cache
@@ -56,17 +56,23 @@ def mirrored(total: Tensor) -> Tensor:
     if total.ndim == 1:
         return total
     size = total.shape[0]
-    if size <= TILE:
-        upper = total.triu()
-        return torch.add(upper, upper.triu(1).mT, out=total)
     for start in range(0, size, TILE):
-        rows = slice(start, start + TILE)
-        upper = total[rows, rows].triu()
-        total[rows, rows] = upper + upper.triu(1).mT
-        for other in range(start + TILE, size, TILE):
-            columns = slice(other, other + TILE)
-            total[columns, rows].copy_(total[rows, columns].mT)
+        stop = min(start + TILE, size)
+        block = total[start:stop, start:stop]
+        block.copy_(torch.where(_below(stop - start, block.device), block.mT, block))
+        if stop == size:
+            break
+        rest = total[start:stop, stop:]
+        # Rows that lie a power of two apart would evict one another from the cache.
+        rest = rest.contiguous() if size % 512 == 0 else rest
+        total[stop:, start:stop].copy_(rest.mT)
     return total
+
+
+@cache
+def _below(size: int, device: torch.device) -> Tensor:
+    """Whether an entry is below the diagonal."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
 
 
 def gram(rows: Tensor) -> Tensor:
