@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import kfoc
 import oracle
-from kfoc.likelihoods import Draws
+from kfoc.likelihoods import Draws, _bits
 
 
 def directions(
@@ -210,3 +210,10 @@ def test_what_does_not_fit(
     }
     with pytest.raises(ValueError, match=match):
         directions(made[likelihood], outputs, targets, fisher)
+
+
+def test_draws_are_the_same_by_numpy_and_torch() -> None:
+    """On a CPU they are made by the one, elsewhere by the other."""
+    indices, steps, key = torch.arange(3, 40), torch.arange(5), -(2**62) - 3
+    expected = _bits(indices.numpy(), steps.numpy(), key)
+    assert torch.equal(_bits(indices, steps, key), torch.from_numpy(expected))

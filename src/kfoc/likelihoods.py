@@ -11,12 +11,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 FISHER_TYPES = ("mc", "exact", "empirical")
+
+Integers = TypeVar("Integers", Tensor, "np.ndarray[Any, np.dtype[np.int64]]")
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,38 @@ class Draws:
     def uniform(self, count: int, places: int, device: torch.device) -> Tensor:
         """(count, places), float64, for the samples from `first_index` on."""
         key = _mix(_mix(self.seed) + self.direction)
-        indices = torch.arange(self.first_index, self.first_index + count, device=device)
-        steps = torch.arange(places, device=device) * _signed(_GAMMA)
-        # Each sample starts a sequence of its own; places are the steps along it.
-        bits = _mixed(_mixed(indices * _signed(_GAMMA) + _signed(key))[:, None] + steps)
-        # The upper 53 bits, moved to the middle of their interval: never 0, never 1.
-        return (((bits >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+        first, last = self.first_index, self.first_index + count
+        if device.type == "cpu":  # in a third of torch's time where there are few numbers
+            counted = np.arange(first, last, dtype=np.int64), np.arange(places, dtype=np.int64)
+            bits = torch.from_numpy(_bits(*counted, key))
+        else:
+            indices = torch.arange(first, last, device=device)
+            bits = _bits(indices, torch.arange(places, device=device), key)
+        # In the middle of their interval: never 0, never 1.
+        return bits.double().add_(0.5).div_(2**53)
 
 
 # SplitMix64 (Steele, Lea & Flood 2014): a counter in steps of gamma, through a finaliser that
-# spreads every bit. For tensors of signed integers, which wrap, and Python's, which do not.
+# spreads every bit. For arrays of signed integers, which wrap, and Python's, which do not.
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _mixed(values: Tensor) -> Tensor:
-    values = (values ^ _shifted(values, 30)) * _signed(_FIRST)
-    values = (values ^ _shifted(values, 27)) * _signed(_SECOND)
-    return values ^ _shifted(values, 31)
+def _bits(indices: Integers, steps: Integers, key: int) -> Integers:
+    """53 bits each. Every index starts a sequence of its own, along which the steps are."""
+    starts = _mixed(indices * _signed(_GAMMA) + _signed(key))
+    values = _mixed(starts[:, None] + steps * _signed(_GAMMA))
+    values >>= 11
+    values &= 2**53 - 1
+    return values
+
+
+def _mixed(values: Integers) -> Integers:
+    values = _folded(values, 30)
+    values *= _signed(_FIRST)
+    values = _folded(values, 27)
+    values *= _signed(_SECOND)
+    return _folded(values, 31)
 
 
 def _mix(value: int) -> int:
@@ -61,9 +79,12 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch shifts signed integers arithmetically."""
-    return (values >> bits) & (2 ** (64 - bits) - 1)
+def _folded(values: Integers, bits: int) -> Integers:
+    """`values ^ (values >> bits)` with a logical shift: that of signed integers is arithmetical."""
+    shifted = values >> bits
+    shifted &= 2 ** (64 - bits) - 1
+    shifted ^= values
+    return shifted
 
 
 class Likelihood(ABC):
@@ -105,7 +126,7 @@ class Likelihood(ABC):
         if fisher == "mc":
             for direction in range(mc_samples):
                 cotangent = self.drawn(outputs, targets, Draws(seed, index, direction))
-                yield cotangent / math.sqrt(mc_samples)
+                yield cotangent if mc_samples == 1 else cotangent / math.sqrt(mc_samples)
         elif fisher == "exact":
             yield from self.exact(outputs, targets)
         else:
