@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +34,14 @@ from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
-from kfoc.layers import Unsupported
+from kfoc.layers import Unsupported, own_parameters
 from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
 from kfoc.memory import Footprint, advised, within
 from kfoc.offload import Sweeps
 from kfoc.per_sample import Regions
 from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
-from kfoc.samples import LayerSamples
+from kfoc.samples import LayerSamples, finite
 from kfoc.selection import Selection, select
 from kfoc.threads import random_state_kept, seeded, uncompiled
 
@@ -167,7 +167,7 @@ def _fitted(
         return _Run(model, chosen, estimator, *options, selection, ranks=ranks, sweeps=sweeps)
 
     run = begin()
-    check_independent(model)
+    check_independent(run.selection.every.items())
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
@@ -234,8 +234,8 @@ def _check_options(
         raise ValueError(f"seed must fit 64 bits, found {seed}")
 
 
-def check_independent(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def check_independent(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"layer {name!r} normalises by the statistics of the batch, so samples are not "
@@ -245,16 +245,22 @@ def check_independent(model: nn.Module) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     """Gradients on and compilation off; afterwards all is as it was, random state and buffers too.
 
     A compiled region is one function, whose layers nobody can watch.
+
+    Args:
+        modules: all of the model's.
     """
-    buffers = [b for m in model.modules() if m.training for b in m.buffers(recurse=False)]
+    buffers = [b for m in modules if m.training for b in m.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
-    gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    gpus = set()
+    if torch.cuda.is_initialized():  # or no parameter can be there
+        held = [p for module in modules for p in own_parameters(module).values()]
+        gpus = {p.device.index or 0 for p in held if p.device.type == "cuda"}
     with (
-        random_state_kept(gpus),
+        random_state_kept(sorted(gpus)),
         torch.inference_mode(False),
         torch.enable_grad(),
         uncompiled(),
@@ -302,7 +308,8 @@ class _Run:
         """Pass over the data until no layer needs it any more."""
         if self.sweeps:
             self.marks = self.sweeps.marks
-        with _undisturbed(self.model), captured(self.selection) as record:
+        modules = self.selection.every.values()
+        with _undisturbed(modules), captured(self.selection) as record:
             done = keeper.restored(self, data)
             while not done:
                 number = self.one_pass(data, record, report, keeper)
@@ -400,7 +407,7 @@ class _Run:
             with advised("the forward pass", "use smaller batches"):
                 outputs = self._outputs(inputs, number)
             record.closed = True
-            if not outputs.isfinite().all():
+            if not finite(outputs.detach()):
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
             count = len(outputs)
             self._check_same(outputs, targets, number)
@@ -523,7 +530,8 @@ class _Run:
 
     def stream(self, batch: Any) -> None:
         """Take in one more batch."""
-        with _undisturbed(self.model), captured(self.selection) as record:
+        modules = list(self.model.modules())  # there may be new ones
+        with _undisturbed(modules), captured(self.selection) as record:
             count = self._batch(batch, record, self.num_samples, self.batches, False)
             self.num_samples, self.batches = self.num_samples + count, self.batches + 1
             self.weight += count
@@ -601,7 +609,7 @@ def _telling(block: Block) -> Iterator[Tensor]:
 
 def _check_range(name: str, block: Block) -> None:
     """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype."""
-    if not all(tensor.isfinite().all() for tensor in _telling(block)):
+    if not all(map(finite, _telling(block))):
         raise ValueError(
             f"layer {name!r}: its block has numbers beyond the range of {block.dtype}: bring its "
             "inputs or the outputs to a smaller scale, or fit the model in float64 (model.double())"

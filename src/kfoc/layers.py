@@ -102,7 +102,7 @@ def checked_treatment(module: nn.Module) -> Treatment:
     if not trained_parameters(module):
         raise Refused("its parameters are frozen (requires_grad is False)")
     found = rule(module)
-    own = dict(module.named_parameters(recurse=False))
+    own = own_parameters(module)
     missing = [name for name in found.parameters if name not in own]
     if missing:
         raise Unsupported(f"its {missing[0]} is not a parameter of its own (reparametrised?)")
@@ -119,8 +119,19 @@ def extended(
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's own parameters that are not frozen, by name."""
-    own = module.named_parameters(recurse=False)
-    return {name: parameter for name, parameter in own if parameter.requires_grad}
+    own = own_parameters(module)
+    return {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """`named_parameters(recurse=False)`, which takes ten times as long to go through them."""
+    if type(module).named_parameters is not nn.Module.named_parameters:
+        return dict(module.named_parameters(recurse=False))
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not any(parameter is other for other in found.values()):
+            found[name] = parameter
+    return found
 
 
 def bias_alone(name: str, channel_first: bool) -> Treatment:
@@ -148,10 +159,15 @@ def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Tre
     def inputs(values: Tensor) -> Inputs:
         if values.ndim < 2:
             raise ValueError(f"its input must be (N, ..., features), found {tuple(values.shape)}")
-        rows = values.reshape(len(values), -1, values.shape[-1])
-        return Rows(rows, 1.0 if has_bias else None)
+        return Rows(_positions(values), 1.0 if has_bias else None)
 
-    return Treatment(inputs, lambda grad: grad.reshape(len(grad), -1, grad.shape[-1]), parameters)
+    return Treatment(inputs, _positions, parameters)
+
+
+def _positions(values: Tensor) -> Tensor:
+    """(N, ..., n) to (N, T, n)."""
+    shape = values.shape
+    return values[:, None] if len(shape) == 2 else values.reshape(shape[0], -1, shape[-1])
 
 
 @treatment.register

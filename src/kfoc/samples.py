@@ -8,6 +8,7 @@ the patches of a convolution, which are unfolded by chunks of samples and never 
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -604,4 +605,11 @@ def magnitude(values: Tensor) -> float:
     if not values.numel():
         return 0.0
     low, high = torch.aminmax(values)
+    if values.device.type == "cpu":  # elsewhere every number that is read waits for the device
+        return max(high.item(), -low.item())
     return torch.maximum(-low, high).item()
+
+
+def finite(values: Tensor) -> bool:
+    """Whether all are. Their sum is not where one is not, and hardly ever where all are."""
+    return cmath.isfinite(values.sum().item()) or bool(values.isfinite().all())

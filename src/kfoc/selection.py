@@ -10,7 +10,14 @@ from torch import nn
 
 from kfoc.attention import Inlined, inlined, part_name
 from kfoc.embedding import TiedTreatment, tied_treatment
-from kfoc.layers import Refused, Treatment, Unsupported, checked_treatment, trained_parameters
+from kfoc.layers import (
+    Refused,
+    Treatment,
+    Unsupported,
+    checked_treatment,
+    own_parameters,
+    trained_parameters,
+)
 from kfoc.layout import Layout
 
 # Parameters that no treatment covers get per-sample gradients one by one, up to so many in all:
@@ -23,7 +30,8 @@ class Selection:
     """Which layers are treated and how, which are not and why, and which were asked for by name.
 
     Attributes:
-        candidates: all modules with parameters of their own, by name, in the model's order.
+        every: all of the model's modules by name.
+        candidates: those with parameters of their own, in the model's order.
         modules: those that are treated.
         treatments: how.
         inlined: modules that use their parts' parameters by themselves, where a part is treated.
@@ -33,6 +41,7 @@ class Selection:
         named: those that were asked for by name.
     """
 
+    every: dict[str, nn.Module] = field(default_factory=dict)
     candidates: dict[str, nn.Module] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     treatments: dict[str, Treatment] = field(default_factory=dict)
@@ -50,10 +59,11 @@ class Selection:
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """Name of a treated layer -> its treated parameters by their names in the module."""
-        return {
-            name: {key: module.get_parameter(key) for key in self.treatments[name].parameters}
-            for name, module in self.modules.items()
-        }
+        found = {}
+        for name, module in self.modules.items():
+            own = own_parameters(module)
+            found[name] = {key: own[key] for key in self.treatments[name].parameters}
+        return found
 
     def layout(self, name: str) -> Layout:
         """Where a block's parameters lie in its matrix."""
@@ -61,10 +71,10 @@ class Selection:
             parameters = self.loose[name]
             shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
             return Layout(tuple(parameters), shapes, "flat")
-        treatment, own = self.treatments[name], self.modules[name]
+        treatment, own = self.treatments[name], own_parameters(self.modules[name])
         return Layout(
             tuple(part_name(name, parameter) for parameter in treatment.parameters),
-            tuple(tuple(own.get_parameter(p).shape) for p in treatment.parameters),
+            tuple(tuple(own[parameter].shape) for parameter in treatment.parameters),
             treatment.layout,
             treatment.groups,
         )
@@ -125,13 +135,10 @@ def select(
 
     Layers that would need a factor of more than `largest` rows are treated where they are named.
     """
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-    }
+    every = dict(model.named_modules())
+    candidates = {name: module for name, module in every.items() if own_parameters(module)}
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    selection = Selection(candidates, named={p for p in patterns or () if p in candidates})
+    selection = Selection(every, candidates, named={p for p in patterns or () if p in candidates})
     for pattern in patterns or ():
         if not fnmatch.filter(candidates, pattern):
             raise ValueError(
@@ -146,7 +153,7 @@ def select(
                 _check_size(selection, name, largest)
     if not selection.blocks:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
-    for name, module in model.named_modules():
+    for name, module in every.items():
         whole = inlined(module)
         if whole is None:
             continue
@@ -159,7 +166,7 @@ def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
     """Parameter identity -> the names of the modules that hold it."""
     owners: dict[int, list[str]] = {}
     for name, module in candidates.items():
-        for parameter in module.parameters(recurse=False):
+        for parameter in own_parameters(module).values():
             owners.setdefault(id(parameter), []).append(name)
     return owners
 

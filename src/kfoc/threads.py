@@ -23,14 +23,16 @@ def random_state_kept(gpus: Sequence[int]) -> Iterator[None]:
 
     With fits in several threads, as one of them finds them.
     """
-    fork = torch.random.fork_rng(gpus)
     with _RANDOM:
-        fork.__enter__()
+        state = torch.default_generator.get_state()
+        on_gpus = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
     try:
         yield
     finally:
         with _RANDOM:
-            fork.__exit__(None, None, None)
+            torch.default_generator.set_state(state)
+            for gpu, one in zip(gpus, on_gpus, strict=True):
+                torch.cuda.set_rng_state(one, gpu)
 
 
 @contextmanager
