@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfoc.graph import Graph, used_elsewhere
+from kfoc.layers import by_position
 from kfoc.record import Call, Record, accumulable
 from kfoc.samples import Inputs
 from kfoc.selection import Selection
@@ -73,7 +74,10 @@ def unfit(call: Call, num_samples: int) -> str | None:
             f"its first dimension is {found} in a batch of {num_samples} samples: it must run over "
             "the samples"
         )
-    value, treatment = accumulable(call.value[:1]), call.treatment
+    treatment, shape = call.treatment, call.value.shape
+    if treatment.grads is by_position and len(shape) > 1 and shape[:-1] == call.output_shape[:-1]:
+        return None  # a linear map of the last dimension, by shapes alone
+    value = accumulable(call.value[:1])
     grad = value.new_zeros(1, *call.output_shape[1:])
     try:
         if treatment.direct is not None:

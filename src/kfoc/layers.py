@@ -159,12 +159,12 @@ def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Tre
     def inputs(values: Tensor) -> Inputs:
         if values.ndim < 2:
             raise ValueError(f"its input must be (N, ..., features), found {tuple(values.shape)}")
-        return Rows(_positions(values), 1.0 if has_bias else None)
+        return Rows(by_position(values), 1.0 if has_bias else None)
 
-    return Treatment(inputs, _positions, parameters)
+    return Treatment(inputs, by_position, parameters)
 
 
-def _positions(values: Tensor) -> Tensor:
+def by_position(values: Tensor) -> Tensor:
     """(N, ..., n) to (N, T, n)."""
     shape = values.shape
     return values[:, None] if len(shape) == 2 else values.reshape(shape[0], -1, shape[-1])

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 FISHER_TYPES = ("mc", "exact", "empirical")
 
-Integers = TypeVar("Integers", Tensor, "np.ndarray[Any, np.dtype[np.int64]]")
+Integers = TypeVar("Integers", Tensor, "np.ndarray[Any, Any]")
 
 
 @dataclass(frozen=True)
@@ -35,36 +35,47 @@ class Draws:
         """(count, places), float64, for the samples from `first_index` on."""
         key = _mix(_mix(self.seed) + self.direction)
         first, last = self.first_index, self.first_index + count
-        if device.type == "cpu":  # in a third of torch's time where there are few numbers
-            counted = np.arange(first, last, dtype=np.int64), np.arange(places, dtype=np.int64)
-            bits = torch.from_numpy(_bits(*counted, key))
-        else:
-            indices = torch.arange(first, last, device=device)
-            bits = _bits(indices, torch.arange(places, device=device), key)
         # In the middle of their interval: never 0, never 1.
+        if device.type == "cpu":  # NumPy starts on a few numbers in a fraction of torch's time
+            counted = np.arange(first, last, dtype=np.uint64)
+            numbers = _bits(counted, np.arange(places, dtype=np.uint64), key).astype(np.float64)
+            numbers += 0.5
+            numbers /= 2**53
+            return torch.from_numpy(numbers)
+        indices = torch.arange(first, last, device=device)
+        bits = _bits(indices, torch.arange(places, device=device), key)
         return bits.double().add_(0.5).div_(2**53)
 
 
 # SplitMix64 (Steele, Lea & Flood 2014): a counter in steps of gamma, through a finaliser that
-# spreads every bit. For arrays of signed integers, which wrap, and Python's, which do not.
+# spreads every bit. For Python's integers, NumPy's unsigned and torch's signed ones, which wrap.
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _bits(indices: Integers, steps: Integers, key: int) -> Integers:
-    """53 bits each. Every index starts a sequence of its own, along which the steps are."""
-    starts = _mixed(indices * _signed(_GAMMA) + _signed(key))
-    values = _mixed(starts[:, None] + steps * _signed(_GAMMA))
+def _bits(indices: Integers, places: Integers, key: int) -> Integers:
+    """53 bits each, (count, places). Every index starts a sequence of its own, in `places` steps.
+
+    Works in the memory of its arguments.
+    """
+    indices *= _wrapped(_GAMMA, indices)
+    indices += _wrapped(key, indices)
+    values = _mixed(indices)[:, None]
+    if places.shape[0] != 1:
+        places *= _wrapped(_GAMMA, places)
+        values = values + places
+    values = _mixed(values)
     values >>= 11
-    values &= 2**53 - 1
+    if isinstance(values, Tensor):
+        values &= 2**53 - 1
     return values
 
 
 def _mixed(values: Integers) -> Integers:
     values = _folded(values, 30)
-    values *= _signed(_FIRST)
+    values *= _wrapped(_FIRST, values)
     values = _folded(values, 27)
-    values *= _signed(_SECOND)
+    values *= _wrapped(_SECOND, values)
     return _folded(values, 31)
 
 
@@ -75,14 +86,16 @@ def _mix(value: int) -> int:
     return value ^ value >> 31
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+def _wrapped(value: int, like: Integers) -> int:
+    """An unsigned number of 64 bits, as torch has it."""
+    return value - 2**64 if value >= 2**63 and isinstance(like, Tensor) else value
 
 
 def _folded(values: Integers, bits: int) -> Integers:
-    """`values ^ (values >> bits)` with a logical shift: that of signed integers is arithmetical."""
+    """`values ^ (values >> bits)` with a logical shift; torch shifts signed integers by sign."""
     shifted = values >> bits
-    shifted &= 2 ** (64 - bits) - 1
+    if isinstance(shifted, Tensor):
+        shifted &= 2 ** (64 - bits) - 1
     shifted ^= values
     return shifted
 

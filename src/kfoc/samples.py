@@ -124,7 +124,7 @@ class Rows:
         return False
 
     def silent(self, count: int) -> Rows:
-        return replace(self, values=self.values.new_zeros(count, 0, self.values.shape[2]))
+        return Rows(self.values.new_empty(count, 0, self.values.shape[2]), self.constant)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Patches:
 
     def silent(self, count: int) -> Rows:
         rows = self.size - (self.constant is not None)
-        return Rows(self.padded.new_zeros(count, 0, rows), self.constant)
+        return Rows(self.padded.new_empty(count, 0, rows), self.constant)
 
 
 class LayerSamples(Protocol):
@@ -377,7 +377,7 @@ class Samples:
 
     def silent(self, count: int) -> Samples:
         """`count` samples of the same layer without any position, so without any gradient."""
-        grads = self.grads.new_zeros(self.num_directions, count, 0, self.shape[0])
+        grads = self.grads.new_empty(self.num_directions, count, 0, self.shape[0])
         return Samples(self.inputs.silent(count), grads)
 
 
