@@ -228,7 +228,7 @@ def _of_calls(
         inputs = treatment.inputs(value)
         shaped = [treatment.grads(grad) for grad in whole]
         whole.clear()
-        wrong = misfit(inputs, shaped[0][None])
+        wrong = misfit(inputs, shaped[0])
         if wrong:
             raise ValueError(wrong)
         stacked = shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)

@@ -91,18 +91,20 @@ def checked_treatment(module: nn.Module) -> Treatment:
     A subclass may compute anything, and a reparametrised weight is not a parameter: both would
     get wrong numbers from the rule of their base class.
     """
-    for cls in type(module).__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in BY_NAME and cls not in treatment.registry:
-            treatment.register(cls, BY_NAME[name])
-    rule = treatment.dispatch(type(module))
-    family: Any = next((cls for cls in type(module).__mro__ if cls in treatment.registry), object)
-    if family is not object and type(module).forward is not getattr(family, "forward", None):
-        raise Unsupported(f"{type(module).__name__} overrides the forward of {family.__name__}")
-    if not trained_parameters(module):
+    kind, registered = type(module), treatment.registry
+    if kind not in registered:
+        for cls in kind.__mro__:
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            if name in BY_NAME and cls not in registered:
+                treatment.register(cls, BY_NAME[name])
+    rule = treatment.dispatch(kind)
+    family: Any = next((cls for cls in kind.__mro__ if cls in registered), object)
+    if family is not object and kind.forward is not getattr(family, "forward", None):
+        raise Unsupported(f"{kind.__name__} overrides the forward of {family.__name__}")
+    own = own_parameters(module)
+    if not any(parameter.requires_grad for parameter in own.values()):
         raise Refused("its parameters are frozen (requires_grad is False)")
     found = rule(module)
-    own = own_parameters(module)
     missing = [name for name in found.parameters if name not in own]
     if missing:
         raise Unsupported(f"its {missing[0]} is not a parameter of its own (reparametrised?)")

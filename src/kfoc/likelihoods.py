@@ -269,7 +269,8 @@ class Gaussian(Likelihood):
             _check_targets("gaussian", outputs, targets)
 
     def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
-        uniform = draws.uniform(len(outputs), outputs[0].numel(), outputs.device)
+        count = outputs.shape[0]
+        uniform = draws.uniform(count, outputs.numel() // count, outputs.device)
         return torch.special.ndtri(uniform).to(outputs).view(outputs.shape)
 
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:

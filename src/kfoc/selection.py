@@ -24,6 +24,9 @@ from kfoc.layout import Layout
 # a batch of N samples holds N numbers for each of them.
 LOOSE_LIMIT = 2**16
 
+# What a name must have to match as a pattern.
+_WILD = frozenset("*?[")
+
 
 @dataclass
 class Selection:
@@ -139,15 +142,10 @@ def select(
     candidates = {name: module for name, module in every.items() if own_parameters(module)}
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     selection = Selection(every, candidates, named={p for p in patterns or () if p in candidates})
-    for pattern in patterns or ():
-        if not fnmatch.filter(candidates, pattern):
-            raise ValueError(
-                f"layers: {pattern!r} matches no layer with parameters; there are "
-                f"{', '.join(map(repr, candidates))}"
-            )
+    chosen = candidates.keys() if patterns is None else _matching(candidates, patterns)
     owners = _owners(candidates)
     for name, module in candidates.items():
-        if patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns):
+        if name in chosen:
             _add(selection, name, module, owners)
             if largest is not None and name not in selection.named and name in selection.treatments:
                 _check_size(selection, name, largest)
@@ -160,6 +158,23 @@ def select(
         if any(part_name(name, part) in selection.modules for part in whole.parts):
             selection.inlined[name] = whole
     return selection
+
+
+def _matching(candidates: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names that match a pattern; each must match one."""
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if _WILD.isdisjoint(pattern):  # as a rule: without a regular expression then
+            found = [name for name in candidates if name == pattern]
+        else:
+            found = [name for name in candidates if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"layers: {pattern!r} matches no layer with parameters; there are "
+                f"{', '.join(map(repr, candidates))}"
+            )
+        chosen.update(found)
+    return chosen
 
 
 def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
