@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kfoc.graph import Graph, used_elsewhere
-from kfoc.layers import by_position
 from kfoc.record import Call, Record, accumulable
 from kfoc.samples import Inputs
 from kfoc.selection import Selection
@@ -76,8 +75,8 @@ def unfit(call: Call, num_samples: int) -> str | None:
             "the samples"
         )
     treatment, shape = call.treatment, call.value.shape
-    if treatment.grads is by_position and len(shape) > 1 and shape[:-1] == call.output_shape[:-1]:
-        return None  # a linear map of the last dimension, by shapes alone
+    if treatment.maps_rows and len(shape) > 1 and shape[:-1] == call.output_shape[:-1]:
+        return None  # without a sample: that it fits shows by shapes alone
     value = accumulable(call.value[:1])
     grad = value.new_zeros(1, *call.output_shape[1:])
     try:

@@ -51,6 +51,11 @@ class Treatment:
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
     value: Callable[[tuple, dict], Any] = first_argument
 
+    @property
+    def maps_rows(self) -> bool:
+        """Whether the positions are all dimensions but the first and the last, in and out."""
+        return self.inputs in (_rows, _extended_rows) and self.grads is _by_position
+
 
 # Rules of classes in libraries that are not imported for it: their qualified name -> the rule.
 BY_NAME: dict[str, Callable[[Any], Treatment]] = {}
@@ -157,16 +162,20 @@ def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Tre
     has_bias, parameters = extended(module, weight, bias)
     if parameters == (bias,):
         return bias_alone(bias, channel_first=False)
-
-    def inputs(values: Tensor) -> Inputs:
-        if values.ndim < 2:
-            raise ValueError(f"its input must be (N, ..., features), found {tuple(values.shape)}")
-        return Rows(by_position(values), 1.0 if has_bias else None)
-
-    return Treatment(inputs, by_position, parameters)
+    return Treatment(_extended_rows if has_bias else _rows, _by_position, parameters)
 
 
-def by_position(values: Tensor) -> Tensor:
+def _rows(values: Tensor, constant: float | None = None) -> Inputs:
+    if values.ndim < 2:
+        raise ValueError(f"its input must be (N, ..., features), found {tuple(values.shape)}")
+    return Rows(_by_position(values), constant)
+
+
+def _extended_rows(values: Tensor) -> Inputs:
+    return _rows(values, 1.0)
+
+
+def _by_position(values: Tensor) -> Tensor:
     """(N, ..., n) to (N, T, n)."""
     shape = values.shape
     return values[:, None] if len(shape) == 2 else values.reshape(shape[0], -1, shape[-1])
