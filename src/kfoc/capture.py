@@ -198,9 +198,11 @@ def take_samples(
             samples = _of_calls(record.calls.pop(name), grads, num_samples)
     except ValueError as error:
         raise problem(name, str(error)) from None
-    for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
-        if not math.isfinite(largest):
-            raise problem(name, f"its {what} has values not finite ({largest})")
+    inputs, gradients = samples.magnitudes
+    if not math.isfinite(inputs):
+        raise problem(name, f"its input has values not finite ({inputs})")
+    if not math.isfinite(gradients):
+        raise problem(name, f"its output gradient has values not finite ({gradients})")
     return samples
 
 

@@ -134,11 +134,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """`named_parameters(recurse=False)`, which takes ten times as long to go through them."""
     if type(module).named_parameters is not nn.Module.named_parameters:
         return dict(module.named_parameters(recurse=False))
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not any(parameter is other for other in found.values()):
-            found[name] = parameter
-    return found
+    named = module._parameters.items()
+    found = {name: parameter for name, parameter in named if parameter is not None}
+    if len(found) == len({id(parameter) for parameter in found.values()}):
+        return found
+    first = {id(parameter): name for name, parameter in reversed(found.items())}
+    return {name: parameter for name, parameter in found.items() if first[id(parameter)] == name}
 
 
 def bias_alone(name: str, channel_first: bool) -> Treatment:
