@@ -260,9 +260,10 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     if torch.cuda.is_initialized():  # or no parameter can be there
         held = [p for module in modules for p in own_parameters(module).values()]
         gpus = {p.device.index or 0 for p in held if p.device.type == "cuda"}
+    inference = torch.is_inference_mode_enabled()
     with (
         random_state_kept(sorted(gpus)),
-        torch.inference_mode(False),
+        torch.inference_mode(False) if inference else nullcontext(),
         torch.enable_grad(),
         uncompiled(),
     ):

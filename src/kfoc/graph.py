@@ -49,11 +49,10 @@ class Graph:
 
         Under autocast it is cast once for all of them: uses of the cast are uses of it.
         """
-        leaf = self.leaf(parameter)
-        users = [] if leaf is None else [user for user, _, _ in self.users[leaf]]
-        return sum(
-            len(self.users[user]) if user.name() == "ToCopyBackward0" else 1 for user in users
-        )
+        leaf, count = self.leaf(parameter), 0
+        for user, _, _ in () if leaf is None else self.users[leaf]:
+            count += len(self.users[user]) if user.name() == "ToCopyBackward0" else 1
+        return count
 
     def names(self) -> Iterator[str]:
         """The names of all operations."""

@@ -31,7 +31,7 @@ def solved(samples: Samples) -> KroneckerFit:
             add_symmetric(total, rows, rows)
     right = mirrored(total)
     # The norm is that of the rescaled sum, near one: squares of F's own may leave their range.
-    norm = right.norm().item()
+    norm = torch.linalg.vector_norm(right).item()
     sigma = norm * scale / samples.num_samples
     left = right.new_full((1, 1), math.sqrt(sigma))
     right.mul_(math.sqrt(sigma) / norm if norm else 0.0)
