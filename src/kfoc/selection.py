@@ -249,6 +249,8 @@ def _twin(
 def _check_size(selection: Selection, name: str, largest: int) -> None:
     """Leave out a layer with a factor that is too large to be formed unasked."""
     treatment, module = selection.treatments[name], selection.modules[name]
+    if sum(parameter.numel() for parameter in own_parameters(module).values()) <= largest:
+        return  # no side of [W | b] is longer than all of it
     tied = isinstance(treatment, TiedTreatment)
     if treatment.direct is not None or isinstance(module, nn.Embedding) or tied:
         return  # without factors, or with a diagonal one
