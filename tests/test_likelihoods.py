@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import kfoc
 import oracle
-from kfoc.likelihoods import Draws
+from kfoc.likelihoods import Draws, _bits, _mix
 
 
 def directions(
@@ -210,3 +210,12 @@ def test_what_does_not_fit(
     }
     with pytest.raises(ValueError, match=match):
         directions(made[likelihood], outputs, targets, fisher)
+
+
+def test_draws_are_the_same_by_numpy_and_torch() -> None:
+    """On a CPU they are made by the one, elsewhere by the other."""
+    device = torch.device("cpu")
+    for places in (1, 5):
+        bits = _bits(torch.arange(3, 40), torch.arange(places), _mix(_mix(-7) + 2))
+        found = Draws(-7, 3, 2).uniform(37, places, device)
+        assert torch.equal(found, (bits.double() + 0.5) / 2**53)

@@ -95,6 +95,30 @@ def test_plan_is_chosen_and_named() -> None:
         assert kfoc.nearest_kronecker_of_samples(*draw(shape)).plan in PLANS
 
 
+@pytest.mark.parametrize("constant", [None, 0.5])
+@pytest.mark.parametrize(
+    "shape", [(1, 9, 1, 4, 1), (3, 9, 1, 4, 1), (1, 9, 5, 4, 1), (2, 9, 5, 4, 1)]
+)
+def test_one_output_needs_no_iteration(
+    shape: tuple[int, int, int, int, int], constant: float | None
+) -> None:
+    inputs, grads = draw(shape)
+    samples = Samples(Rows(inputs, constant), grads * 1e-9)
+    if constant is not None:
+        inputs = torch.nn.functional.pad(inputs, (0, 1), value=constant)
+    fisher = dense(inputs, grads * 1e-9)
+    fit = kfoc.KFOC().solve(samples, certify=False)
+    assert (fit.steps, fit.converged, fit.relative_error) == (0, True, 0.0)
+    assert fit.sigma == pytest.approx(fisher.norm().item(), rel=1e-12)
+    torch.testing.assert_close(torch.kron(fit.left, fit.right), fisher, rtol=1e-12, atol=0)
+    assert fit.left.norm().item() == pytest.approx(fit.right.norm().item(), rel=1e-12)
+    assert torch.equal(fit.right, fit.right.mT)
+    silent = kfoc.KFOC().solve(Samples(Rows(inputs), grads * 0), certify=False)
+    assert silent.sigma == 0
+    assert not silent.left.any()
+    assert not silent.right.any()
+
+
 @pytest.mark.parametrize("plan", ["gram", "primal", "gradients", "dense"])
 @pytest.mark.parametrize(("a", "g"), [(1e-9, 1e-12), (1e12, 1e3), (1.0, 1e-20), (1e15, 1e-18)])
 def test_extreme_magnitudes_in_float32(plan: str, a: float, g: float) -> None:

@@ -50,12 +50,12 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def moved(value: Any, model: nn.Module) -> Any:
-    """`value` with its tensors on the model's device, however nested; `value` stays as it is.
+def moved(value: Any, to: nn.Module | torch.device) -> Any:
+    """`value` with its tensors on a device or the model's, however nested; `value` stays as it is.
 
     Looks into tuples, NamedTuples, lists, mappings and dataclasses; other objects are passed on.
     """
-    device = next(model.parameters()).device
+    device = to if isinstance(to, torch.device) else next(to.parameters()).device
     return mapped(value, lambda tensor: _usable(tensor).to(device))
 
 

@@ -198,9 +198,11 @@ def take_samples(
             samples = _of_calls(record.calls.pop(name), grads, num_samples)
     except ValueError as error:
         raise problem(name, str(error)) from None
-    for what, largest in zip(("input", "output gradient"), samples.magnitudes, strict=True):
-        if not math.isfinite(largest):
-            raise problem(name, f"its {what} has values not finite ({largest})")
+    inputs, gradients = samples.magnitudes
+    if not math.isfinite(inputs):
+        raise problem(name, f"its input has values not finite ({inputs})")
+    if not math.isfinite(gradients):
+        raise problem(name, f"its output gradient has values not finite ({gradients})")
     return samples
 
 
@@ -228,7 +230,7 @@ def _of_calls(
         inputs = treatment.inputs(value)
         shaped = [treatment.grads(grad) for grad in whole]
         whole.clear()
-        wrong = misfit(inputs, shaped[0][None])
+        wrong = misfit(inputs, shaped[0])
         if wrong:
             raise ValueError(wrong)
         stacked = shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)

@@ -42,8 +42,9 @@ def untreatable(
         for name in silent
         if name not in known
     }
+    count = outputs.shape[0]
     for name, calls in new.items():
-        found = next(filter(None, (unfit(call, len(outputs)) for call in calls)), None)
+        found = next(filter(None, (unfit(call, count) for call in calls)), None)
         if found:
             reasons[name] = found
     reasons |= not_by_sample(outputs, new) | record.problems
@@ -73,13 +74,16 @@ def unfit(call: Call, num_samples: int) -> str | None:
             f"its first dimension is {found} in a batch of {num_samples} samples: it must run over "
             "the samples"
         )
-    value, treatment = accumulable(call.value[:1]), call.treatment
+    treatment, shape = call.treatment, call.value.shape
+    if treatment.maps_rows and len(shape) > 1 and shape[:-1] == call.output_shape[:-1]:
+        return None  # without a sample: that it fits shows by shapes alone
+    value = accumulable(call.value[:1])
     grad = value.new_zeros(1, *call.output_shape[1:])
     try:
         if treatment.direct is not None:
             treatment.direct(value, grad)
             return None
-        return misfit(treatment.inputs(value), treatment.grads(grad)[None])
+        return misfit(treatment.inputs(value), treatment.grads(grad))
     except ValueError as error:
         return str(error)
 
@@ -118,10 +122,10 @@ def not_by_sample(outputs: Tensor, called: dict[str, list[Call]]) -> dict[str, s
 
 
 def misfit(inputs: Inputs, grads: Tensor) -> str | None:
-    """What is wrong where a call's output has other positions than its input says."""
-    if inputs.num_positions == grads.shape[2]:
+    """What is wrong where a call's output, (N, T, o), has other positions than its input says."""
+    if inputs.num_positions == grads.shape[1]:
         return None
     return (
-        f"its output has {grads.shape[2]} positions where its input makes for "
+        f"its output has {grads.shape[1]} positions where its input makes for "
         f"{inputs.num_positions}"
     )

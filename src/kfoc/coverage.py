@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,12 +29,23 @@ def parameter_counts(model: nn.Module) -> dict[str, ParameterCount]:
     """Every parameter by name, as in `model.named_parameters(remove_duplicate=False)`."""
     first: dict[int, str] = {}
     counts = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in _named_parameters(model):
         tied = first.setdefault(id(parameter), name)
         counts[name] = ParameterCount(
             parameter.numel(), parameter.requires_grad, "" if tied == name else tied
         )
     return counts
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`model.named_parameters(remove_duplicate=False)`, in a fraction of its time."""
+    if type(model).named_parameters is not nn.Module.named_parameters:
+        yield from model.named_parameters(remove_duplicate=False)
+        return
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{name}" if prefix else name, parameter
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +35,14 @@ from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
-from kfoc.layers import Unsupported
+from kfoc.layers import Unsupported, own_parameters
 from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
 from kfoc.memory import Footprint, advised, within
 from kfoc.offload import Sweeps
 from kfoc.per_sample import Regions
 from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
-from kfoc.samples import LayerSamples
+from kfoc.samples import LayerSamples, finite
 from kfoc.selection import Selection, select
 from kfoc.threads import random_state_kept, seeded, uncompiled
 
@@ -167,7 +168,7 @@ def _fitted(
         return _Run(model, chosen, estimator, *options, selection, ranks=ranks, sweeps=sweeps)
 
     run = begin()
-    check_independent(model)
+    check_independent(run.selection.every.items())
     if estimator.pass_limit > 1 and isinstance(data, Iterator):
         raise ValueError(
             f"{estimator} needs several passes over the data, and an iterator can be read once: "
@@ -234,8 +235,8 @@ def _check_options(
         raise ValueError(f"seed must fit 64 bits, found {seed}")
 
 
-def check_independent(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def check_independent(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"layer {name!r} normalises by the statistics of the batch, so samples are not "
@@ -245,26 +246,34 @@ def check_independent(model: nn.Module) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     """Gradients on and compilation off; afterwards all is as it was, random state and buffers too.
 
     A compiled region is one function, whose layers nobody can watch.
+
+    Args:
+        modules: all of the model's.
     """
-    buffers = [b for m in model.modules() if m.training for b in m.buffers(recurse=False)]
+    buffers = [b for m in modules if m.training for b in m.buffers(recurse=False)]
     before = [buffer.clone() for buffer in buffers]
-    gpus = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    gpus = set()
+    if torch.cuda.is_initialized():  # or no parameter can be there
+        held = [p for module in modules for p in own_parameters(module).values()]
+        gpus = {p.device.index or 0 for p in held if p.device.type == "cuda"}
+    inference = torch.is_inference_mode_enabled()
     with (
-        random_state_kept(gpus),
-        torch.inference_mode(False),
+        random_state_kept(sorted(gpus)),
+        torch.inference_mode(False) if inference else nullcontext(),
         torch.enable_grad(),
         uncompiled(),
     ):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
+            if buffers:
+                with torch.no_grad():
+                    for buffer, value in zip(buffers, before, strict=True):
+                        buffer.copy_(value)
 
 
 @dataclass
@@ -302,7 +311,8 @@ class _Run:
         """Pass over the data until no layer needs it any more."""
         if self.sweeps:
             self.marks = self.sweeps.marks
-        with _undisturbed(self.model), captured(self.selection) as record:
+        modules = self.selection.every.values()
+        with _undisturbed(modules), captured(self.selection) as record:
             done = keeper.restored(self, data)
             while not done:
                 number = self.one_pass(data, record, report, keeper)
@@ -398,18 +408,19 @@ class _Run:
             inputs, targets = unpacked(batch)
             record.clear()
             with advised("the forward pass", "use smaller batches"):
-                outputs = self._outputs(inputs, number)
+                device = next(self.model.parameters()).device
+                outputs = self._outputs(inputs, device, number)
             record.closed = True
-            if not outputs.isfinite().all():
+            if not finite(outputs.detach()):
                 raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
-            count = len(outputs)
+            count = outputs.shape[0]
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
             for name in self.settled & record.calls.keys():
                 del record.calls[name]  # no derivative is needed by what it put out
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
                 first = self.ranks.first_index(count, self._due()) if self.ranks else index
-                grads = self._gradients(outputs, targets, record, first)
+                grads = self._gradients(outputs, moved(targets, device), record, first)
             regions, calls = list(record.regions), list(record.calls)
             # Regions first: they need the graph. All of it, as before torch 2.8 nodes of custom
             # functions end with the outputs, even where Python holds them.
@@ -459,13 +470,13 @@ class _Run:
                 return
             self._update(name, samples, index, alone)
 
-    def _outputs(self, inputs: Any, number: int) -> Tensor:
+    def _outputs(self, inputs: Any, device: torch.device, number: int) -> Tensor:
         # Whatever the forward pass draws is a function of seed and batch, on every pass.
         if self.ranks:  # which take turns, were it one process
             number = number * self.ranks.world + self.ranks.rank
         seed = (self.seed * 1_000_003 + number) % 2**63
-        with seeded(seed, cuda=next(self.model.parameters()).is_cuda):
-            outputs = (self.predict or called)(self.model, moved(inputs, self.model))
+        with seeded(seed, cuda=device.type == "cuda"):
+            outputs = (self.predict or called)(self.model, moved(inputs, device))
         return checked_outputs(outputs, inputs)
 
     def _gradients(
@@ -474,7 +485,7 @@ class _Run:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
         cotangents = self.likelihood.cotangents(
-            values, moved(targets, self.model), self.fisher, self.mc_samples, self.seed, index
+            values, targets, self.fisher, self.mc_samples, self.seed, index
         )
         return output_gradients(outputs, (c.to(outputs) for c in cotangents), record)
 
@@ -523,7 +534,8 @@ class _Run:
 
     def stream(self, batch: Any) -> None:
         """Take in one more batch."""
-        with _undisturbed(self.model), captured(self.selection) as record:
+        modules = list(self.model.modules())  # there may be new ones
+        with _undisturbed(modules), captured(self.selection) as record:
             count = self._batch(batch, record, self.num_samples, self.batches, False)
             self.num_samples, self.batches = self.num_samples + count, self.batches + 1
             self.weight += count
@@ -566,12 +578,13 @@ class _Run:
             raise ValueError(f"no layer can be treated: {self.selection.skipped}")
         # Those of the sweeps so far: other layers wait for a sweep to come.
         done = self.sweeps.blocks if self.sweeps else {}
-        for name in self.selection.blocks:
+        names = self.selection.blocks
+        for name in names:
             if name in self.states:
                 block = self._finished(name)
                 done[name] = self.sweeps.kept(name, block) if self.sweeps else block
                 del block
-        blocks = {name: done[name] for name in self.selection.blocks if name in done}
+        blocks = {name: done[name] for name in names if name in done}
         layouts = {name: self.selection.layout(name) for name in blocks}
         origin = repr(self.estimator), self.fisher, self.seed, parameter_counts(self.model)
         return Curvature(blocks, self.num_samples, layouts, self.selection.skipped, *origin)
@@ -586,22 +599,25 @@ class _Run:
         )
 
 
-def _telling(block: Block) -> Iterator[Tensor]:
-    """Numbers of a block of which one is not finite where any is: those of a semi-definite factor
-    are bounded by its diagonal, and all of them would take as long as a small fit."""
+def _in_range(block: Block) -> bool:
+    """Whether all numbers are finite: those of a semi-definite factor are bounded by its diagonal,
+    and to look at all of them would take as long as a small fit."""
     if isinstance(block, GroupedBlock):
-        for part in block.blocks:
-            yield from _telling(part)
-    elif isinstance(block, KroneckerBlock):
-        for factor in block.tensors():
-            yield factor.diagonal() if factor.ndim == 2 else factor
-    else:
-        yield from block.tensors()
+        return all(map(_in_range, block.blocks))
+    if not isinstance(block, KroneckerBlock):
+        return all(map(finite, block.tensors()))
+    for factor in (block.left, block.right):
+        whole = factor.ndim == 2
+        if whole and math.isfinite(factor.trace().item()):
+            continue
+        if not finite(factor.diagonal() if whole else factor):
+            return False
+    return True
 
 
 def _check_range(name: str, block: Block) -> None:
     """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype."""
-    if not all(tensor.isfinite().all() for tensor in _telling(block)):
+    if not _in_range(block):
         raise ValueError(
             f"layer {name!r}: its block has numbers beyond the range of {block.dtype}: bring its "
             "inputs or the outputs to a smaller scale, or fit the model in float64 (model.double())"

@@ -23,19 +23,22 @@ class Graph:
         self.root = outputs.grad_fn, outputs.output_nr
         self.users: dict[Node, list[tuple[Node, int, int]]] = {outputs.grad_fn: []}
         self._leaves: dict[int, Node] = {}
+        users = self.users
         waiting: list[Node] = [outputs.grad_fn]
         while waiting:
             user = waiting.pop()
             for argument, (node, result) in enumerate(user.next_functions):
                 if node is None:
                     continue
-                if node not in self.users:
-                    self.users[node] = []
-                    if hasattr(node, "variable"):
-                        self._leaves[id(node.variable)] = node
-                    else:
+                known = users.get(node)
+                if known is None:
+                    known = users[node] = []
+                    variable = getattr(node, "variable", None)
+                    if variable is None:
                         waiting.append(node)
-                self.users[node].append((user, argument, result))
+                    else:
+                        self._leaves[id(variable)] = node
+                known.append((user, argument, result))
 
     def leaf(self, parameter: Tensor) -> Node | None:
         """The node in which the gradient of a parameter ends, or None where none gets there."""
@@ -46,11 +49,10 @@ class Graph:
 
         Under autocast it is cast once for all of them: uses of the cast are uses of it.
         """
-        leaf = self.leaf(parameter)
-        users = [] if leaf is None else [user for user, _, _ in self.users[leaf]]
-        return sum(
-            len(self.users[user]) if user.name() == "ToCopyBackward0" else 1 for user in users
-        )
+        leaf, count = self.leaf(parameter), 0
+        for user, _, _ in () if leaf is None else self.users[leaf]:
+            count += len(self.users[user]) if user.name() == "ToCopyBackward0" else 1
+        return count
 
     def names(self) -> Iterator[str]:
         """The names of all operations."""

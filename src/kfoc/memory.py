@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,25 +37,35 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ON_CPU)
 
 
-@contextmanager
-def advised(what: str, advice: str) -> Iterator[None]:
+# Classes and no generators: some are entered for every layer of every batch.
+class advised:  # noqa: N801  (a context, used as contextlib's are)
     """Where memory runs out inside, say in what, and what to lower.
 
     Raises:
         OutOfMemory: in the place of whichever exception said so.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise OutOfMemory(f"{what}: memory ran out: {advice} ({error})") from error
+
+    def __init__(self, what: str, advice: str) -> None:
+        self.what, self.advice = what, advice
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
+            text = f"{self.what}: memory ran out: {self.advice} ({error})"
+            raise OutOfMemory(text) from error
 
 
-@contextmanager
-def within(what: str) -> Iterator[None]:
+class within:  # noqa: N801
     """Put `what` before the message of memory that ran out."""
-    try:
-        yield
-    except OutOfMemory as error:
-        raise OutOfMemory(f"{what}: {error}") from error.__cause__ or error
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OutOfMemory):
+            raise OutOfMemory(f"{self.what}: {error}") from error.__cause__ or error

@@ -8,6 +8,7 @@ the patches of a convolution, which are unfolded by chunks of samples and never 
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ class Rows:
         return False
 
     def silent(self, count: int) -> Rows:
-        return replace(self, values=self.values.new_zeros(count, 0, self.values.shape[2]))
+        return Rows(self.values.new_empty(count, 0, self.values.shape[2]), self.constant)
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class Patches:
 
     def silent(self, count: int) -> Rows:
         rows = self.size - (self.constant is not None)
-        return Rows(self.padded.new_zeros(count, 0, rows), self.constant)
+        return Rows(self.padded.new_empty(count, 0, rows), self.constant)
 
 
 class LayerSamples(Protocol):
@@ -400,7 +401,7 @@ class Samples:
 
     def silent(self, count: int) -> Samples:
         """`count` samples of the same layer without any position, so without any gradient."""
-        grads = self.grads.new_zeros(self.num_directions, count, 0, self.shape[0])
+        grads = self.grads.new_empty(self.num_directions, count, 0, self.shape[0])
         return Samples(self.inputs.silent(count), grads)
 
 
@@ -628,4 +629,11 @@ def magnitude(values: Tensor) -> float:
     if not values.numel():
         return 0.0
     low, high = torch.aminmax(values)
+    if values.device.type == "cpu":  # elsewhere every number that is read waits for the device
+        return max(high.item(), -low.item())
     return torch.maximum(-low, high).item()
+
+
+def finite(values: Tensor) -> bool:
+    """Whether all are. Their sum is not where one is not, and hardly ever where all are."""
+    return cmath.isfinite(values.sum().item()) or bool(values.isfinite().all())

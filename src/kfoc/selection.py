@@ -10,12 +10,22 @@ from torch import nn
 
 from kfoc.attention import Inlined, inlined, part_name
 from kfoc.embedding import TiedTreatment, tied_treatment
-from kfoc.layers import Refused, Treatment, Unsupported, checked_treatment, trained_parameters
+from kfoc.layers import (
+    Refused,
+    Treatment,
+    Unsupported,
+    checked_treatment,
+    own_parameters,
+    trained_parameters,
+)
 from kfoc.layout import Layout
 
 # Parameters that no treatment covers get per-sample gradients one by one, up to so many in all:
 # a batch of N samples holds N numbers for each of them.
 LOOSE_LIMIT = 2**16
+
+# What a name must have to match as a pattern.
+_WILD = frozenset("*?[")
 
 
 @dataclass
@@ -23,7 +33,8 @@ class Selection:
     """Which layers are treated and how, which are not and why, and which were asked for by name.
 
     Attributes:
-        candidates: all modules with parameters of their own, by name, in the model's order.
+        every: all of the model's modules by name.
+        candidates: those with parameters of their own, in the model's order.
         modules: those that are treated.
         treatments: how.
         inlined: modules that use their parts' parameters by themselves, where a part is treated.
@@ -33,6 +44,7 @@ class Selection:
         named: those that were asked for by name.
     """
 
+    every: dict[str, nn.Module] = field(default_factory=dict)
     candidates: dict[str, nn.Module] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     treatments: dict[str, Treatment] = field(default_factory=dict)
@@ -50,10 +62,11 @@ class Selection:
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """Name of a treated layer -> its treated parameters by their names in the module."""
-        return {
-            name: {key: module.get_parameter(key) for key in self.treatments[name].parameters}
-            for name, module in self.modules.items()
-        }
+        found = {}
+        for name, module in self.modules.items():
+            own = own_parameters(module)
+            found[name] = {key: own[key] for key in self.treatments[name].parameters}
+        return found
 
     def layout(self, name: str) -> Layout:
         """Where a block's parameters lie in its matrix."""
@@ -61,10 +74,10 @@ class Selection:
             parameters = self.loose[name]
             shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
             return Layout(tuple(parameters), shapes, "flat")
-        treatment, own = self.treatments[name], self.modules[name]
+        treatment, own = self.treatments[name], own_parameters(self.modules[name])
         return Layout(
             tuple(part_name(name, parameter) for parameter in treatment.parameters),
-            tuple(tuple(own.get_parameter(p).shape) for p in treatment.parameters),
+            tuple(tuple(own[parameter].shape) for parameter in treatment.parameters),
             treatment.layout,
             treatment.groups,
         )
@@ -125,28 +138,20 @@ def select(
 
     Layers that would need a factor of more than `largest` rows are treated where they are named.
     """
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-    }
+    every = dict(model.named_modules())
+    candidates = {name: module for name, module in every.items() if own_parameters(module)}
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    selection = Selection(candidates, named={p for p in patterns or () if p in candidates})
-    for pattern in patterns or ():
-        if not fnmatch.filter(candidates, pattern):
-            raise ValueError(
-                f"layers: {pattern!r} matches no layer with parameters; there are "
-                f"{', '.join(map(repr, candidates))}"
-            )
+    selection = Selection(every, candidates, named={p for p in patterns or () if p in candidates})
+    chosen = candidates.keys() if patterns is None else _matching(candidates, patterns)
     owners = _owners(candidates)
     for name, module in candidates.items():
-        if patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns):
+        if name in chosen:
             _add(selection, name, module, owners)
             if largest is not None and name not in selection.named and name in selection.treatments:
                 _check_size(selection, name, largest)
     if not selection.blocks:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
-    for name, module in model.named_modules():
+    for name, module in every.items():
         whole = inlined(module)
         if whole is None:
             continue
@@ -155,11 +160,28 @@ def select(
     return selection
 
 
+def _matching(candidates: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names that match a pattern; each must match one."""
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if _WILD.isdisjoint(pattern):  # as a rule: without a regular expression then
+            found = [name for name in candidates if name == pattern]
+        else:
+            found = [name for name in candidates if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"layers: {pattern!r} matches no layer with parameters; there are "
+                f"{', '.join(map(repr, candidates))}"
+            )
+        chosen.update(found)
+    return chosen
+
+
 def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
     """Parameter identity -> the names of the modules that hold it."""
     owners: dict[int, list[str]] = {}
     for name, module in candidates.items():
-        for parameter in module.parameters(recurse=False):
+        for parameter in own_parameters(module).values():
             owners.setdefault(id(parameter), []).append(name)
     return owners
 
@@ -227,6 +249,8 @@ def _twin(
 def _check_size(selection: Selection, name: str, largest: int) -> None:
     """Leave out a layer with a factor that is too large to be formed unasked."""
     treatment, module = selection.treatments[name], selection.modules[name]
+    if sum(parameter.numel() for parameter in own_parameters(module).values()) <= largest:
+        return  # no side of [W | b] is longer than all of it
     tied = isinstance(treatment, TiedTreatment)
     if treatment.direct is not None or isinstance(module, nn.Embedding) or tied:
         return  # without factors, or with a diagonal one

@@ -17,20 +17,25 @@ import torch
 _RANDOM, _COMPILER = threading.RLock(), threading.RLock()
 
 
-@contextmanager
-def random_state_kept(gpus: Sequence[int]) -> Iterator[None]:
+class random_state_kept:  # noqa: N801  (a context, used as contextlib's are)
     """The global generators of the CPU and these GPUs are left as they are found.
 
     With fits in several threads, as one of them finds them.
     """
-    fork = torch.random.fork_rng(gpus)
-    with _RANDOM:
-        fork.__enter__()
-    try:
-        yield
-    finally:
+
+    def __init__(self, gpus: Sequence[int]) -> None:
+        self.gpus = gpus
+
+    def __enter__(self) -> None:
         with _RANDOM:
-            fork.__exit__(None, None, None)
+            self.state = torch.default_generator.get_state()
+            self.on_gpus = [torch.cuda.get_rng_state(gpu) for gpu in self.gpus]
+
+    def __exit__(self, *error: object) -> None:
+        with _RANDOM:
+            torch.default_generator.set_state(self.state)
+            for gpu, state in zip(self.gpus, self.on_gpus, strict=True):
+                torch.cuda.set_rng_state(state, gpu)
 
 
 @contextmanager
@@ -65,8 +70,7 @@ class _Eager:
             # Only where anything may have been compiled, and torch can do that.
             loaded = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
             if self.stance is None and loaded:
-                self.stance = torch.compiler.set_stance("force_eager")
-                self.stance.__enter__()
+                self.stance = torch.compiler.set_stance("force_eager")  # from here on
 
     def exit(self) -> None:
         with _COMPILER:
@@ -79,11 +83,11 @@ class _Eager:
 _EAGER = _Eager()
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
+class uncompiled:  # noqa: N801  (a context, used as contextlib's are)
     """Compiled modules run as they were written: a compiled region has no layers to watch."""
-    _EAGER.enter()
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        _EAGER.enter()
+
+    def __exit__(self, *error: object) -> None:
         _EAGER.exit()

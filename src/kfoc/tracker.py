@@ -81,7 +81,7 @@ class Tracker:
         run = self._begun()
         before = run.updates
         with _running_statistics(self.model):
-            check_independent(self.model)
+            check_independent(self.model.named_modules())
             try:
                 run.stream((inputs, targets))
             except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
@@ -127,10 +128,13 @@ def _add_single(total: Tensor, samples: Samples, share: float, before: float) ->
     inner = total if constant is None else total[:-1, :-1]
     add_symmetric(inner, values, values, alpha=share, beta=before)
     if constant is not None:
+        column, corner = total[:, -1], constant**2 * share * len(values)
         if not before:  # the memory is one that nobody has written to
-            total[:, -1] = 0.0
-        total[:-1, -1].mul_(before).add_(values.sum(0), alpha=constant * share)
-        total[-1, -1].mul_(before).add_(constant**2 * share * len(values))
+            torch.mul(values.sum(0), constant * share, out=column[:-1])
+            column[-1] = corner
+            return
+        column[:-1].mul_(before).add_(values.sum(0), alpha=constant * share)
+        column[-1].mul_(before).add_(corner)
 
 
 def _pooled(state: _State) -> Pooling[_State]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
+from kfoc.estimators import single_output
 from kfoc.estimators.aggregation import Aggregation, Approx, Running
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.low_rank import LowRank, numbers_held
@@ -195,6 +196,8 @@ class KFOC(FactoredEstimator):
         return replace(self, memory_limit=0)._solved(samples, certify)
 
     def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
+        if samples.shape[0] == 1 and not samples.diagonal and self.plan is None:
+            return single_output.solved(samples)
         contraction, scale = self.contraction(samples)
         scale /= samples.num_samples
         rank = self._sketch_rank(samples, contraction)
