@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
-from kfoc.estimators.aggregation import Aggregation, Approx, Running
+from kfoc.estimators.aggregation import Aggregation, Approx, Running, Term
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.low_rank import LowRank, numbers_held
 from kfoc.estimators.online import Exact, Online
 from kfoc.estimators.over_ranks import synchronised
-from kfoc.kronecker import Contraction, KroneckerFit
+from kfoc.kronecker import Contraction, Iterate, KroneckerFit, Side
 from kfoc.memory import Footprint, out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, contract
 from kfoc.pooling import Pooling
 from kfoc.samples import Rows, Samples
-from kfoc.solver import fit_contraction
+from kfoc.solver import fit_contraction, leading_pair
 from kfoc.tied import Tied
+
+T = TypeVar("T")
 
 AGGREGATIONS = ("online", "running", "approx", "exact")
 
@@ -186,12 +189,15 @@ class KFOC(FactoredEstimator):
 
         Where memory does not suffice for the planned contraction, by one that keeps nothing.
         """
+        return self._within_memory(lambda config: config._solved(samples, certify))
+
+    def _within_memory(self, solve: Callable[[KFOC], T]) -> T:
         try:
-            return self._solved(samples, certify)
+            return solve(self)
         except (RuntimeError, MemoryError) as error:
             if self.plan or not self.memory_limit or not out_of_memory(error):
                 raise
-        return replace(self, memory_limit=0)._solved(samples, certify)
+        return solve(replace(self, memory_limit=0))
 
     def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         contraction, scale = self.contraction(samples)
@@ -202,6 +208,18 @@ class KFOC(FactoredEstimator):
             certify=certify or contraction.certifies,
             scale=scale / samples.num_samples,
         )
+
+    def term(self, samples: Samples) -> tuple[Term, Iterate]:
+        """As `solve`, without forming the factors; and how it went."""
+        return self._within_memory(lambda config: config._term(samples))
+
+    def _term(self, samples: Samples) -> tuple[Term, Iterate]:
+        contraction, scale = self.contraction(samples)
+        iterate = leading_pair(contraction, self.rtol, self.max_steps)
+        # Both of unit norm, and zeros where F is.
+        left, right = iterate.scales(1.0)
+        factors: dict[Side, Tensor] = {"left": iterate.left * left, "right": iterate.right * right}
+        return Term(contraction, factors, iterate.sigma * scale / samples.num_samples), iterate
 
     def contraction(self, samples: Samples) -> tuple[Contraction, float]:
         """The planned contraction of the rescaled samples, and the factor that it then lacks."""
