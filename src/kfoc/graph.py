@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,17 @@ class Graph:
         return sum(
             len(self.users[user]) if user.name() == "ToCopyBackward0" else 1 for user in users
         )
+
+    def after(self, nodes: Iterable[Node]) -> set[Node]:
+        """All nodes that what these nodes made went into: a backward pass to these comes by."""
+        found: set[Node] = set()
+        waiting = list(nodes)
+        while waiting:
+            for user, _, _ in self.users.get(waiting.pop(), ()):
+                if user not in found:
+                    found.add(user)
+                    waiting.append(user)
+        return found
 
     def names(self) -> Iterator[str]:
         """The names of all operations."""

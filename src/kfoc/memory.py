@@ -49,8 +49,8 @@ def advised(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+        if not out_of_memory(error) or isinstance(error.__cause__, (RuntimeError, MemoryError)):
+            raise  # something else, or one that says already in what
         raise OutOfMemory(f"{what}: memory ran out: {advice} ({error})") from error
 
 
