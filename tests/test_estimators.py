@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import kfoc
 import oracle
+from kfoc.estimators import aggregation
 from kfoc.likelihoods import Draws
 from models import batches, convolutional, images, trained
 
@@ -140,6 +141,14 @@ def test_kfac_is_what_its_papers_say(size: int) -> None:
     torch.testing.assert_close(curvature["3"].right, inputs.mT @ inputs / 20)
 
 
+@pytest.fixture(params=["formed", "added"])
+def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches' factors are formed, or added to the estimate without, as large ones are."""
+    if request.param == "added":
+        monkeypatch.setattr(aggregation, "FORMED", 0)
+
+
+@pytest.mark.usefixtures("factors")
 def test_approx_averages_the_factors_of_the_batches() -> None:
     model, (x, y) = convolutional(), images(20)
     size = 8  # 8, 8, 4
@@ -162,6 +171,7 @@ def test_approx_averages_the_factors_of_the_batches() -> None:
         )
 
 
+@pytest.mark.usefixtures("factors")
 def test_running_is_algorithm_1_on_estimate_and_batch() -> None:
     model, (x, y) = convolutional(), images(20)
     found = kfoc.fit(
@@ -178,6 +188,31 @@ def test_running_is_algorithm_1_on_estimate_and_batch() -> None:
             mixed = (count * estimate + len(part) * batch) / (count + len(part))
             estimate, count = oracle.optimum(mixed, o, i)[0], count + len(part)
         torch.testing.assert_close(found[layer].to_dense(), estimate, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
+@pytest.mark.parametrize("kind", ["generic", "parallel", "nearly parallel", "orthogonal"])
+def test_the_sum_of_two_products_in_closed_form(kind: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(4, 5, 5, dtype=torch.float64, generator=generator)
+    first, left, second, right = roots @ roots.mT
+    if kind == "orthogonal":
+        eye = torch.eye(5, dtype=torch.float64)
+        first, left, second, right = (torch.diag(eye[k]) for k in (0, 1, 2, 3))
+    elif kind != "generic":
+        slight = 1e-6 if kind == "nearly parallel" else 0.0
+        left, right = first + slight * left, second + slight * right
+    lefts, rights = [first / first.norm(), left / left.norm()], [second, right]
+    rights = [each / each.norm() for each in rights]
+    total = 3.0 * torch.kron(lefts[0], rights[0]) + scale * torch.kron(lefts[1], rights[1])
+    cosines = tuple((a * b).sum().item() for a, b in (lefts, rights))
+    sigma, *shares = aggregation.combined((3.0, scale), (cosines[0], cosines[1]))
+    factors = [x * a + y * b for (x, y), (a, b) in zip(shares, (lefts, rights), strict=True)]
+    best = oracle.optimum(total, 5, 5)[0]
+    assert sigma == pytest.approx(best.norm().item(), rel=1e-12)
+    assert [each.norm().item() for each in factors] == pytest.approx([1, 1], rel=1e-12)
+    assert all(share >= 0 for pair in shares for share in pair)
+    torch.testing.assert_close(sigma * torch.kron(*factors), best, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [1, 10, 100, 300])

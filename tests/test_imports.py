@@ -48,7 +48,7 @@ ALLOWED = {
     "attention": {"layers"},
     "per_sample": {"graph", "layers", "samples"},
     "selection": {"attention", "embedding", "layers", "layout"},
-    "record": {"layers", "per_sample", "samples"},
+    "record": {"graph", "layers", "per_sample", "samples"},
     "checks": {"graph", "record", "samples", "selection"},
     "capture": {"attention", "checks", "embedding", "layers", "record", "samples", "selection"},
     "vectors": {"layout"},

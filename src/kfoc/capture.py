@@ -141,23 +141,29 @@ def _agree(replayed: Any, output: Any) -> bool:
     return replayed is None and output is None
 
 
+# One layer's derivatives: per call (or edge), per direction; None where there is no path.
+Directions = list[list[Tensor | None]]
+Take = Callable[[str, Directions], None]
+
+
 def output_gradients(
-    outputs: Tensor, cotangents: Iterable[Tensor], record: Record
-) -> dict[str, list[list[Tensor | None]]]:
+    outputs: Tensor, cotangents: Iterable[Tensor], record: Record, take: Take | None = None
+) -> dict[str, Directions]:
     """Derivatives by every recorded output and every region's edges, for each cotangent.
 
+    Args:
+        take: gets a layer's name and derivatives as soon as the last backward pass is past them,
+            which then needs not hold them. Not where there are regions, which come first.
+
     Returns:
-        layer name -> per call (or edge), per direction, the derivative, or None where there is no
-        path.
+        layer name -> the derivatives, of the layers that `take` was not called for.
     """
     places = {
         name: [call.edge for call in calls if call.edge] for name, calls in record.calls.items()
     }
     places |= {name: region.edges for name, region in record.regions.items()}
     edges = [edge for each in places.values() for edge in each]
-    found: dict[str, list[list[Tensor | None]]] = {
-        name: [[] for _ in each] for name, each in places.items()
-    }
+    found: dict[str, Directions] = {name: [[] for _ in each] for name, each in places.items()}
     if not edges:
         return found
     pending = iter(cotangents)
@@ -166,9 +172,12 @@ def output_gradients(
         following = next(pending, None)
         # The last backward pass is known as such, and frees the graph as it goes, unless regions
         # still need theirs.
-        retain = following is not None or bool(record.regions)
+        last = following is None and not record.regions
+        if last and take is not None:
+            _last_pass(outputs, cotangent, record, found, take)
+            break
         grads = torch.autograd.grad(
-            outputs, edges, cotangent, retain_graph=retain, allow_unused=True
+            outputs, edges, cotangent, retain_graph=not last, allow_unused=True
         )
         remaining = iter(grads)
         for per_call in found.values():
@@ -178,6 +187,53 @@ def output_gradients(
     for call in [call for calls in record.calls.values() for call in calls]:
         call.edge = None
     return found
+
+
+def _last_pass(
+    outputs: Tensor, cotangent: Tensor, record: Record, found: dict[str, Directions], take: Take
+) -> None:
+    """Complete the derivatives, and hand each layer's over before the pass goes on below it.
+
+    Nothing lies below the edges that are not passed: theirs are collected by autograd to the end.
+    """
+    waiting = {name: len(calls) for name, calls in record.calls.items()}
+
+    def watch(name: str, place: int, result: int) -> Callable[..., None]:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            found[name][place].append(grads[result])
+            waiting[name] -= 1
+            if not waiting[name]:
+                take(name, found.pop(name))
+
+        return hook
+
+    # No variable here may hold on to a call, whose input is to go with its layer.
+    places = [
+        (name, place, call.edge, call.passed)
+        for name, calls in record.calls.items()
+        for place, call in enumerate(calls)
+        if call.edge
+    ]
+    edges = [edge for _, _, edge, passed in places if not passed]
+    ends = [found[name][place] for name, place, _, passed in places if not passed]
+    handles = [
+        edge.node.register_prehook(watch(name, place, edge.output_nr))
+        for name, place, edge, passed in places
+        if passed
+    ]
+    del places
+    count = len(found[next(iter(found))][0]) + 1
+    try:
+        grads = torch.autograd.grad(outputs, edges, cotangent, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for directions, grad in zip(ends, grads, strict=True):
+        directions.append(grad)
+    for per_call in found.values():
+        for directions in per_call:
+            if len(directions) < count:  # the pass did not come by
+                directions.append(None)
 
 
 def take_samples(

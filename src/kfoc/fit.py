@@ -26,7 +26,7 @@ from kfoc.batches import (
     unpacked,
 )
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
-from kfoc.capture import captured, output_gradients, take_samples
+from kfoc.capture import Directions, Take, captured, output_gradients, take_samples
 from kfoc.certificate import Probes
 from kfoc.checkpoint import Checkpoint, Keeper
 from kfoc.checks import untreatable
@@ -416,19 +416,23 @@ class _Run:
             count = outputs.shape[0]
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
-            for name in self.settled & record.calls.keys():
-                del record.calls[name]  # no derivative is needed by what it put out
+            regions, calls = list(record.regions), list(record.calls)
+
+            def take(name: str, grads: Directions) -> None:
+                self._take(name, record, grads, count, index, alone)
+
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
                 first = self.ranks.first_index(count, self._due()) if self.ranks else index
-                grads = self._gradients(outputs, moved(targets, device), record, first)
-            regions, calls = list(record.regions), list(record.calls)
+                # A sweep chooses its layers in the order of the model: all of them come first.
+                early = take if self.states or not self.sweeps else None
+                grads = self._gradients(outputs, moved(targets, device), record, first, early)
             # Regions first: they need the graph. All of it, as before torch 2.8 nodes of custom
             # functions end with the outputs, even where Python holds them.
             for name in regions:
-                self._take(name, record, grads, count, index, alone)
+                take(name, grads.pop(name))
             del outputs  # and with it the graph
-            for name in calls:
-                self._take(name, record, grads, count, index, alone)
+            for name in list(grads):
+                take(name, grads.pop(name))
             self._silent(self.settled.union(regions, calls), count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
@@ -448,12 +452,15 @@ class _Run:
             del record.calls[name]
         wanted = {k: v for k, v in self.selection.loose.items() if k not in self.settled}
         record.regions = self.regions.find(outputs, graph, wanted)
+        for name in self.settled & record.calls.keys():
+            del record.calls[name]  # no derivative is needed by what it put out
+        record.find_passed(graph)
 
     def _take(
         self,
         name: str,
         record: Record,
-        grads: dict[str, list[Any]],
+        grads: Directions,
         count: int,
         index: int,
         alone: bool,
@@ -462,7 +469,7 @@ class _Run:
             return
         with advised(f"layer {name!r}", _LESS_MEMORY):
             try:
-                samples = take_samples(name, record, grads.pop(name), count)
+                samples = take_samples(name, record, grads, count)
             except Unsupported as reason:
                 if name in self.shapes:
                     raise ValueError(f"layer {name!r}: {reason}") from None
@@ -480,14 +487,14 @@ class _Run:
         return checked_outputs(outputs, inputs)
 
     def _gradients(
-        self, outputs: Tensor, targets: Any, record: Record, index: int
-    ) -> dict[str, list[list[Tensor | None]]]:
+        self, outputs: Tensor, targets: Any, record: Record, index: int, take: Take | None
+    ) -> dict[str, Directions]:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
         cotangents = self.likelihood.cotangents(
             values, targets, self.fisher, self.mc_samples, self.seed, index
         )
-        return output_gradients(outputs, (c.to(outputs) for c in cotangents), record)
+        return output_gradients(outputs, (c.to(outputs) for c in cotangents), record, take)
 
     def _check_same(self, outputs: Tensor, targets: Any, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""

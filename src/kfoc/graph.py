@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,17 @@ class Graph:
         for user, _, _ in () if leaf is None else self.users[leaf]:
             count += len(self.users[user]) if user.name() == "ToCopyBackward0" else 1
         return count
+
+    def after(self, nodes: Iterable[Node]) -> set[Node]:
+        """All nodes that what these nodes made went into: a backward pass to these comes by."""
+        found: set[Node] = set()
+        waiting = list(nodes)
+        while waiting:
+            for user, _, _ in self.users.get(waiting.pop(), ()):
+                if user not in found:
+                    found.add(user)
+                    waiting.append(user)
+        return found
 
     def names(self) -> Iterator[str]:
         """The names of all operations."""

@@ -52,9 +52,12 @@ class advised:  # noqa: N801  (a context, used as contextlib's are)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
-            text = f"{self.what}: memory ran out: {self.advice} ({error})"
-            raise OutOfMemory(text) from error
+        if not isinstance(error, (RuntimeError, MemoryError)) or not out_of_memory(error):
+            return
+        if isinstance(error.__cause__, (RuntimeError, MemoryError)):
+            return  # one that says already in what
+        text = f"{self.what}: memory ran out: {self.advice} ({error})"
+        raise OutOfMemory(text) from error
 
 
 class within:  # noqa: N801

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfoc.graph import Graph
 from kfoc.layers import Treatment
 from kfoc.per_sample import Region
 from kfoc.samples import magnitude
@@ -30,6 +31,7 @@ class Call:
         version: of the input, which changes when anything writes to it.
         edge: where its output came from; None once derivatives are there, to let the graph go.
         group: of the layer's outputs, where a call is about one group of them.
+        passed: whether the backward pass goes through the edge, to that of another call.
     """
 
     treatment: Treatment
@@ -39,6 +41,7 @@ class Call:
     output_shape: torch.Size
     output_dtype: torch.dtype
     group: int | None = None
+    passed: bool = False
 
 
 @dataclass
@@ -86,6 +89,13 @@ class Record:
         version = value._version
         call = Call(treatment, value.detach(), version, edge, output.shape, output.dtype, group)
         self.calls.setdefault(name, []).append(call)
+
+    def find_passed(self, graph: Graph) -> None:
+        """See which calls' edges the backward pass goes through."""
+        calls = [call for calls in self.calls.values() for call in calls if call.edge]
+        after = graph.after({call.edge.node for call in calls if call.edge})
+        for call in calls:
+            call.passed = call.edge is not None and call.edge.node in after
 
     def first_not_finite(self) -> str | None:
         """What is wrong with the first watched layer whose input is not finite, if there is one."""

@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators import single_output
-from kfoc.estimators.aggregation import Aggregation, Approx, Running
+from kfoc.estimators.aggregation import Aggregation, Approx, Running, Term
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.low_rank import LowRank, numbers_held
 from kfoc.estimators.online import Exact, Online
 from kfoc.estimators.over_ranks import synchronised
-from kfoc.kronecker import Contraction, KroneckerFit
+from kfoc.kronecker import Contraction, KroneckerFit, Side, balance
 from kfoc.memory import Footprint, out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sketch_rank
 from kfoc.pooling import Pooling
 from kfoc.samples import Rows, Samples
 from kfoc.sketch import Sketchable, fit_from_sketch
-from kfoc.solver import fit_contraction
+from kfoc.solver import fit_contraction, leading_pair
 from kfoc.tied import Tied
+
+T = TypeVar("T")
 
 AGGREGATIONS = ("online", "running", "approx", "exact")
 
@@ -188,12 +191,15 @@ class KFOC(FactoredEstimator):
 
         Where memory does not suffice for the planned contraction, by one that keeps nothing.
         """
+        return self._within_memory(lambda config: config._solved(samples, certify))
+
+    def _within_memory(self, solve: Callable[[KFOC], T]) -> T:
         try:
-            return self._solved(samples, certify)
+            return solve(self)
         except (RuntimeError, MemoryError) as error:
             if self.plan or not self.memory_limit or not out_of_memory(error):
                 raise
-        return replace(self, memory_limit=0)._solved(samples, certify)
+        return solve(replace(self, memory_limit=0))
 
     def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         if samples.shape[0] == 1 and not samples.diagonal and self.plan is None:
@@ -225,6 +231,25 @@ class KFOC(FactoredEstimator):
         if isinstance(samples, Tied) or samples.diagonal or self.rtol < 1e-8 or self.max_steps < 20:
             return 0
         return sketch_rank(Size.of(samples), contraction.plan)
+
+    def term(self, samples: Samples) -> Term:
+        """As `solve`, without forming the factors where that can be had."""
+        return self._within_memory(lambda config: config._term(samples))
+
+    def _term(self, samples: Samples) -> Term:
+        contraction, scale = self.contraction(samples)
+        factors: dict[Side, Tensor]
+        if self._sketch_rank(samples, contraction):
+            fit = self._solved(samples, certify=False)
+            left, right = balance(fit.left, fit.right, 1.0)
+            factors = {"left": left, "right": right}
+            return Term(None, factors, fit.sigma, fit.steps, fit.converged, fit.plan)
+        found = leading_pair(contraction, self.rtol, self.max_steps)
+        # Both of unit norm, and zeros where F is.
+        scales = found.scales(1.0)
+        factors = {"left": found.left * scales[0], "right": found.right * scales[1]}
+        sigma = found.sigma * scale / samples.num_samples
+        return Term(contraction, factors, sigma, found.steps, found.converged, contraction.plan)
 
     def contraction(self, samples: Samples) -> tuple[Contraction, float]:
         """The planned contraction of the rescaled samples, and the factor that it then lacks."""
