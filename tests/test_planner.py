@@ -5,9 +5,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfoc
-from kfoc.planner import COSTS, PLANS, SINGLE_POSITION, Size, choose
+from kfoc.planner import (
+    COSTS,
+    PLANS,
+    SINGLE_POSITION,
+    SKETCHING,
+    Size,
+    choose,
+    reduced_rank,
+    sketch_cost,
+)
 from kfoc.products import add_symmetric, blocks, gram, halves, mirrored, share, times_half
 from kfoc.samples import Rows, Samples
+from kfoc.sketch import fit_from_sketch
 
 SIZES = {
     "plain": Size(S=1, N=60, T=1, i=50, o=30),
@@ -74,6 +84,33 @@ def test_costs_are_the_counted_multiply_adds(name: str, plan: str) -> None:
     assert (second - first) / half_steps == pytest.approx(cost.half_step, rel=0.1)
     expected = cost.setup + 2 * cost.half_step + cost.factors
     assert first == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "plan"),
+    [
+        (Size(S=1, N=900, T=1, i=500, o=400), "primal"),
+        (Size(S=1, N=6, T=60, i=200, o=150), "position_gram"),
+        (Size(S=2, N=5, T=60, i=150, o=200), "positions"),
+        (Size(S=1, N=6, T=200, i=90, o=60), "gradients"),
+    ],
+)
+def test_cost_of_a_sketch_is_near_the_counted_multiply_adds(size: Size, plan: str) -> None:
+    """Near: how many half steps the small problem takes depends on the samples."""
+    falling = torch.arange(1.0, size.i + 1) ** -2.0, torch.arange(1.0, size.o + 1) ** -2.0
+    drawn = samples(size)
+    drawn = Samples(Rows(drawn.inputs.tensor * falling[0]), drawn.grads * falling[1])
+    contraction = PLANS[plan](drawn, 2**30)
+
+    def solve() -> None:
+        shape, rank = (size.o, size.i), reduced_rank(size)
+        fit = fit_from_sketch(
+            contraction, shape, rank, rtol=1e-6, max_steps=100, certify=False, scale=1.0
+        )
+        assert fit.steps == 2
+
+    expected = sketch_cost(size, plan) - SKETCHING
+    assert 0.6 < counted(solve) / expected < 1.4
 
 
 @pytest.mark.parametrize(

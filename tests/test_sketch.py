@@ -89,6 +89,13 @@ def test_suffices_where_gradients_are_of_low_rank(plan: str) -> None:
         assert fit.relative_error is None
 
 
+def opposite_factor(sizes: dict[Side, int], side: Side, generator: torch.Generator) -> Tensor:
+    """A PSD factor on the side opposite to `side`."""
+    size = sizes[opposite(side)]
+    root = torch.randn(size, size, generator=generator)
+    return root @ root.mT
+
+
 @pytest.mark.parametrize("plan", NAMES)
 @pytest.mark.parametrize("directions", [1, 3])
 @pytest.mark.parametrize("constant", [None, 0.5])
@@ -103,8 +110,15 @@ def test_what_a_sketch_asks_of_a_plan(plan: str, directions: int, constant: floa
         expected = contraction.apply(rows.mT @ rows, side)
         torch.testing.assert_close(contraction.apply_rows(rows, side), expected)
 
-        matrix = torch.randn(size, size, generator=generator)
-        matrix = matrix @ matrix.mT
+        if isinstance(contraction, Positions):
+            representation = contraction.apply(
+                opposite_factor(sizes, side, generator), opposite(side)
+            )
+            factor = contraction.factor(representation, side)
+            found = contraction.times_factor(representation, side, rows.mT)
+            torch.testing.assert_close(found, factor @ rows.mT)
+
+        matrix = opposite_factor(sizes, opposite(side), generator)
         probes = torch.randn(sizes[opposite(side)], 4, generator=generator)
         image = contraction.factor(contraction.apply(matrix, side), opposite(side))
         found, step = contraction.quadratic(matrix, side, probes)

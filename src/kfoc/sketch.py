@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kfoc.kronecker import KroneckerFit, Side, norm_of, opposite, relative_error
-from kfoc.planner import PROBES, ROWS, contract
-from kfoc.plans import Gradients, Positions, Primal
+from kfoc.planner import PROBES, ROWS
+from kfoc.plans import Gradients, PositionGram, Positions, Primal
 from kfoc.products import orthonormal
 from kfoc.samples import Rows, Samples
 from kfoc.solver import Start, fit_contraction, leading_pair
@@ -36,6 +36,9 @@ MORE = 2
 
 # Of what the sketch lacks, and how slowly half steps make up for it: beyond, two are not enough.
 HOPELESS = 0.25
+
+# Of what the sketch lacks: beyond, a cheap step is to make up for it.
+LOSSY = 0.1
 
 # Singular values as close as this might change places in the reduced problem.
 CLOSEST = 0.9
@@ -104,21 +107,23 @@ def sketched(
     """A sketch of the factor on the larger side; None where none can be relied on."""
     side: Side = "left" if shape[0] > shape[1] else "right"
     lost = 0.0
+    bases: dict[Side, Tensor | None] = {}
+    inner: Primal | PositionGram
     if isinstance(contraction, Primal):
         reduced, bases = contraction.projected(rank)
-        inner = contract(reduced, plan="primal")
+        inner = Primal(reduced)
     else:
         reduced, lost = truncated(contraction, shape[1], rank)
-        inner = contract(reduced, plan="position_gram")
+        inner = PositionGram(reduced)
     precision = 4 * torch.finfo(reduced.grads.dtype).eps
     found = leading_pair(inner, max(rtol / 4, 1.1 * precision), MAX_STEPS)
     if not found.converged or not found.sigma or found.damping > CLOSEST:
         return None
     representation = found.left if side == "left" else found.right
-    if isinstance(contraction, Primal):
+    if isinstance(inner, Primal):
         rows = _root(inner.factor(representation, side), bases[side])
     else:
-        rows = _nystrom(reduced, representation, side)
+        rows = _nystrom(inner, representation, side)
     return Sketch(rows, side, max(found.damping, 0.1), lost)
 
 
@@ -147,6 +152,7 @@ def _root(factor: Tensor, basis: Tensor | None) -> Tensor:
     """Rows R such that `R^T R` is the factor, which is in coordinates of the basis."""
     values, vectors = torch.linalg.eigh(factor)
     rows = values.clamp_min(0).sqrt()[:, None] * vectors.mT
+    rows = _unit(rows)
     if basis is None:
         return rows
     # The column of ones of a bias, if there is one, is a coordinate of its own.
@@ -154,17 +160,22 @@ def _root(factor: Tensor, basis: Tensor | None) -> Tensor:
     return torch.cat([inner, rows[:, len(basis) :]], 1)
 
 
-def _nystrom(samples: Samples, representation: Tensor, side: Side) -> Tensor:
-    """Rows R, at most `ROWS`, such that `R^T R` is nearly `sum_n rows_n^T W_n rows_n`."""
-    rows = samples.grads[0] if side == "left" else samples.inputs.tensor
-    width = rows.shape[2]
+def _nystrom(contraction: Positions, representation: Tensor, side: Side) -> Tensor:
+    """Rows R, at most `ROWS`, such that `R^T R` is nearly the factor."""
+    width = contraction.width(side)
     generator = torch.Generator().manual_seed(1)
-    probes = torch.randn(width, min(ROWS, width), generator=generator).to(rows)
-    image = rows.flatten(0, 1).mT @ torch.bmm(representation, rows @ probes).flatten(0, 1)
+    probes = torch.randn(width, min(ROWS, width), generator=generator).to(contraction.like)
+    image = contraction.times_factor(representation, side, probes)
     core = probes.mT @ image
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     kept = values > 1e-6 * values[-1]
-    return (vectors[:, kept] / values[kept].sqrt()).mT @ image.mT
+    return _unit((vectors[:, kept] / values[kept].sqrt()).mT @ image.mT)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Of the factor's norm one: what follows has the fifth power of sigma."""
+    norm = norm_of(rows @ rows.mT)
+    return rows / math.sqrt(norm) if norm else rows
 
 
 @dataclass(frozen=True)
@@ -197,6 +208,10 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
     if sketch.lost * q / (1 - q) > HOPELESS:
         return _start(contraction, coefficients, other, 1, q)
     first = contraction.factor(coefficients, other)
+    if sketch.lost > LOSSY and isinstance(contraction, Positions):
+        # A full step with the factor on the larger side of low rank: it is not formed.
+        rows = _nystrom(contraction, contraction.apply(first, other), side)
+        first = contraction.factor(contraction.apply_rows(rows, side), other)
     norm = norm_of(first)
     if not norm:
         return None

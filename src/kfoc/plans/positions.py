@@ -41,6 +41,10 @@ class Positions(Coefficients):
         """For dtype and device."""
         return self._rows["left"]
 
+    def width(self, side: Side) -> int:
+        """The size of a factor."""
+        return self._rows[side].shape[-1]
+
     def start(self) -> Tensor:
         rows = self._rows["right"][0]
         return torch.bmm(rows, rows.mT).div_(math.sqrt(rows.shape[2]))
@@ -65,6 +69,14 @@ class Positions(Coefficients):
             image = torch.bmm(few, few.mT) if image is None else image.baddbmm_(few, few.mT)
         assert image is not None
         return image
+
+    def times_factor(self, representation: Tensor, side: Side, matrix: Tensor) -> Tensor:
+        """A represented factor times a matrix of few columns, (n, k); the factor is not formed."""
+        parts = [
+            direction.flatten(0, 1).mT @ torch.bmm(representation, direction @ matrix).flatten(0, 1)
+            for direction in self._rows[side]
+        ]
+        return sum(parts[1:], parts[0])
 
     def carried(self, matrices: Tensor, side: Side) -> Tensor:
         """Every `X` times matrices that stand on its right, or `X^T` times those on its left.
