@@ -172,9 +172,12 @@ def test_close_singular_values_are_not_left_to_a_sketch() -> None:
 
 
 @pytest.mark.parametrize("plan", NAMES)
-def test_in_float32(plan: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**-8])
+def test_in_float32(plan: str, scale: float) -> None:
+    """Scales as samples may have them that are left as they are: sigma goes by the fourth power."""
     for seed in range(3):
         samples = samples_of(plan, seed)
+        samples = Samples(Rows(samples.inputs.tensor * scale), samples.grads * scale)
         half = Samples(Rows(samples.inputs.tensor.float()), samples.grads.float())
         fit = fit_from_sketch(
             contraction_of(half, plan), SHAPE, 6, rtol=1e-6, max_steps=500, certify=False, scale=1.0
@@ -195,8 +198,9 @@ def test_draws_nothing_from_the_global_generator() -> None:
 def test_is_used_by_large_layers() -> None:
     """One of a transformer's layers, at its own size; and no small one."""
     size = Size(S=1, N=8, T=128, i=257, o=256)
-    assert sketch_rank(size, "position_gram") == 32
-    assert sketch_rank(Size(S=1, N=8, T=16, i=30, o=20), "position_gram") == 0
+    assert sketch_rank(size, "position_gram", 2**30, 4) == 32
+    assert sketch_rank(size, "position_gram", 2**16, 4) == 0
+    assert sketch_rank(Size(S=1, N=8, T=16, i=30, o=20), "position_gram", 2**30, 4) == 0
     assert set(NAMES) <= set(PLANS)
     generator = torch.Generator().manual_seed(0)
     mixing = falling(256, generator, 1.0)

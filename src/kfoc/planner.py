@@ -212,11 +212,19 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
     return min(fitting, key=multiply_adds)
 
 
-def sketch_rank(size: Size, name: str) -> int:
-    """Directions that a sketch should reduce the samples to; 0 where it does not pay."""
-    if sketch_cost(size, name) < COSTS[name](size).expected():
-        return reduced_rank(size)
-    return 0
+def sketch_rank(size: Size, name: str, memory_limit: int, element_size: int) -> int:
+    """Directions that a sketch should reduce the samples to; 0 where it does not pay or fit."""
+    rank = reduced_rank(size)
+    # The reduced samples, as they come about: in two versions, and once as rows.
+    held = 3 * rank * size.N * (size.i + size.S * size.o)
+    if name == "gradients":  # which would have to be formed anew at every step
+        held += COSTS[name](size).memory
+    if (
+        held * element_size > memory_limit
+        or sketch_cost(size, name) >= COSTS[name](size).expected()
+    ):
+        return 0
+    return rank
 
 
 def sums_densely(size: Size, budget: int) -> bool:

@@ -173,9 +173,15 @@ def _nystrom(contraction: Positions, representation: Tensor, side: Side) -> Tens
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Of the factor's norm one: what follows has the fifth power of sigma."""
+    """Of the factor's norm one: what follows has higher powers of sigma."""
     norm = norm_of(rows @ rows.mT)
     return rows / math.sqrt(norm) if norm else rows
+
+
+def _normed(factor: Tensor) -> Tensor | None:
+    """In place, of unit norm; None where it is zero."""
+    norm = norm_of(factor)
+    return factor.div_(norm) if norm else None
 
 
 @dataclass(frozen=True)
@@ -207,17 +213,16 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
     coefficients = contraction.apply_rows(sketch.rows, side)
     if sketch.lost * q / (1 - q) > HOPELESS:
         return _start(contraction, coefficients, other, 1, q)
-    first = contraction.factor(coefficients, other)
-    if sketch.lost > LOSSY and isinstance(contraction, Positions):
+    first = _normed(contraction.factor(coefficients, other))
+    if first is not None and sketch.lost > LOSSY and isinstance(contraction, Positions):
         # A full step with the factor on the larger side of low rank: it is not formed.
         rows = _nystrom(contraction, contraction.apply(first, other), side)
-        first = contraction.factor(contraction.apply_rows(rows, side), other)
-    norm = norm_of(first)
-    if not norm:
+        first = _normed(contraction.factor(contraction.apply_rows(rows, side), other))
+    if first is None:
         return None
     coefficients = contraction.apply(first, other)
     second = contraction.factor(coefficients, side)
-    sigma = norm_of(second) / norm
+    sigma = norm_of(second)
     if not sigma:
         return None
     # What another half step would change in the first factor, relative to it: E, of which the
@@ -227,7 +232,7 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
     count = 4 * PROBES if isinstance(contraction, Primal) else PROBES
     probes = torch.randn(first.shape[0], count, generator=generator).to(first)
     image, step = contraction.quadratic(second, side, probes)
-    change = image / (norm * sigma**2) - probes.mT @ first @ probes / norm
+    change = image / sigma**2 - probes.mT @ first @ probes
     change = change - change.diagonal().diag()
     squared = change.square().sum().item() / (count * (count - 1))
     # With E = sum (1 - s^2) e u over the other singular vectors u, of singular values s relative to
@@ -236,11 +241,12 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
     remaining = squared / (1 - q)
     more = next((k for k in range(MORE + 1) if remaining * q**k <= rtol), None)
     if more is None and side == "left":
-        return Start(coefficients / norm, 2, q)
+        return Start(coefficients, 2, q)
     if more is None:
         del first
         step = contraction.apply(second, side) if step is None else step
-        return Start(step / (norm * sigma), 3, q)
+        return Start(step / sigma, 3, q)
+    norm = 1.0
     for _ in range(more):
         norm *= sigma
         step = contraction.apply(second, side) if step is None else step

@@ -230,7 +230,8 @@ class KFOC(FactoredEstimator):
         is only nearly the optimum."""
         if isinstance(samples, Tied) or samples.diagonal or self.rtol < 1e-8 or self.max_steps < 20:
             return 0
-        return sketch_rank(Size.of(samples), contraction.plan)
+        element_size = samples.grads.element_size()
+        return sketch_rank(Size.of(samples), contraction.plan, self.memory_limit, element_size)
 
     def term(self, samples: Samples) -> Term:
         """As `solve`, without forming the factors where that can be had."""
