@@ -200,6 +200,7 @@ def test_is_used_by_large_layers() -> None:
     size = Size(S=1, N=8, T=128, i=257, o=256)
     assert sketch_rank(size, "position_gram", 2**30, 4) == 32
     assert sketch_rank(size, "position_gram", 2**16, 4) == 0
+    assert sketch_rank(Size(S=1, N=4096, T=1, i=1025, o=1024), "primal", 2**30, 4) == 96
     assert sketch_rank(Size(S=1, N=8, T=16, i=30, o=20), "position_gram", 2**30, 4) == 0
     assert set(NAMES) <= set(PLANS)
     generator = torch.Generator().manual_seed(0)

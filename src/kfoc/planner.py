@@ -214,15 +214,15 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
 
 def sketch_rank(size: Size, name: str, memory_limit: int, element_size: int) -> int:
     """Directions that a sketch should reduce the samples to; 0 where it does not pay or fit."""
-    rank = reduced_rank(size)
-    # The reduced samples, as they come about: in two versions, and once as rows.
-    held = 3 * rank * size.N * (size.i + size.S * size.o)
-    if name == "gradients":  # which would have to be formed anew at every step
-        held += COSTS[name](size).memory
-    if (
-        held * element_size > memory_limit
-        or sketch_cost(size, name) >= COSTS[name](size).expected()
-    ):
+    rank, count = reduced_rank(size), size.S * size.N
+    cost = COSTS[name](size)
+    # The reduced samples, as they come about: before and after a step of subspace iteration.
+    held: float = 2 * rank * (size.N + count)
+    if size.T > 1:
+        held = 3 * rank * count * (size.i + size.o)
+    if name == "gradients":  # they would have to be formed anew at every step
+        held += cost.memory
+    if held * element_size > memory_limit or sketch_cost(size, name) >= cost.expected():
         return 0
     return rank
 
