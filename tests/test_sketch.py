@@ -212,3 +212,14 @@ def test_is_used_by_large_layers() -> None:
     plain = kfoc.KFOC(rtol=1e-9).solve(samples, certify=False)
     assert fit.steps < plain.steps
     assert fit.sigma == pytest.approx(plain.sigma, rel=3e-6)
+
+
+@pytest.mark.parametrize(("power", "reduced"), [(0.0, False), (1.5, True)])
+def test_white_noise_is_not_projected(power: float, reduced: bool) -> None:
+    """A few directions do not have most of it, and what they tell would be of no use."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(300, 1, 80, generator=generator) @ falling(80, generator, power)
+    grads = torch.randn(1, 300, 1, 10, generator=generator)
+    contraction = Primal(Samples(Rows(inputs), grads))
+    assert (contraction.projected(8) is not None) == reduced
+    assert (sketched(contraction, (10, 80), 8, 1e-6) is not None) == reduced

@@ -29,7 +29,7 @@ from kfoc.solver import Start, fit_contraction, leading_pair
 MANY = 64
 
 # Half steps that the reduced problem may take.
-MAX_STEPS = 200
+MAX_STEPS = 40
 
 # Half steps that may follow the two: beyond, the accelerated solver is faster.
 MORE = 2
@@ -110,7 +110,10 @@ def sketched(
     bases: dict[Side, Tensor | None] = {}
     inner: Primal | PositionGram
     if isinstance(contraction, Primal):
-        reduced, bases = contraction.projected(rank)
+        projected = contraction.projected(rank)
+        if projected is None:
+            return None
+        reduced, bases = projected
         inner = Primal(reduced)
     else:
         reduced, lost = truncated(contraction, shape[1], rank)

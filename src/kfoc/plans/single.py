@@ -12,6 +12,10 @@ from kfoc.plans.coefficients import CHUNK, Coefficients, Scratch
 from kfoc.products import add_symmetric, gram, halves, mirrored, orthonormal, times_half
 from kfoc.samples import Inputs, Rows, Samples
 
+# The share of some samples' squares that a projection must have, and by how many it is judged.
+CAPTURED = 0.5
+FEW = 256
+
 
 class Primal(Coefficients):
     """T = 1: `left = sum_n w_n sum_s g g^T` and `right = sum_n v_n a a^T`, iterated on w and v.
@@ -72,7 +76,7 @@ class Primal(Coefficients):
         weights = step.repeat(len(vectors) // self._count)
         return products.mT @ (products * weights[:, None]), step
 
-    def projected(self, rank: int) -> tuple[Samples, dict[Side, Tensor | None]]:
+    def projected(self, rank: int) -> tuple[Samples, dict[Side, Tensor | None]] | None:
         """The samples in coordinates of about `rank` directions on either side.
 
         The directions span random sums of samples, after a step of subspace iteration: mostly
@@ -80,6 +84,7 @@ class Primal(Coefficients):
 
         Returns:
             The samples; and per side the directions, (k, n), or None where none were left out.
+            None if so few directions do not have most of the samples, by a few of them.
         """
         vectors: dict[Side, Tensor] = {}
         bases: dict[Side, Tensor | None] = {}
@@ -88,7 +93,11 @@ class Primal(Coefficients):
             of_side = self._vectors[side]
             bases[side], vectors[side] = None, of_side
             if of_side.shape[1] > 2 * rank:
-                inner = of_side @ orthonormal(random_sums(of_side, rank)).mT
+                basis = orthonormal(random_sums(of_side, rank))
+                few = of_side[:: max(1, len(of_side) // FEW)]
+                if (few @ basis.mT).norm() ** 2 < CAPTURED * few.norm() ** 2:
+                    return None
+                inner = of_side @ basis.mT
                 bases[side] = basis = orthonormal(inner.mT @ of_side)
                 vectors[side] = of_side @ basis.mT
         inputs = Rows(vectors["right"][:, None], self._constants["right"])
