@@ -394,8 +394,6 @@ def nearest_to_pair(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
     shares: tuple[float, float] = (1.0, 1.0),
-    *,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The Kronecker product closest to the weighted sum of two, in closed form.
 
@@ -406,7 +404,6 @@ def nearest_to_pair(
     Args:
         first, second: (left, right) of shapes (o, o) and (i, i), each factor PSD.
         shares: positive weights of the two products in the sum.
-        in_place: whether the result may take the memory of `first`.
 
     Returns:
         The balanced (left, right).
@@ -430,8 +427,7 @@ def nearest_to_pair(
         coefficients = (weights * (triangles[1 - k].mT @ vector)).abs()
         coefficients *= root / (triangles[k] @ coefficients).norm()
         a, b = (coefficients / torch.tensor(norms[k], dtype=torch.float64)).tolist()
-        total = first[k].mul_(a) if in_place else first[k] * a
-        merged.append(total.add_(second[k], alpha=b))
+        merged.append((first[k] * a).add_(second[k], alpha=b))
     return merged[0], merged[1]
 
 
