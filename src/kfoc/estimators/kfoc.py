@@ -205,7 +205,11 @@ class KFOC(FactoredEstimator):
         if samples.shape[0] == 1 and not samples.diagonal and self.plan is None:
             return single_output.solved(samples)
         contraction, scale = self.contraction(samples)
-        scale /= samples.num_samples
+        return self._contracted(samples, contraction, scale / samples.num_samples, certify)
+
+    def _contracted(
+        self, samples: Samples, contraction: Contraction, scale: float, certify: bool
+    ) -> KroneckerFit:
         rank = self._sketch_rank(samples, contraction)
         if rank and isinstance(contraction, Sketchable):
             return fit_from_sketch(
@@ -239,9 +243,10 @@ class KFOC(FactoredEstimator):
 
     def _term(self, samples: Samples) -> Term:
         contraction, scale = self.contraction(samples)
+        scale /= samples.num_samples
         factors: dict[Side, Tensor]
         if self._sketch_rank(samples, contraction):
-            fit = self._solved(samples, certify=False)
+            fit = self._contracted(samples, contraction, scale, certify=False)
             left, right = balance(fit.left, fit.right, 1.0)
             factors = {"left": left, "right": right}
             return Term(None, factors, fit.sigma, fit.steps, fit.converged, fit.plan)
@@ -249,7 +254,7 @@ class KFOC(FactoredEstimator):
         # Both of unit norm, and zeros where F is.
         scales = found.scales(1.0)
         factors = {"left": found.left * scales[0], "right": found.right * scales[1]}
-        sigma = found.sigma * scale / samples.num_samples
+        sigma = found.sigma * scale
         return Term(contraction, factors, sigma, found.steps, found.converged, contraction.plan)
 
     def contraction(self, samples: Samples) -> tuple[Contraction, float]:

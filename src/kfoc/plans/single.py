@@ -57,24 +57,22 @@ class Primal(Coefficients):
 
     def apply_rows(self, rows: Tensor, side: Side) -> Tensor:
         """As `apply`, from the factor `rows^T rows`, which is of low rank; rows of (r, n)."""
-        vectors, constant = self._vectors[side], self._constants[side]
-        if constant is None:
-            products = vectors @ rows.mT
-        else:
-            products = torch.addmm(rows[:, -1], vectors, rows[:, :-1].mT, beta=constant)
+        products = self._times(rows.mT, side)
         return products.square_().sum(1).view(-1, self._count).sum(0)
 
     def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
         """As that of plans with several positions, and the half step that it took."""
-        other = opposite(side)
-        vectors, constant = self._vectors[other], self._constants[other]
-        if constant is None:
-            products = vectors @ probes
-        else:
-            products = torch.addmm(probes[-1], vectors, probes[:-1], beta=constant)
+        products = self._times(probes, opposite(side))
         step = self.apply(matrix, side)
-        weights = step.repeat(len(vectors) // self._count)
+        weights = step.repeat(len(products) // self._count)
         return products.mT @ (products * weights[:, None]), step
+
+    def _times(self, columns: Tensor, side: Side) -> Tensor:
+        """All vectors of a side, the column of a bias included, times columns (n, k)."""
+        vectors, constant = self._vectors[side], self._constants[side]
+        if constant is None:
+            return vectors @ columns
+        return torch.addmm(columns[-1], vectors, columns[:-1], beta=constant)
 
     def projected(self, rank: int) -> tuple[Samples, dict[Side, Tensor | None]] | None:
         """The samples in coordinates of about `rank` directions on either side.
