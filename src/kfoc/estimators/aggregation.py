@@ -198,7 +198,7 @@ class Approx(Aggregation):
         if self.found is not None:
             return self.found
         left, right = mirrored(self.left), mirrored(self.right)
-        norms = left.norm().item() * right.norm().item() * self.unit
+        norms = norm_of(left) * norm_of(right) * self.unit
         return balance(left, right, norms / num_samples**2)
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 from kfoc.blocks import Report
 from kfoc.estimators import over_ranks
 from kfoc.estimators.aggregation import Aggregation
-from kfoc.kronecker import Contraction, KroneckerFit, Side, balance, opposite, settled
+from kfoc.kronecker import (
+    Contraction,
+    KroneckerFit,
+    Side,
+    balance,
+    norm_of,
+    opposite,
+    settled,
+)
 from kfoc.pending import Pending
 from kfoc.planner import Size, sums_densely
 from kfoc.plans import Dense, add_fisher
@@ -206,7 +214,7 @@ class Online(Aggregation):
         left, right = mirrored(self.left), mirrored(self.right)
         if not self.core:
             return left, right
-        norms = left.norm().item() * right.norm().item()
+        norms = norm_of(left) * norm_of(right)
         return balance(left, right, norms / self.core * self.unit / self.weight)
 
 
@@ -262,7 +270,7 @@ class Exact(Online):
             return False
         _, image = self._factors(self.side)
         mirrored(image)
-        self.sigmas.append(image.norm().item())
+        self.sigmas.append(norm_of(image))
         precision = 4 * torch.finfo(image.dtype).eps
         converged = settled(self.sigmas, self.config.rtol, precision)
         plan = self.report.plan

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from kfoc.kronecker import KroneckerFit
+from kfoc.kronecker import KroneckerFit, norm_of
 from kfoc.plans import CHUNK, single_rows
 from kfoc.products import add_symmetric, mirrored
 from kfoc.samples import Samples, gradient_chunks
@@ -31,7 +30,7 @@ def solved(samples: Samples) -> KroneckerFit:
             add_symmetric(total, rows, rows)
     right = mirrored(total)
     # The norm is that of the rescaled sum, near one: squares of F's own may leave their range.
-    norm = torch.linalg.vector_norm(right).item()
+    norm = norm_of(right)
     sigma = norm * scale / samples.num_samples
     left = right.new_full((1, 1), math.sqrt(sigma))
     right.mul_(math.sqrt(sigma) / norm if norm else 0.0)
@@ -49,4 +48,4 @@ def _add_single(total: Tensor, samples: Samples) -> None:
         add_symmetric(total[:-1, :-1], rows, rows)
         column = total[:, -1]
         column[:-1].addmv_(rows.mT, grads[:, 0], alpha=constant)
-        column[-1] += constant**2 * torch.dot(grads[:, 0], grads[:, 0])
+        column[-1] += constant**2 * grads[:, 0].dot(grads[:, 0])
