@@ -221,11 +221,6 @@ def bad(name: str) -> tuple[nn.Module, object, dict]:
         "frozen": (model.requires_grad_(False), data, {})
         if name == "frozen"
         else (model, data, {}),
-        "first dimension": (
-            Folded(),
-            [(torch.randn(4, 1, 5), None), (torch.randn(4, 3, 5), None)],
-            {"likelihood": "gaussian"},
-        ),
         "changed input": (ChangedInput(), [(torch.randn(4, 5), None)], {"likelihood": "gaussian"}),
         "gradient": (InfiniteGradient(), [(torch.randn(4, 5), None)], {"likelihood": "gaussian"}),
     }
@@ -244,17 +239,6 @@ class Dictionary(nn.Module):
 class Infinite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / 0
-
-
-class Folded(nn.Module):
-    """Folds the second dimension into the first, so that rows are no samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.flatten(0, 1)).view(len(x), -1)
 
 
 class ChangedInput(nn.Module):
@@ -297,7 +281,6 @@ MESSAGES = {
     "dictionary": "batch 0: the model returned a dict, not a tensor: pass predict=",
     "integers": "batch 0: layer '1': its input is torch.int64, not floating point",
     "frozen": "no layer can be treated.*frozen",
-    "first dimension": "batch 1: layer 'layer': its first dimension is 12 in a batch of 4 samples",
     "changed input": "batch 0: layer 'layer': its input was changed in place",
     "gradient": "batch 0: layer 'layer': its output gradient has values not finite",
 }

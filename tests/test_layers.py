@@ -417,7 +417,7 @@ def test_a_layer_of_ones_own() -> None:
         def grads(grad: Tensor) -> Tensor:
             return grad.reshape(len(grad), -1, grad.shape[-1])
 
-        return kfoc.Treatment(inputs, grads, ("weight", "bias"))
+        return kfoc.Treatment(inputs, grads, ("weight", "bias"), layout="columns")
 
     found = kfoc.fit(model, [(x, None)], estimator=kfoc.BlockDiagonal(), **options)["layer"]
     same = nn.Linear(4, 3)
@@ -437,17 +437,6 @@ class Shared(nn.Sequential):
         return self[1](nn.functional.linear(torch.tanh(self[0](x)), self[0].weight))
 
 
-class SequenceFirst(nn.Sequential):
-    """Runs over (T, N, features) inside; with as many steps as samples, no shape tells."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps = x[None].expand(len(x), -1, -1) * torch.arange(1.0, len(x) + 1)[:, None, None]
-        return self[1](torch.tanh(self[0](steps)).mean(0))
-
-
 class SingleRow(nn.Sequential):
     """A layer of what all samples share, such as position embeddings."""
 
@@ -459,12 +448,11 @@ class SingleRow(nn.Sequential):
 
 
 CANNOT = {
-    "sequence first": (SequenceFirst, "0", "its first dimension does not run over the samples"),
-    "used outside": (Shared, "0", "its weight is used outside of it as well"),
+    "used outside": (Shared, "0", "its calls do not add up to the gradient of its parameters"),
     "subclass": (
         lambda: nn.Sequential(Custom(4, 4), nn.Linear(4, 2)),
         "0",
-        "Custom overrides the forward of Linear",
+        "its calls do not add up to the gradient of its parameters",
     ),
     "tied": (tied, "0", "shares a parameter with '2'"),
     "frozen": (frozen, "0", "its parameters are frozen"),
@@ -472,7 +460,7 @@ CANNOT = {
     "without gradient": (WithoutGradient, "0", "its output carries no gradient"),
     "no tensor": (TuplesIn, "0", "its input must be a tensor, found tuple"),
     "unbatched": (Unbatched, "0", "its input must have 3 dimensions"),
-    "single row": (SingleRow, "0", "its first dimension is 1 in a batch of 3 samples"),
+    "single row": (SingleRow, "0", "its rows mix samples"),
     "unknown": (
         lambda: nn.Sequential(nn.PReLU(4), nn.Linear(4, 2)),
         "0",

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfoc.attention import Inlined, part_name
-from kfoc.checks import misfit, unfit
-from kfoc.embedding import TiedTreatment, tied_samples
-from kfoc.layers import Treatment, Unsupported, first_argument, joined
-from kfoc.record import Call, Record, accumulable, present, problem
-from kfoc.samples import Direct, Grouped, Inputs, LayerSamples, Samples
+from kfoc.layers import Treatment, Unsupported, first_argument
+from kfoc.ownership import Directions, Rule, Scattered, Unseen, samples_of
+from kfoc.proof import MIXED, by_rows, codes, owners, weighted
+from kfoc.record import Call, Record, problem
+from kfoc.samples import LayerSamples
 from kfoc.selection import Selection
 
-T = TypeVar("T")
+# Derivatives of one layer by weighted cotangents: per call, per pass.
+Tagged = list[list[Tensor | None]]
 
 # How many fits each thread is in the midst of.
 _FITTING: Counter[int] = Counter()
@@ -106,7 +107,7 @@ def _replayer(
             return None
         kwargs, output = rest
         thread = threading.get_ident()
-        if thread != record.thread and _FITTING[thread]:
+        if record.paused or (thread != record.thread and _FITTING[thread]):
             return None
         steps: list[tuple[str, int | None, Tensor, Tensor]] = []
         try:
@@ -141,27 +142,26 @@ def _agree(replayed: Any, output: Any) -> bool:
     return replayed is None and output is None
 
 
-# One layer's derivatives: per call (or edge), per direction; None where there is no path.
-Directions = list[list[Tensor | None]]
 Take = Callable[[str, Directions], None]
 
 
 def output_gradients(
     outputs: Tensor, cotangents: Iterable[Tensor], record: Record, take: Take | None = None
 ) -> dict[str, Directions]:
-    """Derivatives by every recorded output and every region's edges, for each cotangent.
+    """Derivatives by every recorded output and every loose parameter, for each cotangent.
 
     Args:
         take: gets a layer's name and derivatives as soon as the last backward pass is past them,
-            which then needs not hold them. Not where there are regions, which come first.
+            which then needs not hold them. Not where there are loose parameters, which come first
+            and may need the graph.
 
     Returns:
         layer name -> the derivatives, of the layers that `take` was not called for.
     """
-    places = {
+    places: dict[str, list[Any]] = {
         name: [call.edge for call in calls if call.edge] for name, calls in record.calls.items()
     }
-    places |= {name: region.edges for name, region in record.regions.items()}
+    places |= {name: list(loose.values()) for name, loose in record.loose.items()}
     edges = [edge for each in places.values() for edge in each]
     found: dict[str, Directions] = {name: [[] for _ in each] for name, each in places.items()}
     if not edges:
@@ -170,9 +170,8 @@ def output_gradients(
     cotangent = next(pending, None)
     while cotangent is not None:
         following = next(pending, None)
-        # The last backward pass is known as such, and frees the graph as it goes, unless regions
-        # still need theirs.
-        last = following is None and not record.regions
+        # The last backward pass is known as such, and frees the graph as it goes.
+        last = following is None and not record.loose
         if last and take is not None:
             _last_pass(outputs, cotangent, record, found, take)
             break
@@ -187,6 +186,63 @@ def output_gradients(
     for call in [call for calls in record.calls.values() for call in calls]:
         call.edge = None
     return found
+
+
+def tagged_gradients(
+    outputs: Tensor, cotangents: Iterable[Tensor], record: Record, names: Iterable[str]
+) -> dict[str, Tagged]:
+    """What names the owners of the rows of some layers: see `proof`.
+
+    Returns:
+        layer name -> per call, its derivatives by the samples' weighted cotangents, pass by pass.
+        With several directions they are of a sum of all, as a row may have no gradient in some,
+        and its derivatives without weights come first.
+    """
+    calls = {name: record.calls[name] for name in names}
+    edges = [call.edge for each in calls.values() for call in each if call.edge]
+    directions = list(cotangents)
+    together: Any = sum(w * c for w, c in zip(_mixture(), directions, strict=False))
+    passes = [weighted(together, exponents) for exponents in codes(len(outputs), outputs.dtype)]
+    if len(directions) > 1:
+        passes.insert(0, together)
+    found: dict[str, Tagged] = {name: [[] for _ in each] for name, each in calls.items()}
+    for cotangent in passes:
+        grads = torch.autograd.grad(outputs, edges, cotangent, retain_graph=True, allow_unused=True)
+        remaining = iter(grads)
+        for each in found.values():
+            for call in each:
+                call.append(next(remaining))
+    return found
+
+
+def with_owners(
+    rules: Sequence[Rule], calls: list[Call], grads: Directions, tagged: Tagged, count: int
+) -> list[Rule]:
+    """The rules with the owners of this batch's rows.
+
+    Raises:
+        ValueError: rows that mix samples.
+    """
+    found: list[Rule] = []
+    for rule, call, directions, passes in zip(rules, calls, grads, tagged, strict=True):
+        if not isinstance(rule, Scattered):
+            found.append(rule)
+            continue
+        first, *rest = passes if len(directions) > 1 else [directions[0], *passes]
+        if first is None:
+            found.append(Unseen())
+            continue
+        present = [torch.zeros_like(first) if each is None else each for each in rest]
+        whose = owners(by_rows(first, call), [by_rows(each, call) for each in present], count)
+        if (whose == -2).any():
+            raise ValueError(MIXED)
+        found.append(Scattered(whose))
+    return found
+
+
+def _mixture() -> Iterator[float]:
+    """Weights of directions: 1, then no two the same in [0.5, 1.5)."""
+    return (1.0 if not s else 0.5 + s * 0.6180339887498949 % 1 for s in itertools.count())
 
 
 def _last_pass(
@@ -237,84 +293,33 @@ def _last_pass(
 
 
 def take_samples(
-    name: str, record: Record, grads: list[list[Tensor | None]], num_samples: int
+    name: str,
+    calls: list[Call],
+    grads: Directions,
+    num_samples: int,
+    rules: Sequence[Rule],
+    tagged: Tagged | None = None,
 ) -> LayerSamples:
     """One layer's samples of the batch; consumes `grads`, so that each tensor lives no longer.
 
     Raises:
-        Unsupported: per-sample gradients that do not add up.
-        ValueError: the layer's first dimension is not the batch, its input was changed in place
-            after the call, or there are values that are not finite.
+        ValueError: a call that does not fit the layer's treatment, rows that mix samples, an input
+            that was changed in place after the call, or values that are not finite.
     """
-    samples: LayerSamples
     try:
-        if name in record.regions:
-            samples = record.regions.pop(name).samples(grads, num_samples)
-        else:
-            samples = _of_calls(record.calls.pop(name), grads, num_samples)
+        if tagged is not None:
+            rules = with_owners(rules, calls, grads, tagged, num_samples)
+        samples = samples_of(calls, grads, num_samples, rules)
     except ValueError as error:
         raise problem(name, str(error)) from None
+    return checked_finite(name, samples)
+
+
+def checked_finite(name: str, samples: LayerSamples) -> LayerSamples:
+    """The same samples. Raises ValueError where they have values that are not finite."""
     inputs, gradients = samples.magnitudes
     if not math.isfinite(inputs):
         raise problem(name, f"its input has values not finite ({inputs})")
     if not math.isfinite(gradients):
         raise problem(name, f"its output gradient has values not finite ({gradients})")
     return samples
-
-
-def _of_calls(
-    calls: list[Call], grads: list[list[Tensor | None]], num_samples: int
-) -> LayerSamples:
-    if isinstance(calls[0].treatment, TiedTreatment):
-        return _tied(calls, calls[0].treatment, grads, num_samples)
-    parts: dict[int | None, list[tuple[Inputs, Tensor]]] = {}
-    direct: dict[int | None, list[Tensor]] = {}
-    for call, directions in zip(calls, grads, strict=True):
-        if call.value._version != call.version:
-            raise ValueError(
-                "its input was changed in place after the layer had used it: clone it first"
-            )
-        if call.value.shape[:1] != (num_samples,) or call.output_shape[:1] != (num_samples,):
-            raise ValueError(unfit(call, num_samples))
-        treatment, value = call.treatment, accumulable(call.value)
-        whole = [present(grad, call) for grad in directions]
-        directions.clear()
-        if treatment.direct is not None:
-            each = torch.stack([treatment.direct(value, grad) for grad in whole])
-            direct.setdefault(call.group, []).append(each)
-            continue
-        inputs = treatment.inputs(value)
-        shaped = [treatment.grads(grad) for grad in whole]
-        whole.clear()
-        wrong = misfit(inputs, shaped[0])
-        if wrong:
-            raise ValueError(wrong)
-        stacked = shaped[0][None] if len(shaped) == 1 else torch.stack(shaped)
-        parts.setdefault(call.group, []).append((inputs, stacked))
-        shaped.clear()
-    groups = direct.keys() | parts.keys()
-    if None in groups and len(groups) > 1:
-        raise ValueError("it is called as self-attention and as cross-attention")
-    if direct:
-        return Direct(torch.cat([sum(each[1:], each[0]) for _, each in _sorted(direct)], 2))
-    if None in parts:
-        return joined(parts[None], calls[0].treatment.groups)
-    return Grouped(tuple(Samples.side_by_side(each) for _, each in _sorted(parts)))
-
-
-def _tied(
-    calls: list[Call], treatment: TiedTreatment, grads: list[list[Tensor | None]], num_samples: int
-) -> LayerSamples:
-    """The samples of a weight's two uses: the embedding's calls are those with integer inputs."""
-    uses: list[Samples | None] = []
-    for part, floating in ((treatment.head, True), (treatment.embedding, False)):
-        chosen = [k for k, call in enumerate(calls) if call.value.is_floating_point() == floating]
-        theirs = [replace(calls[k], treatment=part) for k in chosen]
-        found = _of_calls(theirs, [grads[k] for k in chosen], num_samples) if chosen else None
-        uses.append(found if isinstance(found, Samples) else None)
-    return tied_samples(*uses)
-
-
-def _sorted(by_group: dict[int | None, T]) -> list[tuple[int | None, T]]:
-    """By the number of the group; None, of layers without, is alone."""
-    return sorted(by_group.items(), key=lambda item: item[0] or 0)

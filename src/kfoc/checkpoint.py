@@ -74,7 +74,6 @@ class Run(Protocol):
     seed: int
     selection: Selection
     passes: int
-    regions: Any
 
 
 class Keeper:
@@ -139,7 +138,6 @@ class Keeper:
         saved = self._saved
         for name, value in decoded(saved["run"], None).items():
             setattr(run, name, value)
-        run.regions.verified = decoded(saved["verified"], None)
         _restore_selection(run, saved["selection"])
         with torch.no_grad():
             for name, buffer in _training_buffers(run.model).items():
@@ -217,7 +215,6 @@ class Keeper:
         content = {
             "fingerprint": self._fingerprint,
             "run": encoded({name: getattr(run, name) for name in _FIELDS}, written),
-            "verified": encoded(run.regions.verified),
             "selection": _selection_of(run),
             "buffers": _training_buffers(run.model),
             "samples": samples,

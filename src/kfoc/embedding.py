@@ -42,7 +42,7 @@ def _embedding(module: nn.Embedding) -> Treatment:
     def grads(grad: Tensor) -> Tensor:
         return grad.reshape(len(grad), -1, grad.shape[-1])
 
-    return Treatment(inputs, grads, ("weight",), layout="columns")
+    return Treatment(inputs, grads, ("weight",), layout="columns", features=(0, 1))
 
 
 @treatment.register

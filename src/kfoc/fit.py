@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,45 @@ from kfoc.batches import (
     unpacked,
 )
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
-from kfoc.capture import Directions, Take, captured, output_gradients, take_samples
+from kfoc.capture import (
+    Tagged,
+    captured,
+    checked_finite,
+    output_gradients,
+    tagged_gradients,
+    take_samples,
+)
 from kfoc.certificate import Probes
 from kfoc.checkpoint import Checkpoint, Keeper
-from kfoc.checks import untreatable
+from kfoc.checks import UNCALLED, untreatable
 from kfoc.coverage import parameter_counts
 from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
+from kfoc.forward import first_samples
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported, own_parameters
 from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
 from kfoc.memory import Footprint, advised, within
 from kfoc.offload import Sweeps
-from kfoc.per_sample import Regions
+from kfoc.ownership import Directions, InOrder, Rule
 from kfoc.progress import Meter, Progress, length, reporter
-from kfoc.record import Record
-from kfoc.samples import LayerSamples, finite
+from kfoc.proof import (
+    FEW,
+    UNSURE,
+    Findings,
+    Proof,
+    check,
+    fitting,
+    is_scattered,
+    seen_anew,
+    unfitting,
+)
+from kfoc.record import Call, Record
+from kfoc.samples import Direct, LayerSamples, finite
 from kfoc.selection import Selection, select
 from kfoc.threads import random_state_kept, seeded, uncompiled
+from kfoc.uncovered import UNSUMMED, Batch, Uncovered, check_size
 
 
 def fit(
@@ -65,6 +86,7 @@ def fit(
     resume: bool = False,
     memory_budget: int | None = None,
     storage: str | Path | None = None,
+    verify: bool = True,
 ) -> Curvature:
     """Estimate the Fisher information of a model, one block per layer, from a pass over data.
 
@@ -72,11 +94,16 @@ def fit(
     was; so does the global random state. Dropout in train mode draws masks that depend on `seed`
     and the batch's number alone.
 
-    Parameters that no layer's treatment covers (class tokens, scales, recurrent layers, layers that
-    do not run over the samples or are used in other ways) get a block by module, from per-sample
-    gradients one by one: exact, up to 65,536 parameters in all, and a dense or diagonal block. That
-    costs up to one backward pass per sample and direction, from where they meet the samples down to
-    them, and two of the model in the first batch. What has no block is in `Curvature.skipped`.
+    Every layer's samples are checked on the first few samples, in a forward pass of their own and
+    two backward passes: that each row belongs to one sample, and that they add up to autograd's
+    gradient (docs/proof.md). Layers whose rows are not the samples in order (windows, sequences
+    first, experts) are gathered by sample.
+
+    Parameters that no layer's treatment covers (class tokens, scales, recurrent layers, layers
+    whose rows mix samples or that are used in other ways) get a block by module, from per-sample
+    gradients by `torch.func`: exact, up to 65,536 parameters in all, and a dense or diagonal block.
+    That costs a forward and backward pass of single samples, or up to one backward pass per sample
+    and direction. What has no block is in `Curvature.skipped`.
 
     Args:
         model: any module whose outputs have the samples first, each dependent on its own inputs.
@@ -117,6 +144,9 @@ def fit(
         storage: a directory, new or empty, for the finished blocks: their tensors then lie in
             files there, mapped to memory, and do not count against the budget. The files are
             yours, and must stay as they are while the curvature is in use.
+        verify: False leaves out the check of docs/proof.md, that every layer's samples are what
+            the model's gradients are made of: for models that have passed it, and whose rows are
+            the samples in order.
 
     Returns:
         The blocks by layer name, of the mean Fisher over the samples.
@@ -141,7 +171,7 @@ def fit(
         model = unwrapped(model) if ranks else model
         options = fisher, mc_samples, predict, probes, seed
         saving = checkpoint, resume
-        how = progress, saving, ranks, sweeps
+        how = progress, saving, ranks, sweeps, verify
         return _fitted(model, data, likelihood, estimator, options, layers, *how)
 
 
@@ -156,6 +186,7 @@ def _fitted(
     saving: tuple[Checkpoint | str | os.PathLike[str] | None, bool],
     ranks: Ranks | None,
     sweeps: Sweeps | None,
+    verify: bool,
 ) -> Curvature:
     fisher, mc_samples, _, probes, seed = options
     estimator = KFOC() if estimator is None else estimator
@@ -165,7 +196,8 @@ def _fitted(
 
     def begin() -> _Run:
         selection = select(model, layers, estimator.largest_factor)
-        return _Run(model, chosen, estimator, *options, selection, ranks=ranks, sweeps=sweeps)
+        more: dict[str, Any] = {"ranks": ranks, "sweeps": sweeps, "verify": verify}
+        return _Run(model, chosen, estimator, *options, selection, **more)
 
     run = begin()
     check_independent(run.selection.every.items())
@@ -276,6 +308,32 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
                         buffer.copy_(value)
 
 
+# A layer's calls and derivatives that wait for a check.
+Late = tuple[list[Call], Directions]
+
+
+@dataclass
+class _Work:
+    """One batch that is being taken in.
+
+    Attributes:
+        inputs, targets: on the model's device.
+        number: of the batch in this pass.
+        first: of the draws: its first sample's number in the data of all ranks.
+        index: its first sample's number in this rank's.
+        alone: whether it is all of the data.
+        reached: blocks that have gradients for its samples.
+    """
+
+    inputs: Any
+    targets: Any
+    number: int
+    first: int
+    index: int
+    alone: bool
+    reached: set[str] = field(default_factory=set)
+
+
 @dataclass
 class _Run:
     """One fit: its configuration, and the state of every layer between batches."""
@@ -300,7 +358,9 @@ class _Run:
     batches: int = 0
     updates: int = 0  # of any layer's state: whether a failed batch left traces
     marks: list[Mark] = field(default_factory=list)
-    regions: Regions = field(default_factory=Regions)
+    verify: bool = True
+    proof: Proof | None = None  # from the first batch on
+    uncovered: Uncovered = field(default_factory=Uncovered)
     ranks: Ranks | None = None  # of a distributed fit, and so the next
     read: int = 0  # samples in this pass, before the present batch
     sweeps: Sweeps | None = None  # where layers are fitted in groups
@@ -319,6 +379,10 @@ class _Run:
                 done = self.done()
                 keeper.after_pass(self, self.num_samples, number, done)
             return self.finished()
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        return sharded(self.model)
 
     @property
     def earlier(self) -> int:
@@ -406,95 +470,237 @@ class _Run:
         try:
             check_next_token(self.model, batch, self.predict)
             inputs, targets = unpacked(batch)
-            record.clear()
-            with advised("the forward pass", "use smaller batches"):
-                device = next(self.model.parameters()).device
-                outputs = self._outputs(inputs, device, number)
-            record.closed = True
-            if not finite(outputs.detach()):
-                raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
+            device = next(self.model.parameters()).device
+            inputs, targets = moved(inputs, device), moved(targets, device)
+            if self.proof is None:
+                self.proof = Proof()
+                if self.verify:
+                    self._prove(inputs, record, number, None if self.is_sharded else FEW)
+            outputs = self._forward(inputs, record, number)
             count = outputs.shape[0]
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
-            regions, calls = list(record.regions), list(record.calls)
-
-            def take(name: str, grads: Directions) -> None:
-                self._take(name, record, grads, count, index, alone)
-
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
                 first = self.ranks.first_index(count, self._due()) if self.ranks else index
-                # A sweep chooses its layers in the order of the model: all of them come first.
-                early = take if self.states or not self.sweeps else None
-                grads = self._gradients(outputs, moved(targets, device), record, first, early)
-            # Regions first: they need the graph. All of it, as before torch 2.8 nodes of custom
-            # functions end with the outputs, even where Python holds them.
-            for name in regions:
-                take(name, grads.pop(name))
+            work = _Work(inputs, targets, number, first, index, alone)
+            late = self._derivatives(outputs, record, work)
             del outputs  # and with it the graph
-            for name in list(grads):
-                take(name, grads.pop(name))
-            self._silent(self.settled.union(regions, calls), count)
+            if late:
+                self._take_late(late, record, work)
+            self._silent(self.settled | work.reached, count)
         except ValueError as error:
             if type(error) is not ValueError:  # the user's own
                 raise
             raise ValueError(f"batch {number}: {error}") from error
         return count
 
+    def _forward(self, inputs: Any, record: Record, number: int) -> Tensor:
+        record.clear()
+        with advised("the forward pass", "use smaller batches"):
+            outputs = self._outputs(inputs, number)
+        record.closed = True
+        if not finite(outputs.detach()):
+            raise ValueError(record.first_not_finite() or "the model's outputs are not finite")
+        return outputs
+
     def _look(self, outputs: Tensor, record: Record) -> None:
         """Find where derivatives are needed; layers found to have no treatment are left out."""
         graph = Graph(outputs)
-        reasons = untreatable(outputs, graph, record, self.selection, self.shapes)
-        for name, reason in reasons.items():
-            if name in self.shapes:
-                raise ValueError(f"layer {name!r}: {reason}")
-            self.selection.drop(name, reason)
+        for name, reason in untreatable(graph, record, self.shapes).items():
+            if name in self.selection.modules:
+                self._drop(name, reason)
+        if not self.verify:
+            for name, calls in record.calls.items():
+                if name in self.selection.modules and not fitting(calls, len(outputs)):
+                    self._drop(name, unfitting(calls, len(outputs)))
         for name in record.calls.keys() - self.selection.modules.keys():
             del record.calls[name]
-        wanted = {k: v for k, v in self.selection.loose.items() if k not in self.settled}
-        record.regions = self.regions.find(outputs, graph, wanted)
+        for name in [n for n in self.selection.modules if n not in record.calls]:
+            if any(map(graph.uses, self.selection.layer_parameters(name).values())):
+                self._drop(name, UNCALLED)
         for name in self.settled & record.calls.keys():
             del record.calls[name]  # no derivative is needed by what it put out
+        for name in record.calls:
+            held = self.selection.layer_parameters(name).values()
+            record.uses[name] = tuple(graph.uses(parameter) for parameter in held)
+        loose = self.selection.loose
+        record.loose = {name: loose[name] for name in loose if name not in self.settled}
+        record.find_precision(outputs, graph)
         record.find_passed(graph)
+
+    def _drop(self, name: str, reason: str) -> None:
+        if name in self.shapes:
+            raise ValueError(f"layer {name!r}: {reason}")
+        self.selection.drop(name, reason)
+
+    def _prove(
+        self, inputs: Any, record: Record, number: int, few: int | None, only: Container[str] = ()
+    ) -> Findings:
+        """Check the layers' samples on a forward pass of their own, see `kfoc.proof`.
+
+        Args:
+            few: how many samples are enough; None: the batch as it is.
+            only: the layers to check; all of them where there are none.
+        """
+        outputs = None
+        part = None if few is None else first_samples(inputs, few)
+        if part is not None:
+            # A model may want its batch whole: graphs, fixed sizes.
+            with suppress(Exception):
+                outputs = self._forward(part, record, number)
+        if outputs is None:
+            outputs = self._forward(inputs, record, number)
+        self._look(outputs, record)
+        names = [name for name in record.calls if not only or name in only]
+        findings = check(outputs, record, self.selection, names)
+        assert self.proof is not None
+        self.proof.take(findings, record, len(outputs))
+        for name, reason in findings.reasons.items():
+            self._drop(name, reason)
+        record.clear()
+        return findings
+
+    def _derivatives(self, outputs: Tensor, record: Record, work: _Work) -> dict[str, Late]:
+        """Backward passes, and all layers' samples; returns what has to be checked first."""
+        late: dict[str, Late] = {}
+        count = len(outputs)
+        loose, assured = list(record.loose), self._assured(record, count)
+        work.reached |= record.calls.keys()
+
+        def directions() -> Iterator[Tensor]:
+            return self._cotangents(outputs, work)
+
+        scattered = [n for n, rules in assured.items() if any(map(is_scattered, rules or ()))]
+        tagged = tagged_gradients(outputs, directions(), record, scattered) if scattered else {}
+
+        def take(name: str, grads: Directions) -> None:
+            calls, rules = record.calls.pop(name), assured[name]
+            if rules is None or seen_anew(rules, grads):
+                late[name] = calls, grads
+                return
+            self._take(name, calls, grads, rules, tagged.pop(name, None), count, work)
+
+        with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
+            # A sweep chooses its layers in the order of the model: all of them come first.
+            early = take if self.states or not self.sweeps else None
+            grads = output_gradients(outputs, directions(), record, early)
+        # Loose parameters first: they may need the graph.
+        if loose:
+            totals = {name: grads.pop(name) for name in loose}
+            self._take_loose(totals, outputs, directions, record, work)
+        for name in list(grads):
+            take(name, grads.pop(name))
+        return late
+
+    def _assured(self, record: Record, count: int) -> dict[str, tuple[Rule, ...] | None]:
+        """Every called layer's rules; None where its calls have not been checked."""
+        if not self.verify:
+            return {name: (InOrder(),) * len(calls) for name, calls in record.calls.items()}
+        assert self.proof is not None
+        return {name: self.proof.known(name, record, count) for name in record.calls}
 
     def _take(
         self,
         name: str,
-        record: Record,
+        calls: list[Call],
         grads: Directions,
+        rules: tuple[Rule, ...],
+        tagged: Tagged | None,
         count: int,
-        index: int,
-        alone: bool,
+        work: _Work,
     ) -> None:
-        if name in self.settled:
-            return
         with advised(f"layer {name!r}", _LESS_MEMORY):
-            try:
-                samples = take_samples(name, record, grads, count)
-            except Unsupported as reason:
-                if name in self.shapes:
-                    raise ValueError(f"layer {name!r}: {reason}") from None
-                self.selection.skip(name, str(reason))
-                return
-            self._update(name, samples, index, alone)
+            samples = take_samples(name, calls, grads, count, rules, tagged)
+            self._update(name, samples, work.index, work.alone)
 
-    def _outputs(self, inputs: Any, device: torch.device, number: int) -> Tensor:
+    def _take_late(self, late: dict[str, Late], record: Record, work: _Work) -> None:
+        """Take in layers whose calls were never checked before, after a check on this batch."""
+        if self.is_sharded:  # forward passes are a matter of all ranks
+            for name in late:
+                self._refuse(name, "it is called in another way than when it was checked")
+            return
+        before = set(self.selection.loose)
+        findings = self._prove(work.inputs, record, work.number, None, late)
+        for name, (calls, grads) in late.items():
+            if name not in findings.rules:
+                work.reached.discard(name)
+                continue
+            rules, count = findings.rules[name], findings.count
+            if seen_anew(rules, grads):
+                raise ValueError(f"layer {name!r}: {UNSURE}")
+            self._take(name, calls, grads, rules, None, count, work)
+        fresh = self.selection.loose.keys() - before
+        if fresh:  # what is no layer after all has no derivatives yet
+            outputs = self._forward(work.inputs, record, work.number)
+            record.calls.clear()
+            record.loose = {name: self.selection.loose[name] for name in fresh}
+            self._derivatives(outputs, record, work)
+
+    def _take_loose(
+        self,
+        totals: dict[str, Directions],
+        outputs: Tensor,
+        directions: Callable[[], Iterator[Tensor]],
+        record: Record,
+        work: _Work,
+    ) -> None:
+        """Take in the parameters that no treatment covers, by per-sample gradients one by one."""
+        wanted: dict[str, dict[str, nn.Parameter]] = {}
+        for name, each in totals.items():
+            if all(grad is None for per_parameter in each for grad in per_parameter):
+                continue
+            wanted[name] = record.loose[name]
+            try:
+                check_size(wanted[name], len(each[0]), len(outputs))
+            except Unsupported as reason:
+                self._refuse(name, str(reason))
+                del wanted[name]
+        if not wanted:
+            return
+        named = {
+            key: grads
+            for name, parameters in wanted.items()
+            for key, grads in zip(parameters, totals[name], strict=True)
+        }
+        how = outputs, directions, record.precision, self.verify
+        batch = Batch(self.model, self.predict, work.inputs, *how)
+        parameters = {key: p for each in wanted.values() for key, p in each.items()}
+        record.paused = True
+        try:
+            found, off = self.uncovered.samples(batch, parameters, named)
+        finally:
+            record.paused = False
+        for name, own in wanted.items():
+            wrong = next((key for key in own if key in off), None)
+            if wrong is not None:
+                self._refuse(name, UNSUMMED.format(wrong))
+                continue
+            samples = Direct(torch.cat([found[key] for key in own], 2)[..., None])
+            work.reached.add(name)
+            self._update(name, checked_finite(name, samples), work.index, work.alone)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if name in self.shapes:
+            raise ValueError(f"layer {name!r}: {reason}")
+        self.selection.skip(name, reason)
+
+    def _outputs(self, inputs: Any, number: int) -> Tensor:
         # Whatever the forward pass draws is a function of seed and batch, on every pass.
         if self.ranks:  # which take turns, were it one process
             number = number * self.ranks.world + self.ranks.rank
         seed = (self.seed * 1_000_003 + number) % 2**63
+        device = next(self.model.parameters()).device
         with seeded(seed, cuda=device.type == "cuda"):
-            outputs = (self.predict or called)(self.model, moved(inputs, device))
+            outputs = (self.predict or called)(self.model, inputs)
         return checked_outputs(outputs, inputs)
 
-    def _gradients(
-        self, outputs: Tensor, targets: Any, record: Record, index: int, take: Take | None
-    ) -> dict[str, Directions]:
+    def _cotangents(self, outputs: Tensor, work: _Work) -> Iterator[Tensor]:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
         cotangents = self.likelihood.cotangents(
-            values, targets, self.fisher, self.mc_samples, self.seed, index
+            values, work.targets, self.fisher, self.mc_samples, self.seed, work.first
         )
-        return output_gradients(outputs, (c.to(outputs) for c in cotangents), record, take)
+        return (cotangent.to(outputs) for cotangent in cotangents)
 
     def _check_same(self, outputs: Tensor, targets: Any, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""

@@ -85,6 +85,15 @@ def sliced(value: Any, part: slice | int) -> Any:
     return mapped(value, lambda tensor: tensor[part])
 
 
+def first_samples(inputs: Any, few: int) -> Any | None:
+    """The first few samples, or None where there are no more, or not all tensors run over them."""
+    try:
+        count = count_samples(inputs)
+    except ValueError:
+        return None
+    return sliced(inputs, slice(few)) if count > few else None
+
+
 def count_samples(inputs: Any) -> int:
     """The size of the first dimension of the tensors in `inputs`.
 

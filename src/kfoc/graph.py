@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -68,25 +68,3 @@ class Graph:
     def names(self) -> Iterator[str]:
         """The names of all operations."""
         return (node.name() for node in self.users)
-
-
-def used_elsewhere(
-    graph: Graph, calls: dict[str, int], layers: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, str]:
-    """Layers whose parameters take part in the outputs more often than the layers were called.
-
-    What other uses contribute to the gradient would be missed without a word.
-
-    Args:
-        calls: how often each layer was called; never where it is missing.
-        layers: layer name -> its parameters by name.
-
-    Returns:
-        layer name -> the reason not to treat it.
-    """
-    reasons = {}
-    for name, parameters in layers.items():
-        for parameter_name, parameter in parameters.items():
-            if graph.uses(parameter) > calls.get(name, 0):
-                reasons[name] = f"its {parameter_name} is used outside of it as well"
-    return reasons

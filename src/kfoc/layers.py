@@ -41,6 +41,9 @@ class Treatment:
         direct: for layers that are not linear maps of patches or positions, in place of `inputs`
             and `grads`: (input, derivative by the output) of one call to X, (N, o, i).
         value: the arguments of one call, (args, kwargs), to what the above take as its input.
+        features: how many trailing dimensions of input and output belong to one row, for layers
+            that treat all rows alike, whatever their leading dimensions mean. None: the first
+            dimension alone counts rows, as for a convolution.
     """
 
     inputs: Callable[[Tensor], Inputs]
@@ -50,11 +53,16 @@ class Treatment:
     layout: str = "rows"
     direct: Callable[[Tensor, Tensor], Tensor] | None = None
     value: Callable[[tuple, dict], Any] = first_argument
+    features: tuple[int, int] | None = None
 
-    @property
-    def maps_rows(self) -> bool:
-        """Whether the positions are all dimensions but the first and the last, in and out."""
-        return self.inputs in (_rows, _extended_rows) and self.grads is _by_position
+    def leading(self, value: Tensor, output_shape: torch.Size) -> int:
+        """How many leading dimensions, the same in input and output, count rows in a call."""
+        if self.features is None:
+            return 1
+        inside, outside = self.features
+        lead = value.ndim - inside
+        same = lead == len(output_shape) - outside and value.shape[:lead] == output_shape[:lead]
+        return lead if same else 1
 
 
 # Rules of classes in libraries that are not imported for it: their qualified name -> the rule.
@@ -81,20 +89,20 @@ def register(family: type[nn.Module]) -> Callable[[Callable[[Any], Treatment]], 
             def grads(grad):  # (N, ..., out) -> (N, T, out)
                 return grad.reshape(len(grad), -1, grad.shape[-1])
 
-            return kfoc.Treatment(inputs, grads, ("weight", "bias"))
+            return kfoc.Treatment(inputs, grads, ("weight", "bias"), layout="columns")
 
-    The block is then about the matrix `[W | b]` that maps a row of `inputs` to an output. Raise
-    `kfoc.Unsupported` with the reason for modules that cannot be treated. A subclass that
-    overrides `forward` needs a registration of its own.
+    The block is then about the matrix `[W | b]` that maps a row of `inputs` to an output; `layout`
+    says how the parameters lie in it (`kfoc.layout.Layout`; here, W is the weight transposed).
+    Raise `kfoc.Unsupported` with the reason for modules that cannot be treated. Rules are checked
+    in every fit: one that does not give autograd's gradients is not used.
     """
     return treatment.register(family)
 
 
 def checked_treatment(module: nn.Module) -> Treatment:
-    """The treatment of a module whose forward and parameters are what its class says.
+    """The treatment of a module by its class, or the nearest one above it that has a rule.
 
-    A subclass may compute anything, and a reparametrised weight is not a parameter: both would
-    get wrong numbers from the rule of their base class.
+    What a subclass computes may be something else: whether the rule holds is seen by `proof`.
     """
     kind, registered = type(module), treatment.registry
     if kind not in registered:
@@ -103,9 +111,6 @@ def checked_treatment(module: nn.Module) -> Treatment:
             if name in BY_NAME and cls not in registered:
                 treatment.register(cls, BY_NAME[name])
     rule = treatment.dispatch(kind)
-    family: Any = next((cls for cls in kind.__mro__ if cls in registered), object)
-    if family is not object and kind.forward is not getattr(family, "forward", None):
-        raise Unsupported(f"{kind.__name__} overrides the forward of {family.__name__}")
     own = own_parameters(module)
     if not any(parameter.requires_grad for parameter in own.values()):
         raise Refused("its parameters are frozen (requires_grad is False)")
@@ -162,8 +167,9 @@ def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Tre
     """The treatment of a linear map of (N, ..., in) whose parameters have these names."""
     has_bias, parameters = extended(module, weight, bias)
     if parameters == (bias,):
-        return bias_alone(bias, channel_first=False)
-    return Treatment(_extended_rows if has_bias else _rows, _by_position, parameters)
+        return replace(bias_alone(bias, channel_first=False), features=(1, 1))
+    inputs = _extended_rows if has_bias else _rows
+    return Treatment(inputs, _by_position, parameters, features=(1, 1))
 
 
 def _rows(values: Tensor, constant: float | None = None) -> Inputs:
@@ -288,13 +294,15 @@ def _no_grads(grad: Tensor) -> Tensor:
 @treatment.register
 def _layer_norm(module: nn.LayerNorm) -> Treatment:
     shape, eps = module.normalized_shape, module.eps
-    return _affine(module, False, lambda x: functional.layer_norm(x, shape, eps=eps))
+    found = _affine(module, False, lambda x: functional.layer_norm(x, shape, eps=eps))
+    return replace(found, features=(len(shape), len(shape)))
 
 
 @treatment.register
 def _rms_norm(module: nn.RMSNorm) -> Treatment:
     shape, eps = list(module.normalized_shape), module.eps
-    return _affine(module, False, lambda x: functional.rms_norm(x, shape, eps=eps))
+    found = _affine(module, False, lambda x: functional.rms_norm(x, shape, eps=eps))
+    return replace(found, features=(len(shape), len(shape)))
 
 
 @treatment.register

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfoc.graph import Graph
 from kfoc.layers import Treatment
-from kfoc.per_sample import Region
 from kfoc.samples import magnitude
 
 
@@ -43,6 +43,11 @@ class Call:
     group: int | None = None
     passed: bool = False
 
+    @property
+    def leading(self) -> int:
+        """How many leading dimensions count rows."""
+        return self.treatment.leading(self.value, self.output_shape)
+
 
 @dataclass
 class Record:
@@ -50,24 +55,31 @@ class Record:
 
     Attributes:
         calls: layer name -> its calls.
-        regions: block name -> where the parameters that no treatment covers met the samples.
+        uses: layer name -> how many operations took each of its parameters.
+        loose: block name -> parameters by name that no treatment covers, and that are wanted.
+        precision: the coarsest that anything in the pass was computed in.
         problems: layer name -> what was wrong with a call that could not be recorded.
         mute: layers that were called where no gradient is recorded: theirs is zero.
         closed: after the forward pass. Checkpointed layers run again in the backward pass.
+        paused: while the model runs for something else: nothing is recorded nor replayed.
         thread: whose calls are recorded. Others may run the model too, or fit it.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    regions: dict[str, Region] = field(default_factory=dict)
+    uses: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    loose: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    precision: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)
     mute: set[str] = field(default_factory=set)
     closed: bool = False
+    paused: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
     def clear(self) -> None:
         """Forget everything, and record."""
         self.calls.clear()
-        self.regions.clear()
+        self.uses.clear()
+        self.loose.clear()
         self.problems.clear()
         self.mute.clear()
         self.closed = False
@@ -76,7 +88,7 @@ class Record:
         self, name: str, treatment: Treatment, value: Any, output: Any, group: int | None = None
     ) -> None:
         """Record one call, or why that is impossible."""
-        if self.closed or threading.get_ident() != self.thread:
+        if self.closed or self.paused or threading.get_ident() != self.thread:
             return
         for what, found in (("input", value), ("output", output)):
             if not isinstance(found, Tensor):
@@ -89,6 +101,13 @@ class Record:
         version = value._version
         call = Call(treatment, value.detach(), version, edge, output.shape, output.dtype, group)
         self.calls.setdefault(name, []).append(call)
+
+    def find_precision(self, outputs: Tensor, graph: Graph) -> None:
+        """See how coarse the pass was: by what layers put out, and whether anything was cast."""
+        calls = [call for calls in self.calls.values() for call in calls]
+        self.precision = coarsest([outputs.dtype, *(call.output_dtype for call in calls)])
+        if "ToCopyBackward0" in graph.names():  # autocast, perhaps
+            self.precision = max(self.precision, torch.finfo(torch.bfloat16).eps)
 
     def find_passed(self, graph: Graph) -> None:
         """See which calls' edges the backward pass goes through."""
@@ -105,6 +124,20 @@ class Record:
                 if not math.isfinite(largest):
                     return str(problem(name, f"its input has values not finite ({largest})"))
         return None
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> float:
+    """The largest relative rounding error of these types, those of floating point among them."""
+    return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0)
+
+
+def tolerance(precision: float, device: torch.device | None = None) -> float:
+    """How far, relative to its size, a sum may be from the same sum in another order."""
+    if precision > 1e-4:
+        return 8 * precision
+    if device is not None and device.type == "cuda" and precision > 1e-8:
+        return 1e-2  # TF32 may have been used
+    return 1e3 * precision
 
 
 def problem(layer: str, what: str) -> ValueError:

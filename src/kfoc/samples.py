@@ -242,6 +242,66 @@ class Patches:
         return Rows(self.padded.new_empty(count, 0, rows), self.constant)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """Inputs that came with `each` rows for every sample, one behind the other: windows, frames.
+
+    A sample's positions are those of its rows, in order.
+    """
+
+    inner: Inputs  # of (N * each) rows
+    each: int
+
+    @property
+    def num_samples(self) -> int:
+        return self.inner.num_samples // self.each
+
+    @property
+    def num_positions(self) -> int:
+        return self.inner.num_positions * self.each
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    @property
+    def constant(self) -> float | None:
+        return getattr(self.inner, "constant", None)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        columns = self.inner.columns(start * self.each, stop * self.each)
+        return columns.reshape(self.size, stop - start, -1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self.inner.rows(start * self.each, stop * self.each)
+        return rows.reshape(stop - start, -1, self.size)
+
+    def magnitude(self) -> float:
+        return self.inner.magnitude()
+
+    def scaled(self, factor: float) -> Folded:
+        return Folded(self.inner.scaled(factor), self.each)
+
+    def split(self, groups: int) -> list[Folded]:
+        """The inputs of each group of channels, of patches."""
+        parts = self.inner.split(groups)  # type: ignore[attr-defined]
+        return [Folded(part, self.each) for part in parts]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.inner.tensor.unflatten(0, (-1, self.each))
+
+    def with_tensor(self, tensor: Tensor) -> Folded:
+        return Folded(self.inner.with_tensor(tensor.flatten(0, 1)), self.each)
+
+    @property
+    def diagonal(self) -> bool:
+        return self.inner.diagonal
+
+    def silent(self, count: int) -> Inputs:
+        return self.inner.silent(count)
+
+
 class LayerSamples(Protocol):
     """What every kind of samples of one layer in one batch has."""
 
@@ -294,10 +354,13 @@ class Samples:
     Attributes:
         inputs: a, (N, T, i).
         grads: g, (S, N, T, o): derivatives of `ln p(y | x)` in S directions, whose squares add up.
+        rows_per_sample: how many positions a sample has on average, where some of the T are mere
+            padding, zeros in inputs and gradients: K-FAC takes means over positions.
     """
 
     inputs: Inputs
     grads: Tensor
+    rows_per_sample: float | None = None
 
     @property
     def num_samples(self) -> int:
@@ -338,14 +401,16 @@ class Samples:
 
     def detached_copy(self) -> Samples:
         """The same samples in memory of their own: a loader may write over its batches."""
-        return Samples(self.inputs.with_tensor(self.inputs.tensor.clone()), self.grads.clone())
+        inputs = self.inputs.with_tensor(self.inputs.tensor.clone())
+        return replace(self, inputs=inputs, grads=self.grads.clone())
 
     def part(self, start: int, stop: int) -> Samples:
         """Samples `start` to `stop`, sharing memory."""
         if start == 0 and stop >= self.num_samples:
             return self
         tensor = self.inputs.tensor[start:stop]
-        return Samples(self.inputs.with_tensor(tensor), self.grads[:, start:stop])
+        inputs = self.inputs.with_tensor(tensor)
+        return replace(self, inputs=inputs, grads=self.grads[:, start:stop])
 
     def joins(self, other: Samples) -> bool:
         """Whether `merged` can take the two: the same kind of layer call and positions."""
@@ -397,7 +462,7 @@ class Samples:
             inputs = inputs.scaled(1 / input_scale)
         if grad_scale != 1.0:
             grads = grads / grad_scale
-        return Samples(inputs, grads)
+        return replace(self, inputs=inputs, grads=grads)
 
     def silent(self, count: int) -> Samples:
         """`count` samples of the same layer without any position, so without any gradient."""

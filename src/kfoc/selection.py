@@ -60,13 +60,10 @@ class Selection:
         order = {name: number for number, name in enumerate(self.candidates)}
         return sorted([*self.modules, *self.loose], key=lambda name: order.get(name, len(order)))
 
-    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Name of a treated layer -> its treated parameters by their names in the module."""
-        found = {}
-        for name, module in self.modules.items():
-            own = own_parameters(module)
-            found[name] = {key: own[key] for key in self.treatments[name].parameters}
-        return found
+    def layer_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """A treated layer's treated parameters, by their names in the module."""
+        own = own_parameters(self.modules[name])
+        return {key: own[key] for key in self.treatments[name].parameters}
 
     def layout(self, name: str) -> Layout:
         """Where a block's parameters lie in its matrix."""

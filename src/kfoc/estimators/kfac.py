@@ -55,7 +55,7 @@ class KFAC(FactoredEstimator):
         before, share = state.samples / count, 1 / count
         grads = samples.grads.reshape(-1, samples.shape[0])
         # Averaged per batch, as the number of positions may differ between batches.
-        left_share = share / max(1, samples.num_positions)
+        left_share = share / (samples.rows_per_sample or max(1, samples.num_positions))
         if state.left.ndim == 1:
             state.left.mul_(before).add_(grads.square().sum(0), alpha=left_share)
         else:

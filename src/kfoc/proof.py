@@ -1,0 +1,369 @@
+"""How a fit knows that its samples are right: two weighted backward passes over a few of them.
+
+Write g_m for the output gradient of row m of a layer's call, in a backward pass from the cotangents
+c_n of the samples' outputs, and h_m for the same from the cotangents v_n c_n. By linearity
+`g_m = sum_n d(c_n . f_n) / d s_m`, so h_m = v_n g_m where row m belongs to sample n alone, and
+(almost surely) nowhere else: the ratio *names the sample*, and what is left says that the row
+mixes samples. And `sum_m g_m a_m^T`, over all recorded calls, has to be autograd's gradient of the
+weight: it is not where a use was not recorded, where the recorded output is not what the parameters
+gave, or where the recorded input is not what went in.
+
+The weights v_n are powers of two. Scaling by those rounds nothing, so in a sound layer h_m is
+v_n g_m to the last bit, in any precision and however much cancels on the way to it; many samples
+are told apart by few passes, whose exponents are the digits of a sample's number. The sums are
+compared relative to sizes *before* cancellation, which the same sums with random weights for every
+entry of g show: the gradient of a bias under a softmax is exactly zero, and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfoc.ownership import (
+    CHANGED,
+    Directions,
+    InOrder,
+    Rule,
+    Scattered,
+    Unseen,
+    row_count,
+    rows_shape,
+    samples_of,
+)
+from kfoc.record import Call, Record, accumulable, coarsest, problem, tolerance
+from kfoc.samples import Grouped, LayerSamples, Samples
+from kfoc.selection import Selection
+from kfoc.tokens import OneHot
+
+# Samples of a batch that the check runs on: few, as each costs what it costs in the batch, and no
+# number that dimensions usually have.
+FEW = 6
+# Exponents of the weights, of which the powers of two must not leave the range of a dtype.
+_DIGITS = {torch.float16: 8}
+_MANY_DIGITS = 64
+# Random weightings of a layer's sum that show its size before cancellation.
+_WEIGHTINGS = 4
+
+MIXED = "its rows mix samples, or belong to none (batch_first? a layer over the batch?)"
+UNSUMMED = (
+    "its calls do not add up to the gradient of its parameters (are they used outside of it as "
+    "well, or does a hook or a replaced forward change what it puts out?)"
+)
+UNSURE = "no gradient reached some of its rows when they were checked, and one does now"
+# What a layer's calls must have in common with those that were checked.
+Signature = tuple[object, ...]
+
+
+@dataclass
+class Proof:
+    """What is known of every layer's calls.
+
+    Attributes:
+        rules: layer name -> calls of this signature -> how their rows belong to samples.
+        unsummed: layers whose sums could not be compared, as their parameters are sharded.
+    """
+
+    rules: dict[str, dict[Signature, tuple[Rule, ...]]] = field(default_factory=dict)
+    unsummed: set[str] = field(default_factory=set)
+
+    def known(self, name: str, record: Record, count: int) -> tuple[Rule, ...] | None:
+        """The rules of a layer's calls in this batch; None where they are not checked yet."""
+        calls = record.calls[name]
+        rules = self.rules.get(name, {}).get(_signature(name, record, count))
+        if rules is None or not all(map(_fits, rules, calls, [count] * len(calls))):
+            return None
+        return rules
+
+    def take(self, findings: Findings, record: Record, count: int) -> None:
+        """Remember what a check of this record found; the owners of its rows are its own."""
+        self.unsummed |= findings.unsummed
+        for name, rules in findings.rules.items():
+            kept = tuple(Scattered() if is_scattered(rule) else rule for rule in rules)
+            self.rules.setdefault(name, {})[_signature(name, record, count)] = kept
+
+
+def is_scattered(rule: Rule) -> bool:
+    """Whether owners have to be found in every batch."""
+    return isinstance(rule, Scattered)
+
+
+def seen_anew(rules: Sequence[Rule], grads: Directions) -> bool:
+    """Whether a gradient reaches rows that none had reached when they were checked."""
+    return any(
+        isinstance(rule, Unseen) and any(grad is not None and grad.any() for grad in each)
+        for rule, each in zip(rules, grads, strict=True)
+    )
+
+
+def _signature(name: str, record: Record, count: int) -> Signature:
+    """A batch of one sample proves nothing of others, nor does one use of a parameter of two."""
+    shapes = [(call.group, call.value.ndim, len(call.output_shape)) for call in record.calls[name]]
+    return count == 1, record.uses.get(name), *shapes
+
+
+def _fits(rule: Rule, call: Call, count: int) -> bool:
+    return not isinstance(rule, InOrder) or (
+        rule.fits(rows_shape(call), count) and rule.fits(call.value.shape, count)
+    )
+
+
+def fitting(calls: Iterable[Call], count: int) -> bool:
+    """Whether first dimensions can be the samples, by shapes alone."""
+    return all(_fits(InOrder(), call, count) for call in calls)
+
+
+def unfitting(calls: Iterable[Call], count: int) -> str:
+    """What is wrong where they cannot."""
+    call = next(call for call in calls if not _fits(InOrder(), call, count))
+    shape = call.output_shape if call.value.shape[:1] == (count,) else call.value.shape
+    return (
+        f"its first dimension is {shape[0] if shape else 'missing'} in a batch of {count} samples: "
+        "it must run over the samples"
+    )
+
+
+def codes(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Exponents (N,) of the weights of each pass: together, the digits of a sample's number."""
+    base = _DIGITS.get(dtype, _MANY_DIGITS)
+    numbers = torch.arange(count)
+    found: list[Tensor] = []
+    while not found or base ** len(found) < count:
+        digits = numbers // base ** len(found) % base
+        found.append(digits - min(base, count) // 2)
+    return found
+
+
+def weighted(cotangent: Tensor, exponents: Tensor) -> Tensor:
+    """Each sample's cotangent times its power of two."""
+    low = int(exponents.min())
+    powers = [2.0**exponent for exponent in range(low, int(exponents.max()) + 1)]  # exactly
+    weights = torch.tensor(powers).to(cotangent)[(exponents - low).to(cotangent.device)]
+    return cotangent * weights.view(-1, *[1] * (cotangent.ndim - 1))
+
+
+def owners(grad: Tensor, tagged: Sequence[Tensor], count: int) -> Tensor:
+    """Whose every row is: (M,), -1 where there is no gradient, -2 where samples are mixed.
+
+    Args:
+        grad: (M, n), by the cotangents as they are.
+        tagged: the same by those that are weighted, a pass for each of `codes`.
+    """
+    size = grad.abs().amax(1) if grad.shape[1] else grad.new_zeros(len(grad))
+    alive = (size > 0) & size.isfinite()
+    rows = grad.double() / torch.where(alive, size, 1).double()[:, None]
+    allowed = tolerance(torch.finfo(grad.dtype).eps)
+    number = torch.zeros(len(grad), dtype=torch.long, device=grad.device)
+    mixed = torch.zeros_like(alive)
+    base = _DIGITS.get(grad.dtype, _MANY_DIGITS)
+    for place, each in enumerate(tagged):
+        scaled = each.double() / torch.where(alive, size, 1).double()[:, None]
+        ratio = (scaled * rows).sum(1) / (rows * rows).sum(1).clamp_min(1e-30)
+        exponent = torch.log2(ratio.clamp_min(1e-30)).round()
+        left = (torch.ldexp(scaled, -exponent[:, None]) - rows).abs().amax(1)
+        digit = exponent.long() + min(base, count) // 2
+        mixed |= (left > allowed) | ~left.isfinite() | (digit < 0) | (digit >= base)
+        number += digit.clamp(0, base - 1) * base**place
+    mixed |= number >= count
+    return torch.where(alive, torch.where(mixed, -2, number), -1)
+
+
+def by_rows(grad: Tensor, call: Call) -> Tensor:
+    """A derivative by what a call put out, as (M, n): a row for every row of the call."""
+    return grad.reshape(row_count(call), -1)
+
+
+@dataclass
+class Findings:
+    """What a check found.
+
+    Attributes:
+        count: of the samples that it was made on.
+        rules: layer name -> the rules of its calls.
+        reasons: layer name -> why it has no treatment.
+        unsummed: layers whose sums could not be compared.
+    """
+
+    count: int
+    rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    unsummed: set[str] = field(default_factory=set)
+
+
+def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable[str]) -> Findings:
+    """Check layers on a forward pass of their own, whose graph it leaves as it is.
+
+    Args:
+        outputs: of that pass, samples first.
+        record: of that pass.
+        names: the layers to check, of those that it called.
+    """
+    count, names = len(outputs), [name for name in names if name in record.calls]
+    calls = {name: record.calls[name] for name in names}
+    edges = [call.edge for each in calls.values() for call in each if call.edge]
+    held = {name: list(selection.layer_parameters(name).values()) for name in names}
+    for name, each in calls.items():  # with which autograd has no gradients of the weight
+        if any(call.value._version != call.version for call in each):
+            raise problem(name, CHANGED)
+    # Those of `fully_shard` are no leaves of the graph: what is used comes from all ranks.
+    whole = {
+        name: not any(hasattr(parameter, "device_mesh") for parameter in each)
+        for name, each in held.items()
+    }
+    leaves: list[Any] = [p for name in names if whole[name] for p in held[name]]
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(outputs.shape, generator=generator).to(outputs)
+    found = Findings(count, unsummed={name for name in names if not whole[name]})
+    if not edges:
+        return found
+    first = torch.autograd.grad(
+        outputs, [*edges, *leaves], cotangent, retain_graph=True, allow_unused=True
+    )
+    grads: Iterator[Tensor | None] = iter(first[: len(edges)])
+    sums: Iterator[Tensor | None] = iter(first[len(edges) :])
+    exponents = codes(count, outputs.dtype)
+    passes: list[Iterator[Tensor | None]] = [
+        iter(
+            torch.autograd.grad(
+                outputs, edges, weighted(cotangent, each), retain_graph=True, allow_unused=True
+            )
+        )
+        for each in exponents
+    ]
+    for name, each in calls.items():
+        own = [next(grads) for _ in each]
+        tagged = [[next(single) for single in passes] for _ in each]
+        totals = [next(sums) for _ in held[name]] if whole[name] else None
+        try:
+            rules = [_rule(*parts, count) for parts in zip(each, own, tagged, strict=True)]
+            if any(rule is None for rule in rules):
+                found.reasons[name] = MIXED
+                continue
+            sound = [rule for rule in rules if rule is not None]
+            summed = _adds_up(name, each, own, sound, totals, selection, count, generator)
+        except ValueError as error:
+            found.reasons[name] = str(error)
+            continue
+        if not summed:
+            found.reasons[name] = UNSUMMED
+            continue
+        found.rules[name] = tuple(sound)
+    return found
+
+
+def _rule(call: Call, grad: Tensor | None, tagged: list[Tensor | None], count: int) -> Rule | None:
+    """How the rows of a call belong to samples, with their owners; None where they are mixed.
+
+    Raises:
+        ValueError: input and output have not the same rows.
+    """
+    if call.value.shape[:1] != call.output_shape[:1]:
+        raise ValueError(
+            f"its input has {[*call.value.shape]} and its output {[*call.output_shape]} entries: "
+            "the first dimension must be the same"
+        )
+    if grad is None:
+        return Unseen()
+    shape = rows_shape(call)
+    present = [torch.zeros_like(grad) if each is None else each for each in tagged]
+    whose = owners(by_rows(grad, call), [by_rows(each, call) for each in present], count)
+    if (whose == -2).any():
+        return None
+    alive = whose >= 0
+    if not alive.any():
+        return Unseen()
+    for axis, size in enumerate(shape):
+        if size % count or not size:
+            continue
+        number = torch.arange(size, device=whose.device) // (size // count)
+        expected = number.view(-1, *[1] * (len(shape) - axis - 1)).expand(shape).reshape(-1)
+        if bool((expected == whose)[alive].all()):
+            return InOrder(axis, size // count)
+    return Scattered(whose)
+
+
+def _adds_up(
+    name: str,
+    calls: list[Call],
+    grads: list[Tensor | None],
+    rules: list[Rule],
+    totals: list[Tensor | None] | None,
+    selection: Selection,
+    count: int,
+    generator: torch.Generator,
+) -> bool:
+    """Whether the samples' gradients add up to those of autograd, relative to what cancels."""
+    directions: Directions = []
+    for grad in grads:
+        if grad is None:
+            directions.append([None] * (1 + _WEIGHTINGS))
+            continue
+        wide = accumulable(grad)
+        random = (_scrambled(wide, generator) for _ in range(_WEIGHTINGS))
+        directions.append([wide, *random])
+    samples = samples_of(calls, directions, count, rules)
+    if totals is None:
+        return True
+    layout, parameters = selection.layout(name), selection.layer_parameters(name)
+    named = dict(zip(layout.names, parameters.values(), strict=True))
+    given = {
+        key: torch.zeros_like(parameter) if total is None else total
+        for (key, parameter), total in zip(named.items(), totals, strict=True)
+    }
+    if samples.shape != layout.shape:
+        raise ValueError(
+            f"its treatment makes gradients of the shape {samples.shape}, and its parameters "
+            f"{', '.join(layout.names)} lie as {layout.shape} (layout={layout.kind!r}?)"
+        )
+    separate = layout.kind == "stacked"
+    bias = len(layout.names) > 1 and not separate
+    size = samples.shape[1]
+    vector = torch.randn(size - bias, generator=generator).to(samples.grads)
+    # A column for the weight, summed up at random, and one for every other parameter.
+    if separate:
+        vectors = torch.eye(size).to(vector)
+        expected = layout.join(given).to(vector)
+    else:
+        vectors = vector.new_zeros(size, 1 + bias)
+        vectors[: size - bias, 0] = vector
+        weight = replace(layout, names=layout.names[:1], shapes=layout.shapes[:1]).join(given)
+        columns = [weight.to(vector) @ vector]
+        if bias:
+            vectors[-1, 1] = 1.0
+            columns.append(given[layout.names[1]].to(vector))
+        expected = torch.stack(columns, -1)
+    found = _images(samples, vectors)
+    found = found.double()
+    off = (found[0] - expected.double()).norm(dim=0)
+    scale = found.square().sum(1).mean(0).sqrt()
+    kinds = [kind for call in calls for kind in (call.value.dtype, call.output_dtype)]
+    precision = coarsest([*kinds, *(parameter.dtype for parameter in parameters.values())])
+    return bool((off <= tolerance(precision, expected.device) * scale).all())
+
+
+def _scrambled(grad: Tensor, generator: torch.Generator) -> Tensor:
+    """A derivative with random weights along every dimension, so that nothing in it cancels."""
+    for axis, size in enumerate(grad.shape):
+        weights = torch.rand(size, generator=generator) + 0.5
+        weights *= torch.randint(2, (size,), generator=generator) * 2 - 1
+        grad = grad * weights.to(grad).view(-1, *[1] * (grad.ndim - axis - 1))
+    return grad
+
+
+def _images(samples: LayerSamples, vectors: Tensor) -> Tensor:
+    """The per-sample gradients' sum over all samples, (S, o, i), times `vectors` (i, c)."""
+    if isinstance(samples, Grouped):
+        return torch.cat([_images(group, vectors) for group in samples.groups], 1)
+    if not isinstance(samples, Samples):
+        return samples.gradients(0, samples.num_samples).sum(1) @ vectors
+    inputs = samples.inputs
+    if isinstance(inputs, OneHot):  # without its rows, as long as the vocabulary
+        known = (inputs.tokens >= 0)[..., None] * inputs.scale
+        seen = vectors[inputs.tokens.long().clamp_min(0)] * known
+    else:
+        seen = inputs.rows(0, samples.num_samples) @ vectors
+    return torch.matmul(samples.grads.flatten(1, 2).mT, seen.flatten(0, 1))
