@@ -111,6 +111,8 @@ def _agree(ranks: Ranks, run: Run) -> None:
         for name in theirs:
             if name in run.states:
                 continue
+            if name in selection.watched:  # a layer there, and no batch has shown it here
+                selection.promote([name])
             if name not in selection.blocks:
                 raise ValueError(
                     f"layer {name!r}: rank {rank} treats it, and here it was left out: "

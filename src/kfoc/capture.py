@@ -20,6 +20,7 @@ from kfoc.proof import MIXED, by_rows, codes, owners, weighted
 from kfoc.record import Call, Record, problem
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection
+from kfoc.watched import Watch, Watched
 
 # Derivatives of one layer by weighted cotangents: per call, per pass.
 Tagged = list[list[Tensor | None]]
@@ -40,12 +41,14 @@ def captured(selection: Selection) -> Iterator[Record]:
     try:
         for name, module in selection.modules.items():
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
-            if name in selection.inlined:
+            if name in selection.inlined or name in selection.watched:
                 continue
             own = module, selection.treatments[name]
             for watched, treatment in [own, *selection.twins.get(name, [])]:
                 hook = _recorder(record, name, treatment)
                 handles.append(watched.register_forward_hook(hook, with_kwargs=True))
+        for module, weights in _by_module(selection).items():
+            handles += _watching(record, selection, module, weights)
         for name, whole in selection.inlined.items():
             hook = _replayer(record, selection, name, whole)
             handles.append(whole.module.register_forward_hook(hook, with_kwargs=True))
@@ -128,6 +131,47 @@ def _replayer(
         return replayed
 
     return hook
+
+
+def _by_module(selection: Selection) -> dict[nn.Module, dict[str, Watched]]:
+    """The modules whose uses of weights are watched -> block name -> weight."""
+    found: dict[nn.Module, dict[str, Watched]] = {}
+    for name, each in selection.watched.items():
+        found.setdefault(each.module, {})[name] = each
+    return found
+
+
+def _watching(
+    record: Record, selection: Selection, module: nn.Module, watched: dict[str, Watched]
+) -> list[Any]:
+    """Hooks that watch a module's uses of its weights, from its forward's beginning to its end."""
+    entered: list[Watch | None] = []
+
+    def seen(
+        name: str, group: int | None, rows: slice | None, value: Tensor, output: Tensor
+    ) -> None:
+        record.add(name, watched[name].treatment, value, output, group, rows)
+
+    def before(*_: Any) -> None:
+        wanted = watched.keys() & selection.watched.keys()
+        idle = record.closed or record.paused or threading.get_ident() != record.thread
+        if idle or not wanted:
+            entered.append(None)
+            return
+        weights = {name: getattr(module, watched[name].weight) for name in wanted}
+        watch = Watch(weights, seen)
+        watch.__enter__()
+        entered.append(watch)
+
+    def after(*_: Any) -> None:
+        watch = entered.pop() if entered else None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]
 
 
 @torch.no_grad()
@@ -228,7 +272,8 @@ def with_owners(
         if not isinstance(rule, Scattered):
             found.append(rule)
             continue
-        first, *rest = passes if len(directions) > 1 else [directions[0], *passes]
+        several = len(directions) > 1
+        first, *rest = map(call.own, passes if several else [directions[0], *passes])
         if first is None:
             found.append(Unseen())
             continue

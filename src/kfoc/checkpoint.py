@@ -268,6 +268,8 @@ def _selection_of(run: Run) -> dict[str, Any]:
 def _restore_selection(run: Run, saved: dict[str, Any]) -> None:
     """In place: what watches the forward passes watches it as it was at the start of the fit."""
     selection = run.selection
+    selection.promote(selection.watched.keys() & set(saved["modules"]))
+    selection.unwatch()
     for held in (selection.modules, selection.treatments):
         for name in held.keys() - set(saved["modules"]):
             del held[name]

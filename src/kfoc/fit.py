@@ -42,7 +42,7 @@ from kfoc.coverage import parameter_counts
 from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
-from kfoc.forward import first_samples
+from kfoc.forward import buffers_kept, first_samples
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported, own_parameters
 from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
@@ -475,7 +475,10 @@ class _Run:
             if self.proof is None:
                 self.proof = Proof()
                 if self.verify:
-                    self._prove(inputs, record, number, None if self.is_sharded else FEW)
+                    few = None if self.is_sharded else FEW
+                    with buffers_kept(self.model):
+                        self._prove(inputs, record, number, few)
+                self.selection.settle()
             outputs = self._forward(inputs, record, number)
             count = outputs.shape[0]
             self._check_same(outputs, targets, number)
@@ -513,7 +516,8 @@ class _Run:
             for name, calls in record.calls.items():
                 if name in self.selection.modules and not fitting(calls, len(outputs)):
                     self._drop(name, unfitting(calls, len(outputs)))
-        for name in record.calls.keys() - self.selection.modules.keys():
+        known = self.selection.modules.keys() | self.selection.watched.keys()
+        for name in record.calls.keys() - known:
             del record.calls[name]
         for name in [n for n in self.selection.modules if n not in record.calls]:
             if any(map(graph.uses, self.selection.layer_parameters(name).values())):
@@ -555,8 +559,11 @@ class _Run:
         findings = check(outputs, record, self.selection, names)
         assert self.proof is not None
         self.proof.take(findings, record, len(outputs))
+        fresh = self.selection.watched.keys() - self.selection.modules.keys()
         for name, reason in findings.reasons.items():
-            self._drop(name, reason)
+            if name not in fresh:
+                self._drop(name, reason)
+        self.selection.promote(fresh & findings.rules.keys())
         record.clear()
         return findings
 
@@ -575,7 +582,7 @@ class _Run:
 
         def take(name: str, grads: Directions) -> None:
             calls, rules = record.calls.pop(name), assured[name]
-            if rules is None or seen_anew(rules, grads):
+            if rules is None or seen_anew(rules, calls, grads):
                 late[name] = calls, grads
                 return
             self._take(name, calls, grads, rules, tagged.pop(name, None), count, work)
@@ -620,21 +627,23 @@ class _Run:
                 self._refuse(name, "it is called in another way than when it was checked")
             return
         before = set(self.selection.loose)
-        findings = self._prove(work.inputs, record, work.number, None, late)
+        with buffers_kept(self.model):
+            findings = self._prove(work.inputs, record, work.number, None, late)
         for name, (calls, grads) in late.items():
             if name not in findings.rules:
                 work.reached.discard(name)
                 continue
             rules, count = findings.rules[name], findings.count
-            if seen_anew(rules, grads):
+            if seen_anew(rules, calls, grads):
                 raise ValueError(f"layer {name!r}: {UNSURE}")
             self._take(name, calls, grads, rules, None, count, work)
         fresh = self.selection.loose.keys() - before
         if fresh:  # what is no layer after all has no derivatives yet
-            outputs = self._forward(work.inputs, record, work.number)
-            record.calls.clear()
-            record.loose = {name: self.selection.loose[name] for name in fresh}
-            self._derivatives(outputs, record, work)
+            with buffers_kept(self.model):
+                outputs = self._forward(work.inputs, record, work.number)
+                record.calls.clear()
+                record.loose = {name: self.selection.loose[name] for name in fresh}
+                self._derivatives(outputs, record, work)
 
     def _take_loose(
         self,
@@ -667,7 +676,8 @@ class _Run:
         parameters = {key: p for each in wanted.values() for key, p in each.items()}
         record.paused = True
         try:
-            found, off = self.uncovered.samples(batch, parameters, named)
+            with buffers_kept(self.model):
+                found, off = self.uncovered.samples(batch, parameters, named)
         finally:
             record.paused = False
         for name, own in wanted.items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -78,6 +80,26 @@ class _Called(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         return (self.predict or called)(self.model, inputs)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What forward passes change in a model's buffers, in place or by others, is undone."""
+    held = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, value in held:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
 
 
 def sliced(value: Any, part: slice | int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -65,7 +66,8 @@ class Treatment:
         return lead if same else 1
 
 
-# Rules of classes in libraries that are not imported for it: their qualified name -> the rule.
+# Rules of classes in libraries that are not imported for it: a pattern of their qualified names ->
+# the rule.
 BY_NAME: dict[str, Callable[[Any], Treatment]] = {}
 
 
@@ -108,8 +110,9 @@ def checked_treatment(module: nn.Module) -> Treatment:
     if kind not in registered:
         for cls in kind.__mro__:
             name = f"{cls.__module__}.{cls.__qualname__}"
-            if name in BY_NAME and cls not in registered:
-                treatment.register(cls, BY_NAME[name])
+            known = next((r for p, r in BY_NAME.items() if fnmatch.fnmatchcase(name, p)), None)
+            if known is not None and cls not in registered:
+                treatment.register(cls, known)
     rule = treatment.dispatch(kind)
     own = own_parameters(module)
     if not any(parameter.requires_grad for parameter in own.values()):
@@ -119,6 +122,11 @@ def checked_treatment(module: nn.Module) -> Treatment:
     if missing:
         raise Unsupported(f"its {missing[0]} is not a parameter of its own (reparametrised?)")
     return found
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether there is a rule for a module's class, or for one above it."""
+    return treatment.dispatch(type(module)) is not treatment.dispatch(object)
 
 
 def extended(
@@ -155,7 +163,7 @@ def bias_alone(name: str, channel_first: bool) -> Treatment:
             grad = grad.movedim(-1, 1)
         return (grad.flatten(2).sum(2) if grad.ndim > 2 else grad)[..., None]
 
-    return Treatment(_no_inputs, _no_grads, (name,), layout="stacked", direct=direct)
+    return Treatment(no_inputs, no_grads, (name,), layout="stacked", direct=direct)
 
 
 @treatment.register
@@ -280,14 +288,14 @@ def _affine(module: Any, channel_first: bool, normalised: Callable[[Tensor], Ten
                 columns.append(terms.reshape(len(terms), -1, count).sum(1))
         return torch.stack(columns, 2)
 
-    return Treatment(_no_inputs, _no_grads, names, layout="stacked", direct=direct)
+    return Treatment(no_inputs, no_grads, names, layout="stacked", direct=direct)
 
 
-def _no_inputs(values: Tensor) -> Inputs:
+def no_inputs(values: Tensor) -> Inputs:
     raise NotImplementedError("this treatment is direct")
 
 
-def _no_grads(grad: Tensor) -> Tensor:
+def no_grads(grad: Tensor) -> Tensor:
     raise NotImplementedError("this treatment is direct")
 
 

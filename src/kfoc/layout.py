@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("rows", "columns", "transposed_convolution", "stacked", "flat")
+KINDS = ("rows", "columns", "transposed_convolution", "matrices", "stacked", "flat")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Layout:
     | rows | the weight (o, ...), flattened behind its first dimension | the bias (o,), if any, as last column |
     | columns | the weight (i, o), transposed | likewise |
     | transposed_convolution | the weight (in, o / groups, *kernel): within each group, its first two dimensions swapped, then flattened | likewise |
+    | matrices | the weight (groups, o / groups, i), one matrix above the other | |
     | stacked | every parameter, flattened to a column | |
     | flat | all parameters, flattened one after the other into a single column | |
 
@@ -48,6 +49,8 @@ class Layout:
             return math.prod(weight), len(self.shapes)
         if self.kind == "flat":
             return sum(math.prod(shape) for shape in self.shapes), 1
+        if self.kind == "matrices":
+            return weight[0] * weight[1], weight[2]
         if self.kind == "columns":
             return weight[1], weight[0] + bias
         if self.kind == "transposed_convolution":
@@ -115,6 +118,8 @@ class Layout:
         return found
 
     def _weight_to_matrix(self, weight: Tensor, lead: torch.Size) -> Tensor:
+        if self.kind == "matrices":
+            return weight.flatten(-3, -2)
         if self.kind == "columns":
             return weight.mT
         if self.kind == "transposed_convolution":

@@ -122,12 +122,14 @@ def samples_of(
     if None in parts:
         whole_layer = joined(parts[None], calls[0].treatment.groups)
         return _counted(whole_layer, counts.get(None))
-    return Grouped(
-        tuple(
-            Samples(*_one(each), rows_per_sample=counts.get(group))
-            for group, each in _sorted(parts)
-        )
-    )
+    found = {
+        group or 0: replace(Samples.side_by_side(each), rows_per_sample=counts.get(group))
+        for group, each in _sorted(parts)
+    }
+    if calls[0].treatment.layout == "matrices":  # of which some may not have been used
+        silent = next(iter(found.values())).silent(num_samples)
+        found = {group: found.get(group, silent) for group in range(calls[0].treatment.groups)}
+    return Grouped(tuple(found.values()))
 
 
 def _silent_rule(call: Call, num_samples: int) -> InOrder | Scattered:
@@ -137,11 +139,6 @@ def _silent_rule(call: Call, num_samples: int) -> InOrder | Scattered:
         return rule
     owners = torch.full((row_count(call),), -1, device=call.value.device)
     return Scattered(owners)
-
-
-def _one(parts: list[tuple[Inputs, Tensor]]) -> tuple[Inputs, Tensor]:
-    samples = Samples.side_by_side(parts)
-    return samples.inputs, samples.grads
 
 
 def _counted(samples: LayerSamples, rows: float | None) -> LayerSamples:

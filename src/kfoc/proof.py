@@ -17,6 +17,7 @@ entry of g show: the gradient of a bias under a softmax is exactly zero, and rig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,7 +75,10 @@ class Proof:
     def known(self, name: str, record: Record, count: int) -> tuple[Rule, ...] | None:
         """The rules of a layer's calls in this batch; None where they are not checked yet."""
         calls = record.calls[name]
-        rules = self.rules.get(name, {}).get(_signature(name, record, count))
+        known = self.rules.get(name, {})
+        if _pattern(name, record, count) in known:  # in any number
+            return (Scattered(),) * len(calls)
+        rules = known.get(_signature(name, record, count))
         if rules is None or not all(map(_fits, rules, calls, [count] * len(calls))):
             return None
         return rules
@@ -83,8 +87,12 @@ class Proof:
         """Remember what a check of this record found; the owners of its rows are its own."""
         self.unsummed |= findings.unsummed
         for name, rules in findings.rules.items():
-            kept = tuple(Scattered() if is_scattered(rule) else rule for rule in rules)
-            self.rules.setdefault(name, {})[_signature(name, record, count)] = kept
+            known = self.rules.setdefault(name, {})
+            if any(map(is_scattered, rules)):
+                # What tokens are routed to is not to be trusted to have an order.
+                known[_pattern(name, record, count)] = ()
+            else:
+                known[_signature(name, record, count)] = rules
 
 
 def is_scattered(rule: Rule) -> bool:
@@ -92,18 +100,31 @@ def is_scattered(rule: Rule) -> bool:
     return isinstance(rule, Scattered)
 
 
-def seen_anew(rules: Sequence[Rule], grads: Directions) -> bool:
+def seen_anew(rules: Sequence[Rule], calls: Sequence[Call], grads: Directions) -> bool:
     """Whether a gradient reaches rows that none had reached when they were checked."""
-    return any(
-        isinstance(rule, Unseen) and any(grad is not None and grad.any() for grad in each)
-        for rule, each in zip(rules, grads, strict=True)
-    )
+    for rule, call, each in zip(rules, calls, grads, strict=True):
+        present = map(call.own, each) if isinstance(rule, Unseen) else ()
+        if any(grad is not None and grad.any() for grad in present):
+            return True
+    return False
 
 
 def _signature(name: str, record: Record, count: int) -> Signature:
     """A batch of one sample proves nothing of others, nor does one use of a parameter of two."""
     shapes = [(call.group, call.value.ndim, len(call.output_shape)) for call in record.calls[name]]
     return count == 1, record.uses.get(name), *shapes
+
+
+def _pattern(name: str, record: Record, count: int) -> Signature:
+    """As the signature, for any number of calls: what else took the parameters, and their kinds.
+
+    How many experts have tokens differs from batch to batch.
+    """
+    calls = record.calls[name]
+    places = {(call.edge.node, call.edge.output_nr) for call in calls if call.edge}
+    other = tuple(uses - len(places) for uses in record.uses.get(name, ()))
+    kinds = frozenset((call.value.ndim, len(call.output_shape)) for call in calls)
+    return count == 1, "scattered", other, kinds
 
 
 def _fits(rule: Rule, call: Call, count: int) -> bool:
@@ -174,7 +195,7 @@ def owners(grad: Tensor, tagged: Sequence[Tensor], count: int) -> Tensor:
 
 def by_rows(grad: Tensor, call: Call) -> Tensor:
     """A derivative by what a call put out, as (M, n): a row for every row of the call."""
-    return grad.reshape(row_count(call), -1)
+    return grad.reshape(row_count(call), math.prod(call.output_shape[call.leading :]))
 
 
 @dataclass
@@ -235,8 +256,8 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
         for each in exponents
     ]
     for name, each in calls.items():
-        own = [next(grads) for _ in each]
-        tagged = [[next(single) for single in passes] for _ in each]
+        own = [call.own(next(grads)) for call in each]
+        tagged = [[call.own(next(single)) for single in passes] for call in each]
         totals = [next(sums) for _ in held[name]] if whole[name] else None
         try:
             rules = [_rule(*parts, count) for parts in zip(each, own, tagged, strict=True)]
@@ -244,6 +265,8 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
                 found.reasons[name] = MIXED
                 continue
             sound = [rule for rule in rules if rule is not None]
+            if any(map(is_scattered, sound)):
+                sound = [_spread(rule, call, count) for rule, call in zip(sound, each, strict=True)]
             summed = _adds_up(name, each, own, sound, totals, selection, count, generator)
         except ValueError as error:
             found.reasons[name] = str(error)
@@ -279,11 +302,23 @@ def _rule(call: Call, grad: Tensor | None, tagged: list[Tensor | None], count: i
     for axis, size in enumerate(shape):
         if size % count or not size:
             continue
-        number = torch.arange(size, device=whose.device) // (size // count)
-        expected = number.view(-1, *[1] * (len(shape) - axis - 1)).expand(shape).reshape(-1)
+        expected = _in_order(shape, axis, count, whose.device)
         if bool((expected == whose)[alive].all()):
             return InOrder(axis, size // count)
     return Scattered(whose)
+
+
+def _spread(rule: Rule, call: Call, count: int) -> Rule:
+    """Rows in order as rows of no order, with their owners."""
+    if not isinstance(rule, InOrder):
+        return rule
+    return Scattered(_in_order(rows_shape(call), rule.axis, count, call.value.device))
+
+
+def _in_order(shape: Sequence[int], axis: int, count: int, device: torch.device) -> Tensor:
+    """The owner of every row where samples lie in order along an axis: (M,)."""
+    number = torch.arange(shape[axis], device=device) // (shape[axis] // count)
+    return number.view(-1, *[1] * (len(shape) - axis - 1)).expand(*shape).reshape(-1)
 
 
 def _adds_up(
@@ -305,7 +340,8 @@ def _adds_up(
         wide = accumulable(grad)
         random = (_scrambled(wide, generator) for _ in range(_WEIGHTINGS))
         directions.append([wide, *random])
-    samples = samples_of(calls, directions, count, rules)
+    cut = [replace(call, rows=None) for call in calls]  # as the derivatives are by now
+    samples = samples_of(cut, directions, count, rules)
     if totals is None:
         return True
     layout, parameters = selection.layout(name), selection.layer_parameters(name)

@@ -32,6 +32,7 @@ class Call:
         edge: where its output came from; None once derivatives are there, to let the graph go.
         group: of the layer's outputs, where a call is about one group of them.
         passed: whether the backward pass goes through the edge, to that of another call.
+        rows: which rows of what came out there are this call's, where it is one of several.
     """
 
     treatment: Treatment
@@ -42,6 +43,11 @@ class Call:
     output_dtype: torch.dtype
     group: int | None = None
     passed: bool = False
+    rows: slice | None = None
+
+    def own(self, grad: Tensor | None) -> Tensor | None:
+        """The derivative by what the call put out, from that at its edge."""
+        return grad if grad is None or self.rows is None else grad[self.rows]
 
     @property
     def leading(self) -> int:
@@ -85,7 +91,13 @@ class Record:
         self.closed = False
 
     def add(
-        self, name: str, treatment: Treatment, value: Any, output: Any, group: int | None = None
+        self,
+        name: str,
+        treatment: Treatment,
+        value: Any,
+        output: Any,
+        group: int | None = None,
+        rows: slice | None = None,
     ) -> None:
         """Record one call, or why that is impossible."""
         if self.closed or self.paused or threading.get_ident() != self.thread:
@@ -99,7 +111,8 @@ class Record:
             return
         edge = get_gradient_edge(output)
         version = value._version
-        call = Call(treatment, value.detach(), version, edge, output.shape, output.dtype, group)
+        shape = output.shape if rows is None else output[rows].shape
+        call = Call(treatment, value.detach(), version, edge, shape, output.dtype, group, rows=rows)
         self.calls.setdefault(name, []).append(call)
 
     def find_precision(self, outputs: Tensor, graph: Graph) -> None:
@@ -154,4 +167,4 @@ def present(grad: Tensor | None, call: Call) -> Tensor:
     """The derivative by a call's output; zeros where the outputs do not depend on the call."""
     if grad is None:
         return accumulable(call.value.new_zeros(call.output_shape, dtype=call.output_dtype))
-    return accumulable(grad)
+    return accumulable(grad if call.rows is None else grad[call.rows])

@@ -15,10 +15,12 @@ from kfoc.layers import (
     Treatment,
     Unsupported,
     checked_treatment,
+    has_rule,
     own_parameters,
     trained_parameters,
 )
 from kfoc.layout import Layout
+from kfoc.watched import Watched, watchable
 
 # Parameters that no treatment covers get per-sample gradients one by one, up to so many in all:
 # a batch of N samples holds N numbers for each of them.
@@ -40,6 +42,7 @@ class Selection:
         inlined: modules that use their parts' parameters by themselves, where a part is treated.
         twins: treated layer -> the other modules that hold the very same parameters, and theirs.
         loose: block name -> parameters, by full name, that get per-sample gradients one by one.
+        watched: weights that may turn out to be a layer's, or have: name of that layer -> which.
         skipped: name -> the reason.
         named: those that were asked for by name.
     """
@@ -51,6 +54,7 @@ class Selection:
     inlined: dict[str, Inlined] = field(default_factory=dict)
     twins: dict[str, list[tuple[nn.Module, Treatment]]] = field(default_factory=dict)
     loose: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    watched: dict[str, Watched] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
 
@@ -58,22 +62,36 @@ class Selection:
     def blocks(self) -> list[str]:
         """The names of all blocks, in the model's order."""
         order = {name: number for number, name in enumerate(self.candidates)}
-        return sorted([*self.modules, *self.loose], key=lambda name: order.get(name, len(order)))
+        homes = {name: each.home for name, each in self.watched.items()}
+
+        def place(name: str) -> int:
+            return order.get(homes.get(name, name), len(order))
+
+        return sorted([*self.modules, *self.loose], key=place)
 
     def layer_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A treated layer's treated parameters, by their names in the module."""
-        own = own_parameters(self.modules[name])
-        return {key: own[key] for key in self.treatments[name].parameters}
+        _, module, treatment = self._layer(name)
+        own = own_parameters(module)
+        return {key: own[key] for key in treatment.parameters}
+
+    def _layer(self, name: str) -> tuple[str, nn.Module, Treatment]:
+        """The name of a layer's module, the module, and its treatment."""
+        if name in self.watched:
+            each = self.watched[name]
+            return each.home, each.module, each.treatment
+        return name, self.modules[name], self.treatments[name]
 
     def layout(self, name: str) -> Layout:
         """Where a block's parameters lie in its matrix."""
-        if name in self.loose:
+        if name in self.loose and name not in self.watched:
             parameters = self.loose[name]
             shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
             return Layout(tuple(parameters), shapes, "flat")
-        treatment, own = self.treatments[name], own_parameters(self.modules[name])
+        home, module, treatment = self._layer(name)
+        own = own_parameters(module)
         return Layout(
-            tuple(part_name(name, parameter) for parameter in treatment.parameters),
+            tuple(part_name(home, parameter) for parameter in treatment.parameters),
             tuple(tuple(own[parameter].shape) for parameter in treatment.parameters),
             treatment.layout,
             treatment.groups,
@@ -85,11 +103,14 @@ class Selection:
         Raises:
             ValueError: they are not, and the layer was asked for by name.
         """
+        if name in self.watched and name in self.modules:
+            trained, home = self.layer_parameters(name), self.watched.pop(name).home
+        else:
+            trained, home = trained_parameters(self.candidates[name]), name
         self.modules.pop(name, None)
         self.treatments.pop(name, None)
-        trained = trained_parameters(self.candidates[name])
         held = self._held()
-        own = {part_name(name, key): p for key, p in trained.items() if id(p) not in held}
+        own = {part_name(home, key): p for key, p in trained.items() if id(p) not in held}
         if own:
             self.loosen(name, own, reason)
         else:
@@ -117,9 +138,38 @@ class Selection:
             f"one: at most {LOOSE_LIMIT} in all)",
         )
 
+    def promote(self, names: Iterable[str]) -> None:
+        """Watched weights that turned out to be layers have blocks of their own from now on."""
+        homes: dict[str, set[str]] = {}
+        names = set(names)
+        for name in [name for name in self.watched if name in names]:
+            each = self.watched[name]
+            self.modules[name], self.treatments[name] = each.module, each.treatment
+            homes.setdefault(each.home, set()).update(each.treatment.parameters)
+        for home, covered in homes.items():
+            self.loose.pop(home, None)
+            reason = self.skipped.pop(home, "not covered by another block")
+            trained = trained_parameters(self.candidates[home])
+            rest = {part_name(home, key): p for key, p in trained.items() if key not in covered}
+            if rest:
+                self.loosen(home, rest, reason)
+
+    def settle(self) -> None:
+        """No more weights are watched but those of layers. Raises ValueError as `skip` does."""
+        homes = {each.home for name, each in self.watched.items() if name not in self.modules}
+        self.unwatch()
+        for home in homes & self.skipped.keys():
+            self.skip(home, self.skipped[home])
+
+    def unwatch(self) -> None:
+        """Forget the weights that were watched and are no layers."""
+        for name in self.watched.keys() - self.modules.keys():
+            del self.watched[name]
+
     def skip(self, name: str, reason: str) -> None:
         """Leave a layer out. Raises ValueError where it was asked for by name."""
-        if name in self.named:
+        awaiting = any(each.home == name for each in self.watched.values())
+        if name in self.named and not awaiting:
             raise ValueError(f"layer {name!r} cannot be treated: {reason}")
         self.modules.pop(name, None)
         self.treatments.pop(name, None)
@@ -146,7 +196,7 @@ def select(
             _add(selection, name, module, owners)
             if largest is not None and name not in selection.named and name in selection.treatments:
                 _check_size(selection, name, largest)
-    if not selection.blocks:
+    if not selection.blocks and not selection.watched:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
     for name, module in every.items():
         whole = inlined(module)
@@ -193,6 +243,8 @@ def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, l
     except Refused as reason:
         selection.skip(name, str(reason))
     except Unsupported as reason:
+        if not has_rule(module) and not others:
+            selection.watched.update(watchable(name, module))
         selection.drop(name, str(reason))
     else:
         if covering:

@@ -129,6 +129,8 @@ class Tracker:
         run = self._begun()
         device = next(self.model.parameters()).device
         names = [name for name, _ in state["states"]["items"]]
+        run.selection.promote(run.selection.watched.keys() & set(names))
+        run.selection.unwatch()
         unknown = [name for name in names if name not in run.selection.blocks]
         if unknown:
             raise ValueError(f"the state has layers that the model does not have: {unknown}")

@@ -9,6 +9,7 @@ backward pass a sample through the batch's graph gives the derivatives of that s
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,9 @@ def _alone(batch: Batch, parameters: Parameters, cotangent: Tensor) -> dict[str,
     try:
         if count_samples(batch.inputs) != len(cotangent):
             return None
-        found = gradients(forward, forward.parameters(parameters), batch.inputs, cotangent)
+        with warnings.catch_warnings():  # of operations that are slow in torch.func
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            found = gradients(forward, forward.parameters(parameters), batch.inputs, cotangent)
     except Exception:  # whatever the model raises at a single sample, it may not at the batch
         return None
     return {name: _wide(each.detach()) for name, each in found.items()}
