@@ -140,7 +140,7 @@ def test_predict_gets_the_kind_of_the_batch() -> None:
 
     tagged = Tagged(x=x, scale=scale, labels=y)
     tagged.tag = "instance"
-    kfoc.fit(model, [tagged, Frozen(x, scale, y)], predict=predict)
+    kfoc.fit(model, [tagged, Frozen(x, scale, y)], predict=predict, verify=False)
     assert type(seen[0]) is Tagged
     assert seen[0].tag == "instance"
     assert set(seen[0]) == {"x", "scale"}

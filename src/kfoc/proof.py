@@ -237,7 +237,7 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
     }
     leaves: list[Any] = [p for name in names if whole[name] for p in held[name]]
     generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator).to(outputs)
+    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     found = Findings(count, unsummed={name for name in names if not whole[name]})
     if not edges:
         return found
@@ -347,7 +347,7 @@ def _adds_up(
     layout, parameters = selection.layout(name), selection.layer_parameters(name)
     named = dict(zip(layout.names, parameters.values(), strict=True))
     given = {
-        key: torch.zeros_like(parameter) if total is None else total
+        key: torch.zeros_like(parameter) if total is None else total.to_dense()
         for (key, parameter), total in zip(named.items(), totals, strict=True)
     }
     if samples.shape != layout.shape:
@@ -358,7 +358,7 @@ def _adds_up(
     separate = layout.kind == "stacked"
     bias = len(layout.names) > 1 and not separate
     size = samples.shape[1]
-    vector = torch.randn(size - bias, generator=generator).to(samples.grads)
+    vector = torch.randn(size - bias, generator=generator, dtype=torch.float64).to(samples.grads)
     # A column for the weight, summed up at random, and one for every other parameter.
     if separate:
         vectors = torch.eye(size).to(vector)
@@ -384,7 +384,7 @@ def _adds_up(
 def _scrambled(grad: Tensor, generator: torch.Generator) -> Tensor:
     """A derivative with random weights along every dimension, so that nothing in it cancels."""
     for axis, size in enumerate(grad.shape):
-        weights = torch.rand(size, generator=generator) + 0.5
+        weights = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
         weights *= torch.randint(2, (size,), generator=generator) * 2 - 1
         grad = grad * weights.to(grad).view(-1, *[1] * (grad.ndim - axis - 1))
     return grad
@@ -398,8 +398,8 @@ def _images(samples: LayerSamples, vectors: Tensor) -> Tensor:
         return samples.gradients(0, samples.num_samples).sum(1) @ vectors
     inputs = samples.inputs
     if isinstance(inputs, OneHot):  # without its rows, as long as the vocabulary
-        known = (inputs.tokens >= 0)[..., None] * inputs.scale
-        seen = vectors[inputs.tokens.long().clamp_min(0)] * known
+        known = (inputs.tokens >= 0)[..., None].to(vectors)
+        seen = vectors[inputs.tokens.long().clamp_min(0)] * known * inputs.scale
     else:
-        seen = inputs.rows(0, samples.num_samples) @ vectors
+        seen = inputs.rows(0, samples.num_samples).to(vectors) @ vectors
     return torch.matmul(samples.grads.flatten(1, 2).mT, seen.flatten(0, 1))
