@@ -8,22 +8,28 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kfoc.assembly import samples_of
 from kfoc.attention import Inlined, part_name
 from kfoc.layers import Treatment, Unsupported, first_argument
-from kfoc.ownership import Directions, Rule, Scattered, Unseen, samples_of
-from kfoc.proof import MIXED, by_rows, codes, owners, weighted
+from kfoc.ownership import Directions, Rule, Scattered, Unseen, Weights, by_rows, owners
+from kfoc.proof import MIXED
 from kfoc.record import Call, Record, problem
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection
 from kfoc.watched import Watch, Watched
 
-# Derivatives of one layer by weighted cotangents: per call, per pass.
-Tagged = list[list[Tensor | None]]
+
+class Tagged(NamedTuple):
+    """Derivatives of one layer by weighted cotangents: per call, per pass; and the weights."""
+
+    passes: list[list[Tensor | None]]
+    weights: Weights
+
 
 # How many fits each thread is in the midst of.
 _FITTING: Counter[int] = Counter()
@@ -245,22 +251,24 @@ def tagged_gradients(
     calls = {name: record.calls[name] for name in names}
     edges = [call.edge for each in calls.values() for call in each if call.edge]
     directions = list(cotangents)
+    kinds = [outputs.dtype, *(call.output_dtype for each in calls.values() for call in each)]
+    weights = Weights.of(len(outputs), kinds)
     together: Any = sum(w * c for w, c in zip(_mixture(), directions, strict=False))
-    passes = [weighted(together, exponents) for exponents in codes(len(outputs), outputs.dtype)]
+    passes = weights.cotangents(together)
     if len(directions) > 1:
         passes.insert(0, together)
-    found: dict[str, Tagged] = {name: [[] for _ in each] for name, each in calls.items()}
+    found = {name: Tagged([[] for _ in each], weights) for name, each in calls.items()}
     for cotangent in passes:
         grads = torch.autograd.grad(outputs, edges, cotangent, retain_graph=True, allow_unused=True)
         remaining = iter(grads)
-        for each in found.values():
-            for call in each:
+        for tagged in found.values():
+            for call in tagged.passes:
                 call.append(next(remaining))
     return found
 
 
 def with_owners(
-    rules: Sequence[Rule], calls: list[Call], grads: Directions, tagged: Tagged, count: int
+    rules: Sequence[Rule], calls: list[Call], grads: Directions, tagged: Tagged
 ) -> list[Rule]:
     """The rules with the owners of this batch's rows.
 
@@ -268,7 +276,7 @@ def with_owners(
         ValueError: rows that mix samples.
     """
     found: list[Rule] = []
-    for rule, call, directions, passes in zip(rules, calls, grads, tagged, strict=True):
+    for rule, call, directions, passes in zip(rules, calls, grads, tagged.passes, strict=True):
         if not isinstance(rule, Scattered):
             found.append(rule)
             continue
@@ -278,7 +286,8 @@ def with_owners(
             found.append(Unseen())
             continue
         present = [torch.zeros_like(first) if each is None else each for each in rest]
-        whose = owners(by_rows(first, call), [by_rows(each, call) for each in present], count)
+        by_row = [by_rows(each, call) for each in present]
+        whose = owners(by_rows(first, call), by_row, tagged.weights)
         if (whose == -2).any():
             raise ValueError(MIXED)
         found.append(Scattered(whose))
@@ -353,7 +362,7 @@ def take_samples(
     """
     try:
         if tagged is not None:
-            rules = with_owners(rules, calls, grads, tagged, num_samples)
+            rules = with_owners(rules, calls, grads, tagged)
         samples = samples_of(calls, grads, num_samples, rules)
     except ValueError as error:
         raise problem(name, str(error)) from None

@@ -17,7 +17,6 @@ entry of g show: the gradient of a bias under a softmax is exactly zero, and rig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,16 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.assembly import CHANGED, samples_of
 from kfoc.ownership import (
-    CHANGED,
     Directions,
     InOrder,
     Rule,
     Scattered,
     Unseen,
-    row_count,
+    Weights,
+    by_rows,
+    in_order,
+    owners,
     rows_shape,
-    samples_of,
 )
 from kfoc.record import Call, Record, accumulable, coarsest, problem, tolerance
 from kfoc.samples import Grouped, LayerSamples, Samples
@@ -44,9 +45,6 @@ from kfoc.tokens import OneHot
 # Samples of a batch that the check runs on: few, as each costs what it costs in the batch, and no
 # number that dimensions usually have.
 FEW = 6
-# Exponents of the weights, of which the powers of two must not leave the range of a dtype.
-_DIGITS = {torch.float16: 8}
-_MANY_DIGITS = 64
 # Random weightings of a layer's sum that show its size before cancellation.
 _WEIGHTINGS = 4
 
@@ -148,56 +146,6 @@ def unfitting(calls: Iterable[Call], count: int) -> str:
     )
 
 
-def codes(count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Exponents (N,) of the weights of each pass: together, the digits of a sample's number."""
-    base = _DIGITS.get(dtype, _MANY_DIGITS)
-    numbers = torch.arange(count)
-    found: list[Tensor] = []
-    while not found or base ** len(found) < count:
-        digits = numbers // base ** len(found) % base
-        found.append(digits - min(base, count) // 2)
-    return found
-
-
-def weighted(cotangent: Tensor, exponents: Tensor) -> Tensor:
-    """Each sample's cotangent times its power of two."""
-    low = int(exponents.min())
-    powers = [2.0**exponent for exponent in range(low, int(exponents.max()) + 1)]  # exactly
-    weights = torch.tensor(powers).to(cotangent)[(exponents - low).to(cotangent.device)]
-    return cotangent * weights.view(-1, *[1] * (cotangent.ndim - 1))
-
-
-def owners(grad: Tensor, tagged: Sequence[Tensor], count: int) -> Tensor:
-    """Whose every row is: (M,), -1 where there is no gradient, -2 where samples are mixed.
-
-    Args:
-        grad: (M, n), by the cotangents as they are.
-        tagged: the same by those that are weighted, a pass for each of `codes`.
-    """
-    size = grad.abs().amax(1) if grad.shape[1] else grad.new_zeros(len(grad))
-    alive = (size > 0) & size.isfinite()
-    rows = grad.double() / torch.where(alive, size, 1).double()[:, None]
-    allowed = tolerance(torch.finfo(grad.dtype).eps)
-    number = torch.zeros(len(grad), dtype=torch.long, device=grad.device)
-    mixed = torch.zeros_like(alive)
-    base = _DIGITS.get(grad.dtype, _MANY_DIGITS)
-    for place, each in enumerate(tagged):
-        scaled = each.double() / torch.where(alive, size, 1).double()[:, None]
-        ratio = (scaled * rows).sum(1) / (rows * rows).sum(1).clamp_min(1e-30)
-        exponent = torch.log2(ratio.clamp_min(1e-30)).round()
-        left = (torch.ldexp(scaled, -exponent[:, None]) - rows).abs().amax(1)
-        digit = exponent.long() + min(base, count) // 2
-        mixed |= (left > allowed) | ~left.isfinite() | (digit < 0) | (digit >= base)
-        number += digit.clamp(0, base - 1) * base**place
-    mixed |= number >= count
-    return torch.where(alive, torch.where(mixed, -2, number), -1)
-
-
-def by_rows(grad: Tensor, call: Call) -> Tensor:
-    """A derivative by what a call put out, as (M, n): a row for every row of the call."""
-    return grad.reshape(row_count(call), math.prod(call.output_shape[call.leading :]))
-
-
 @dataclass
 class Findings:
     """What a check found.
@@ -246,21 +194,18 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
     )
     grads: Iterator[Tensor | None] = iter(first[: len(edges)])
     sums: Iterator[Tensor | None] = iter(first[len(edges) :])
-    exponents = codes(count, outputs.dtype)
+    kinds = [outputs.dtype, *(call.output_dtype for each in calls.values() for call in each)]
+    weights = Weights.of(count, kinds)
     passes: list[Iterator[Tensor | None]] = [
-        iter(
-            torch.autograd.grad(
-                outputs, edges, weighted(cotangent, each), retain_graph=True, allow_unused=True
-            )
-        )
-        for each in exponents
+        iter(torch.autograd.grad(outputs, edges, each, retain_graph=True, allow_unused=True))
+        for each in weights.cotangents(cotangent)
     ]
     for name, each in calls.items():
         own = [call.own(next(grads)) for call in each]
         tagged = [[call.own(next(single)) for single in passes] for call in each]
         totals = [next(sums) for _ in held[name]] if whole[name] else None
         try:
-            rules = [_rule(*parts, count) for parts in zip(each, own, tagged, strict=True)]
+            rules = [_rule(*parts, weights) for parts in zip(each, own, tagged, strict=True)]
             if any(rule is None for rule in rules):
                 found.reasons[name] = MIXED
                 continue
@@ -278,7 +223,9 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
     return found
 
 
-def _rule(call: Call, grad: Tensor | None, tagged: list[Tensor | None], count: int) -> Rule | None:
+def _rule(
+    call: Call, grad: Tensor | None, tagged: list[Tensor | None], weights: Weights
+) -> Rule | None:
     """How the rows of a call belong to samples, with their owners; None where they are mixed.
 
     Raises:
@@ -289,11 +236,14 @@ def _rule(call: Call, grad: Tensor | None, tagged: list[Tensor | None], count: i
             f"its input has {[*call.value.shape]} and its output {[*call.output_shape]} entries: "
             "the first dimension must be the same"
         )
-    if grad is None:
+    if grad is None or not grad.any():
         return Unseen()
-    shape = rows_shape(call)
     present = [torch.zeros_like(grad) if each is None else each for each in tagged]
-    whose = owners(by_rows(grad, call), [by_rows(each, call) for each in present], count)
+    each = in_order(grad, present, weights)  # as a rule, to the last bit
+    if each:
+        return InOrder(0, each)
+    shape, count = rows_shape(call), weights.count
+    whose = owners(by_rows(grad, call), [by_rows(each, call) for each in present], weights)
     if (whose == -2).any():
         return None
     alive = whose >= 0
@@ -332,16 +282,17 @@ def _adds_up(
     generator: torch.Generator,
 ) -> bool:
     """Whether the samples' gradients add up to those of autograd, relative to what cancels."""
-    directions: Directions = []
-    for grad in grads:
-        if grad is None:
-            directions.append([None] * (1 + _WEIGHTINGS))
-            continue
-        wide = accumulable(grad)
-        random = (_scrambled(wide, generator) for _ in range(_WEIGHTINGS))
-        directions.append([wide, *random])
     cut = [replace(call, rows=None) for call in calls]  # as the derivatives are by now
-    samples = samples_of(cut, directions, count, rules)
+
+    def samples_with(count_of: int) -> LayerSamples:
+        directions: Directions = []
+        for grad in grads:
+            wide = None if grad is None else accumulable(grad)
+            random = [_scrambled(wide, generator) for _ in range(count_of)]
+            directions.append([wide, *random])
+        return samples_of(cut, directions, count, rules)
+
+    samples = samples_with(0)
     if totals is None:
         return True
     layout, parameters = selection.layout(name), selection.layer_parameters(name)
@@ -372,17 +323,22 @@ def _adds_up(
             vectors[-1, 1] = 1.0
             columns.append(given[layout.names[1]].to(vector))
         expected = torch.stack(columns, -1)
-    found = _images(samples, vectors)
-    found = found.double()
-    off = (found[0] - expected.double()).norm(dim=0)
-    scale = found.square().sum(1).mean(0).sqrt()
+    if _sums_rows(samples):
+        found, sizes = _images(samples, vectors)[0], _images(samples, vectors, squared=True)[0]
+        scale = (found.double().square() + sizes.double()).sum(0).sqrt()
+    else:
+        every = _images(samples_with(_WEIGHTINGS), vectors)
+        found, scale = every[0], every.double().square().sum(1).mean(0).sqrt()
+    off = (found - expected).double().norm(dim=0)
     kinds = [kind for call in calls for kind in (call.value.dtype, call.output_dtype)]
     precision = coarsest([*kinds, *(parameter.dtype for parameter in parameters.values())])
     return bool((off <= tolerance(precision, expected.device) * scale).all())
 
 
-def _scrambled(grad: Tensor, generator: torch.Generator) -> Tensor:
+def _scrambled(grad: Tensor | None, generator: torch.Generator) -> Tensor | None:
     """A derivative with random weights along every dimension, so that nothing in it cancels."""
+    if grad is None:
+        return None
     for axis, size in enumerate(grad.shape):
         weights = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
         weights *= torch.randint(2, (size,), generator=generator) * 2 - 1
@@ -390,16 +346,30 @@ def _scrambled(grad: Tensor, generator: torch.Generator) -> Tensor:
     return grad
 
 
-def _images(samples: LayerSamples, vectors: Tensor) -> Tensor:
-    """The per-sample gradients' sum over all samples, (S, o, i), times `vectors` (i, c)."""
+def _sums_rows(samples: LayerSamples) -> bool:
+    """Whether per-sample gradients are sums of outer products, of which each can be seen."""
     if isinstance(samples, Grouped):
-        return torch.cat([_images(group, vectors) for group in samples.groups], 1)
+        return all(map(_sums_rows, samples.groups))
+    return isinstance(samples, Samples)
+
+
+def _images(samples: LayerSamples, vectors: Tensor, *, squared: bool = False) -> Tensor:
+    """The per-sample gradients' sum over all samples, (S, o, i), times `vectors` (i, c).
+
+    Args:
+        squared: the squares of all terms of that sum over rows instead, added up: its size, were
+            there no cancellation between them.
+    """
+    if isinstance(samples, Grouped):
+        return torch.cat([_images(g, vectors, squared=squared) for g in samples.groups], 1)
     if not isinstance(samples, Samples):
         return samples.gradients(0, samples.num_samples).sum(1) @ vectors
-    inputs = samples.inputs
+    inputs, grads = samples.inputs, samples.grads
     if isinstance(inputs, OneHot):  # without its rows, as long as the vocabulary
         known = (inputs.tokens >= 0)[..., None].to(vectors)
         seen = vectors[inputs.tokens.long().clamp_min(0)] * known * inputs.scale
     else:
         seen = inputs.rows(0, samples.num_samples).to(vectors) @ vectors
-    return torch.matmul(samples.grads.flatten(1, 2).mT, seen.flatten(0, 1))
+    if squared:
+        seen, grads = seen.square(), grads.square()
+    return torch.matmul(grads.flatten(1, 2).mT, seen.flatten(0, 1))
