@@ -15,7 +15,8 @@ ALLOWED = {
     "pooling": {"kronecker"},
     "distributed": {"pooling"},
     "agreement": {
-        "batches", "certificate", "distributed", "estimators", "pooling", "samples", "selection",
+        "batches", "certificate", "checkpoint", "distributed", "estimators", "fingerprint",
+        "pooling", "samples",
     },
     "scales": set(),
     "pending": {"samples"},

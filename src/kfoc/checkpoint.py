@@ -105,7 +105,7 @@ class Keeper:
         own = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         own.check()
         self._settings = own
-        self._fingerprint = _fingerprint(run)
+        self._fingerprint = fingerprint(run)
         if own.path.exists():
             if not resume:
                 raise ValueError(
@@ -230,7 +230,7 @@ class Keeper:
         self._since, self._last = time.monotonic(), batches
 
 
-def _fingerprint(run: Run) -> dict[str, str]:
+def fingerprint(run: Run) -> dict[str, str]:
     """All that the numbers of a fit depend on, but the data."""
     package = importlib.import_module(__name__.partition(".")[0])
     return {

@@ -176,11 +176,9 @@ def _fitted(
         )
     keeper = Keeper(*saving, run)
     if ranks:
-        told = {"estimator": estimator, "likelihood": type(chosen).__name__, "fisher": fisher}
-        told |= {"mc_samples": mc_samples, "probes": probes, "seed": seed}
-        if sharded(model):  # a forward pass is then a matter of all ranks
-            told["batches in data"] = length(data)
-        check_same(ranks, told, run.selection)
+        # A forward pass of a sharded model is a matter of all ranks.
+        together = {"batches in data": str(length(data))} if sharded(model) else {}
+        check_same(ranks, run, together)
     if sweeps is None:
         return run.through(data, report, keeper)
     with sweeps:
