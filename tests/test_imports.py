@@ -10,7 +10,7 @@ import kfoc
 SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
-    "kronecker": set(),
+    "kronecker": {"scales"},
     # What estimators ask of other ranks, and how it is sent.
     "pooling": {"kronecker"},
     "distributed": {"pooling"},
@@ -62,7 +62,8 @@ ALLOWED = {
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "sketch", "solver", "tied", "token_plan", "tokens", "memory", "pending", "pooling",
+        "scales", "sketch", "solver", "tied", "token_plan", "tokens", "memory", "pending",
+        "pooling",
     },
     "forward": {"batches"},
     "jacobians": {"batches", "forward"},
@@ -79,7 +80,7 @@ ALLOWED = {
         "agreement", "batches", "blocks", "capture", "certificate", "checkpoint", "checks",
         "coverage", "curvature", "distributed", "estimators", "graph", "layers",
         "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
-        "selection", "threads",
+        "scales", "selection", "threads", "vectors",
     },
     "encoding": set(),
     "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},

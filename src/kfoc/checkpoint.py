@@ -23,7 +23,7 @@ FILE = "fit.checkpoint"
 MAGIC = b"kfoc checkpoint 1\n"
 _END = object()
 # What a fit's state is made of: attributes of the run, and what it has learnt of the model.
-_FIELDS = ("states", "settled", "probes", "shapes", "num_samples", "passes", "marks")
+_FIELDS = ("states", "settled", "probes", "shapes", "scales", "num_samples", "passes", "marks")
 
 
 @dataclass(frozen=True)

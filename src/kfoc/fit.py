@@ -42,9 +42,11 @@ from kfoc.offload import Sweeps
 from kfoc.per_sample import Regions
 from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
-from kfoc.samples import LayerSamples, finite
+from kfoc.samples import LayerSamples, finite, magnitude
+from kfoc.scales import beyond, check_representable, squared
 from kfoc.selection import Selection, select
 from kfoc.threads import random_state_kept, seeded, uncompiled
+from kfoc.vectors import naming
 
 
 def fit(
@@ -291,6 +293,7 @@ class _Run:
     settled: set[str] = field(default_factory=set)
     probes: dict[str, Probes] = field(default_factory=dict)
     shapes: dict[str, LayerSamples] = field(default_factory=dict)
+    scales: dict[str, tuple[float, float]] = field(default_factory=dict)  # largest inputs, grads
     num_samples: int = 0
     passes: int = 0
     decay: float | None = None  # of a stream, and so the three below
@@ -525,7 +528,16 @@ class _Run:
         if self.num_probes and not self.passes:
             self.probes[name].add(samples)
         self.updates += 1
+        self._note_scale(name, samples)
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
+
+    def _note_scale(self, name: str, samples: LayerSamples) -> None:
+        """What tells numbers that vanished from zeros."""
+        before, found = self.scales.get(name, (0.0, 0.0)), samples.magnitudes
+        self.scales[name] = max(before[0], found[0]), max(before[1], found[1])
+        if all(found):
+            with naming(name):
+                squared(found[0] * found[1])
 
     def _footprint(self, samples: LayerSamples) -> Footprint:
         o, i = samples.shape
@@ -557,7 +569,10 @@ class _Run:
         for name in self.selection.blocks:
             if name in self.states:
                 # A copy of one layer at a time: what finishes a state may change it.
-                blocks[name] = self.estimator.finish(copy.deepcopy(self.states[name]), self.weight)
+                with naming(name):
+                    block = self.estimator.finish(copy.deepcopy(self.states[name]), self.weight)
+                _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
+                blocks[name] = block
             else:
                 skipped[name] = "its forward was never called"
         layouts = {name: self.selection.layout(name) for name in blocks}
@@ -568,7 +583,7 @@ class _Run:
     def done(self) -> bool:
         """Hand every layer to its next pass; True where none needs one."""
         for name in self.states.keys() - self.settled:
-            with advised(f"layer {name!r}", _LESS_MEMORY):
+            with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
                 self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
@@ -596,37 +611,42 @@ class _Run:
 
     def _finished(self, name: str) -> Block:
         # A layer at a time: states and blocks together would take the memory twice.
-        with advised(f"layer {name!r}", _LESS_MEMORY):
+        with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
             block = self.estimator.finish(self.states.pop(name), self.num_samples)
-        _check_range(name, block)
+        _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
         return (
             self.probes.pop(name).certified(block, self.num_samples) if self.num_probes else block
         )
 
 
-def _in_range(block: Block) -> bool:
-    """Whether all numbers are finite: those of a semi-definite factor are bounded by its diagonal,
-    and to look at all of them would take as long as a small fit."""
+def _largest(block: Block) -> list[float]:
+    """The largest numbers of a block's parts, of which it is the product; not finite where one is
+    not. Those of a semi-definite factor are bounded by its diagonal, and to look at all of them
+    would take as long as a small fit."""
     if isinstance(block, GroupedBlock):
-        return all(map(_in_range, block.blocks))
-    if not isinstance(block, KroneckerBlock):
-        return all(map(finite, block.tensors()))
-    for factor in (block.left, block.right):
-        whole = factor.ndim == 2
-        if whole and math.isfinite(factor.trace().item()):
-            continue
-        if not finite(factor.diagonal() if whole else factor):
-            return False
-    return True
+        each = zip(*map(_largest, block.blocks), strict=True)
+        return [sum(part) if not math.isfinite(sum(part)) else max(part) for part in each]
+    if isinstance(block, KroneckerBlock):
+        factors = block.left, block.right
+        return [magnitude(f.diagonal() if f.ndim == 2 else f) for f in factors]
+    return [magnitude(tensor) for tensor in block.tensors()]
 
 
-def _check_range(name: str, block: Block) -> None:
-    """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype."""
-    if not _in_range(block):
-        raise ValueError(
-            f"layer {name!r}: its block has numbers beyond the range of {block.dtype}: bring its "
-            "inputs or the outputs to a smaller scale, or fit the model in float64 (model.double())"
-        )
+def _check_range(name: str, block: Block, scales: tuple[float, float]) -> None:
+    """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype.
+
+    Args:
+        scales: the largest input and output gradient. Where they, or their products, have squares
+            that vanish, a part of zeros is no F of zero.
+    """
+    inputs, grads = scales
+    products = inputs * inputs, grads * grads, inputs * grads, (inputs * grads) ** 2
+    vanish = all(scales) and min(products) < torch.finfo(block.dtype).tiny
+    with naming(name):
+        for largest in _largest(block):
+            if not math.isfinite(largest):
+                raise ValueError(beyond("its block", block.dtype, ""))
+            check_representable(largest or (min(products) if vanish else 0.0), block.dtype)
 
 
 _END = object()

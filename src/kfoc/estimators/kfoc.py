@@ -21,6 +21,7 @@ from kfoc.memory import Footprint, out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sketch_rank
 from kfoc.pooling import Pooling
 from kfoc.samples import Rows, Samples
+from kfoc.scales import check_representable
 from kfoc.sketch import Sketchable, fit_from_sketch
 from kfoc.solver import fit_contraction, leading_pair
 from kfoc.tied import Tied
@@ -307,7 +308,9 @@ def nearest_kronecker_of_samples(
         raise ValueError(
             f"plan {plan!r} is for inputs with one position, found T = {samples.num_positions}"
         )
-    return config.solve(samples, certify=True)
+    fit = config.solve(samples, certify=True)
+    check_representable(math.sqrt(fit.sigma), grads.dtype, "the Kronecker product")
+    return fit
 
 
 def _checked_samples(inputs: Tensor, grads: Tensor) -> Samples:
