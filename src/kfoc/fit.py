@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfoc.agreement import check_same, pool, sharded, synchronise, unwrapped
+from kfoc.arguments import check_model, whole
 from kfoc.batches import (
     Mark,
     Predict,
@@ -23,6 +24,7 @@ from kfoc.batches import (
     check_next_token,
     checked_outputs,
     moved,
+    present,
     unpacked,
 )
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
@@ -36,7 +38,7 @@ from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported, own_parameters
-from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
+from kfoc.likelihoods import Likelihood, check_fisher, resolved
 from kfoc.memory import Footprint, advised, within
 from kfoc.offload import Sweeps
 from kfoc.per_sample import Regions
@@ -89,7 +91,8 @@ def fit(
             name, or whatever `predict` takes; tensors in them are moved to the model's device.
             Targets may be missing or None for `fisher="mc"` and `"exact"`. Labels are compared
             with the outputs as they stand: for a model of the next token, drop the last outputs
-            in `predict` and the first labels in `data`.
+            in `predict` and the first labels in `data`. Batches without samples are passed over,
+            and do not count.
         likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
             `Likelihood`.
         estimator: KFOC() by default; KFAC(), Diagonal(), BlockDiagonal().
@@ -159,9 +162,11 @@ def _fitted(
     ranks: Ranks | None,
     sweeps: Sweeps | None,
 ) -> Curvature:
-    fisher, mc_samples, _, probes, seed = options
+    fisher, mc_samples, predict, probes, seed = options
     estimator = KFOC() if estimator is None else estimator
-    _check_options(estimator, fisher, mc_samples, probes, seed)
+    _check_options(model, estimator, fisher, predict)
+    mc_samples, probes, seed = _counts(mc_samples, probes, seed)
+    options = fisher, mc_samples, predict, probes, seed
     report = reporter(progress)
     chosen = resolved(likelihood)
 
@@ -181,6 +186,8 @@ def _fitted(
         # A forward pass of a sharded model is a matter of all ranks.
         together = {"batches in data": str(length(data))} if sharded(model) else {}
         check_same(ranks, run, together)
+    if not (ranks and sharded(model)):  # whose ranks run every batch together
+        data = present(data)
     if sweeps is None:
         return run.through(data, report, keeper)
     with sweeps:
@@ -206,7 +213,8 @@ def streaming(
 
     Before each batch, all earlier ones count `decay` times.
     """
-    _check_options(estimator, fisher, mc_samples, 0, seed)
+    _check_options(model, estimator, fisher, predict)
+    mc_samples, _, seed = _counts(mc_samples, 0, seed)
     if estimator.pass_limit > 1:
         raise ValueError(
             f"{estimator} needs several passes over the data, and a stream has one: use "
@@ -220,19 +228,24 @@ def streaming(
 
 
 def _check_options(
-    estimator: Estimator, fisher: str, mc_samples: int, probes: int, seed: int
+    model: nn.Module, estimator: Estimator, fisher: str, predict: Predict | None
 ) -> None:
+    check_model(model)
     if not isinstance(estimator, Estimator):
         raise ValueError(f"estimator must be an instance such as kfoc.KFOC(), found {estimator!r}")
     estimator.check()
-    if fisher not in FISHER_TYPES:
-        raise ValueError(f"fisher must be one of {', '.join(FISHER_TYPES)}, found {fisher!r}")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples must be at least 1, found {mc_samples}")
-    if probes < 0:
-        raise ValueError(f"probes must not be negative, found {probes}")
-    if not -(2**63) <= seed < 2**63:
+    check_fisher(fisher)
+    if predict is not None and not callable(predict):
+        raise ValueError(
+            f"predict must be a function (model, inputs) -> outputs, found {predict!r}"
+        )
+
+
+def _counts(mc_samples: int, probes: int, seed: int) -> tuple[int, int, int]:
+    seed = whole("seed", seed, -(2**63))
+    if seed >= 2**63:
         raise ValueError(f"seed must fit 64 bits, found {seed}")
+    return whole("mc_samples", mc_samples, 1), whole("probes", probes, 0), seed
 
 
 def check_independent(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -492,6 +505,7 @@ class _Run:
     ) -> dict[str, Directions]:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
+        self.likelihood = self.likelihood.settled(values, targets)
         cotangents = self.likelihood.cotangents(
             values, targets, self.fisher, self.mc_samples, self.seed, index
         )
