@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,6 +323,9 @@ def sharded_models_are_fitted_as_they_are(rank: int, world: int) -> None:
         expected = kfoc.fit(plain, data[:8], **options)
         assert curvature.layouts == expected.layouts
         assert_same(curvature, expected)
+    error = error_of(lambda: fitted(model.train(rank != 1), data[:8][rank::world]))
+    assert "modes of the modules" in str(error), error
+    model.train()
     # A forward pass is a matter of all ranks: those with fewer batches would be waited for.
     error = error_of(lambda: fitted(model, data[: 1 + rank]))
     assert "batches" in str(error), error
@@ -387,13 +391,50 @@ def an_error_on_a_rank_ends_all(rank: int, world: int) -> None:
     assert_same(curvature, kfoc.fit(model, data, estimator=kfoc.KFAC()))
 
 
+def normalised() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.1), nn.Linear(3, 2))
+    return model.eval()
+
+
+def other_weight(model: nn.Sequential) -> None:
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1e-15
+
+
+OTHERS: dict[str, tuple[Callable[[nn.Sequential], Any] | None, dict[str, Any]]] = {
+    "tensor '0.weight' is": (other_weight, {}),
+    "tensor '1.running_mean' is": (lambda m: m[1].running_mean.add_(0.1), {}),
+    "modes of the modules (train or eval) is": (lambda m: m[2].train(), {}),
+    "classes and options is": (lambda m: setattr(m[1], "eps", 1e-3), {}),
+    "predict is": (None, {"predict": lambda m, x: m(x) / 2}),
+    "estimator is": (None, {"estimator": kfoc.Diagonal()}),
+    "likelihood is": (None, {"likelihood": kfoc.Categorical(ignore_index=7)}),
+    "seed is": (None, {"seed": 1}),
+}
+
+
 @check
-def other_options_are_told_apart(rank: int, world: int) -> None:
-    model, _, _, data = data_and_model()
-    estimator = kfoc.Diagonal() if rank == 1 else kfoc.KFAC()
-    error = error_of(lambda: fitted(model, data, estimator=estimator))
-    assert isinstance(error, RanksError), error
-    assert "'estimator' is" in str(error), error
+def other_models_and_options_are_told_apart(rank: int, world: int) -> None:
+    data = batches(torch.randn(8, 4), torch.randint(2, (8,)), 4)
+    for text, (change, options) in OTHERS.items():
+        torch.manual_seed(0)
+        model, others = normalised(), options if rank == 1 else {}
+        if change and rank == 1:
+            change(model)
+        common: dict[str, Any] = {"estimator": kfoc.KFAC(), "predict": lambda m, x: m(x)}
+        error = error_of(lambda m=model, o=common | others: fitted(m, data, **o))
+        assert isinstance(error, RanksError), error
+        assert text in str(error), error
+
+    # Functions that are defined anew, with what is a rank's own in them, are the same.
+    def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+        return model(inputs) if rank >= 0 and "a" in {"a", "b", "c"} else inputs
+
+    torch.manual_seed(0)
+    model = normalised()
+    for same in (predict, partial(predict), partial(lambda r, m, x: m(x), rank)):
+        curvature = fitted(model, data, estimator=kfoc.KFAC(), predict=same)
+        assert curvature.num_samples == 8 * world
 
 
 @check

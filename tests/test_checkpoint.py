@@ -348,11 +348,13 @@ def other_weight(model: nn.Module) -> None:
         ({"likelihood": "gaussian"}, None, "likelihood was Categorical.* and is Gaussian"),
         ({"layers": ["3", "5"]}, None, "layers was '0', '3', '5' and is '3', '5'"),
         ({"predict": lambda m, x: m(x)}, None, "predict was None and is .*lambda"),
-        ({}, other_weight, r"tensor '3.weight' was torch.float64 trained \(6, 64\) on cpu"),
+        ({"likelihood": kfoc.Categorical(class_dim=1)}, None, "class_dim=None.*class_dim=1"),
+        ({}, lambda m: setattr(m[0], "stride", (1, 1)), "the modules' classes and options"),
+        ({}, other_weight, r"tensor '3.weight' was torch.float64 trained \(6, 64\), "),
         ({}, lambda m: m[0].requires_grad_(False), "layers was"),
         ({}, lambda m: m.float(), "tensor '0.weight' was torch.float64 .* is torch.float32"),
         ({}, lambda m: m.eval(), "modes of the modules"),
-        ({}, lambda m: m.__setitem__(1, nn.GELU()), "classes of the modules"),
+        ({}, lambda m: m.__setitem__(1, nn.GELU()), "the modules' classes and options"),
     ],
 )
 def test_another_fit_is_told(
@@ -366,6 +368,14 @@ def test_another_fit_is_told(
         change(model)
     with pytest.raises(ValueError, match=f"is of another fit: .*{message}"):
         kfoc.fit(model, data, checkpoint=tmp_path, resume=True, **options)
+
+
+def test_another_predict_of_the_same_name_is_told(tmp_path: Path) -> None:
+    first, second, third = (lambda m, x: m(x)), (lambda m, x: m(x)), (lambda m, x: m(x) / 2)
+    model, data = interrupted(tmp_path, predict=first)
+    with pytest.raises(ValueError, match=r"predict was .*<lambda> of code .* and is .*<lambda>"):
+        kfoc.fit(model, data, checkpoint=tmp_path, resume=True, predict=third)
+    kfoc.fit(model, data, checkpoint=tmp_path, resume=True, predict=second)
 
 
 def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

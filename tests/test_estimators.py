@@ -365,7 +365,7 @@ def test_options_are_checked_when_used() -> None:
         (kfoc.KFOC("sometimes"), "aggregation must be one of online, running, approx, exact"),
         (kfoc.KFOC(rtol=-1.0), "rtol must not be negative"),
         (kfoc.KFOC(rtol=math.nan), "rtol must not be negative"),
-        (kfoc.KFOC(max_steps=0), "max_steps and passes must be at least 1"),
+        (kfoc.KFOC(max_steps=0), "max_steps must be at least 1"),
         (kfoc.KFOC("exact", decay=0.5), "goes with aggregation"),
         (kfoc.KFOC(decay=1.5), r"decay must lie in \(0, 1\]"),
         (kfoc.KFOC(plan="magic"), "plan must be one of"),

@@ -357,13 +357,10 @@ def zero_model() -> nn.Sequential:
 def without_gradient() -> dict[str, tuple[nn.Module, list[Any], dict[str, Any]]]:
     """Fits whose every gradient is zero, by one reason or another."""
     model, (x, y) = convolutional(), images(6)
-    one_class = nn.Sequential(*convolutional()[:5], nn.Linear(6, 1))
     perfect = [(part, model(part).detach()) for part in x.split(4)]
     certain = convolutional()
     certain[5].bias.data[0] = 2000.0
     return {
-        "one class": (one_class, batches(x, y * 0, 4), {"fisher": "exact"}),
-        "one class drawn": (one_class, [(x, None)], {}),
         "labels ignored": (model, batches(x, y * 0 - 100, 4), {"fisher": "exact"}),
         "labels ignored, empirical": (model, batches(x, y * 0 - 100, 4), {"fisher": "empirical"}),
         "labels ignored, drawn": (model, batches(x, y * 0 - 100, 6), {}),
@@ -438,12 +435,6 @@ def test_sequences_without_any_position() -> None:
         found = kfoc.fit(model, [(torch.randn(3, 0, 3), None)] * 2, "gaussian", estimator=estimator)
         assert not found["0"].to_dense().any()
         assert found["1"].to_dense().any()
-
-
-def test_batches_without_any_sample_are_named() -> None:
-    model, (x, y) = convolutional(), images(4)
-    with pytest.raises(ValueError, match=r"batch 1: the model's outputs have the shape \(0, 3\)"):
-        kfoc.fit(model, [(x, y), (x[:0], y[:0])])
 
 
 def test_ties_have_an_optimum() -> None:

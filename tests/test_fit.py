@@ -273,7 +273,7 @@ MESSAGES = {
     "likelihood": "likelihood must be one of categorical, gaussian, bernoulli",
     "fisher": "fisher must be one of mc, exact, empirical, found 'true'",
     "mc_samples": "mc_samples must be at least 1",
-    "probes": "probes must not be negative",
+    "probes": "probes must be at least 0, found -1",
     "estimator": "estimator must be an instance",
     "pairs": r"batch 0: data must yield pairs \(inputs, targets\), found a Tensor of 12",
     "iterator": "needs several passes over the data",

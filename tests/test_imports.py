@@ -10,12 +10,13 @@ import kfoc
 SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
-    "kronecker": set(),
+    "kronecker": {"scales"},
     # What estimators ask of other ranks, and how it is sent.
     "pooling": {"kronecker"},
     "distributed": {"pooling"},
     "agreement": {
-        "batches", "certificate", "distributed", "estimators", "pooling", "samples", "selection",
+        "batches", "certificate", "checkpoint", "distributed", "estimators", "fingerprint",
+        "pooling", "samples",
     },
     "scales": set(),
     "pending": {"samples"},
@@ -56,34 +57,39 @@ ALLOWED = {
     "subspace": {"kronecker"},
     # Adding two Kronecker products is Algorithm 1 on two terms.
     "merge": {"blocks", "kronecker", "subspace"},
-    "damped": {"blocks", "flat", "layout", "vectors"},
+    "damped": {"arguments", "blocks", "flat", "layout", "vectors"},
     "storage": {"blocks", "layout"},
     "curvature": {"blocks", "coverage", "damped", "flat", "layout", "merge", "storage", "vectors"},
     "estimators": {
-        "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
-        "sketch", "solver", "tied", "token_plan", "tokens", "memory", "pending", "pooling",
+        "arguments", "kronecker", "samples", "plans", "planner", "products", "blocks",
+        "estimators", "subspace", "scales", "sketch", "solver", "tied", "token_plan", "tokens",
+        "memory", "pending", "pooling",
     },
-    "forward": {"batches"},
-    "jacobians": {"batches", "forward"},
+    "arguments": set(),
+    "forward": {"arguments", "batches"},
+    "jacobians": {"arguments", "batches", "forward"},
     # What people do with a curvature knows of curvatures, not of how they are fitted.
     "laplace": {
-        "batches", "blocks", "curvature", "damped", "forward", "jacobians", "laplace",
+        "arguments", "batches", "blocks", "curvature", "damped", "forward", "jacobians", "laplace",
         "likelihoods", "vectors",
     },
-    "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
+    "influence": {
+        "arguments", "batches", "curvature", "damped", "forward", "likelihoods", "jacobians",
+    },
     "sharding": {"curvature", "distributed", "vectors"},
     "fingerprint": {"encoding"},
     "checkpoint": {"encoding", "fingerprint", "selection"},
     "fit": {
-        "agreement", "batches", "blocks", "capture", "certificate", "checkpoint", "checks",
+        "agreement", "arguments", "batches", "blocks", "capture", "certificate", "checkpoint",
+        "checks",
         "coverage", "curvature", "distributed", "estimators", "graph", "layers",
         "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
-        "selection", "threads",
+        "scales", "selection", "threads", "vectors",
     },
     "encoding": set(),
-    "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},
+    "tracker": {"batches", "curvature", "encoding", "estimators", "fit", "likelihoods"},
     "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
-    "natural_gradient": {"batches", "blocks", "encoding", "preconditioner", "tracker"},
+    "natural_gradient": {"arguments", "batches", "blocks", "encoding", "preconditioner", "tracker"},
     "consolidation": {"curvature", "storage", "vectors"},
     # As a user's code would: by public names.
     "compare": {"compare", *kfoc.__all__},

@@ -6,8 +6,9 @@ layers have a block, and of what shape.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,24 +16,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfoc.batches import mapped, moved
 from kfoc.certificate import Probes
+from kfoc.checkpoint import Run as Saved
+from kfoc.checkpoint import fingerprint
 from kfoc.distributed import Ranks, RanksError
 from kfoc.estimators import Estimator
+from kfoc.fingerprint import code_of
 from kfoc.pooling import Pooling
 from kfoc.samples import LayerSamples
-from kfoc.selection import Selection
 
 
-class Run(Protocol):
+class Run(Saved, Protocol):
     """What of a fit is read and written here."""
 
-    model: nn.Module
     estimator: Estimator
-    selection: Selection
     states: dict[str, Any]
     shapes: dict[str, LayerSamples]
     probes: dict[str, Probes]
     settled: set[str]
-    passes: int
 
     def adopt(self, name: str, silent: LayerSamples) -> None:
         """Begin a layer's state with this rank's samples so far, none of which reached it."""
@@ -51,23 +51,34 @@ def sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
-def check_same(ranks: Ranks, options: dict[str, Any], selection: Selection) -> None:
-    """All ranks must fit the same layers with the same options.
+def check_same(ranks: Ranks, run: Run, more: Mapping[str, str]) -> None:
+    """All ranks must fit the same model, in the same mode, with the same layers and options.
+
+    Whether they do is told by one number, and what is not the same is sent where it is not. A
+    `predict` is held to its code alone, see `fingerprint.code_of`.
+
+    Args:
+        more: what else must be the same, in words.
 
     Raises:
-        RanksError: they do not; the message names the first difference.
+        RanksError: on all ranks; the message names the first difference.
     """
-    layers = {name: repr(selection.layout(name).shape) for name in selection.blocks}
-    order = {"the order of layers": list(layers)}
-    own = {key: repr(value) for key, value in options.items()} | layers | order
+    layers = {f"layer {name!r}": repr(run.selection.layout(name)) for name in run.selection.blocks}
+    own = fingerprint(run) | layers | dict(more)
+    own["predict"] = "None" if run.predict is None else f"a function {code_of(run.predict)}"
+    del own["devices"]  # every rank has its own
+    if ranks.section(int(hashlib.sha256(repr(own).encode()).hexdigest()[:15], 16)):
+        return
     for rank, theirs in enumerate(ranks.objects(own)):
-        names = [k for k in [*own, *theirs] if own.get(k) != theirs.get(k)]
+        names = [key for key in [*own, *theirs] if own.get(key) != theirs.get(key)]
         if names:
             name = names[0]
             raise RanksError(
-                f"rank {rank} has another fit than rank {ranks.rank}: {name!r} is "
+                f"rank {rank} has another fit than rank {ranks.rank}: {name} is "
                 f"{theirs.get(name, 'missing')} there and {own.get(name, 'missing')} here; all "
-                "ranks must pass the same model and options, and data alone may differ"
+                "ranks must pass the same options and the same model, in the same mode, and data "
+                "alone may differ (torch.distributed.broadcast its parameters and buffers from one "
+                "rank: DistributedDataParallel leaves each its own BatchNorm statistics)"
             )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def moved(value: Any, to: nn.Module | torch.device) -> Any:
 def called(model: nn.Module, inputs: Any) -> Any:
     """The model at its inputs: by name for mappings, dataclasses and NamedTuples, else in order."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return _bound(model, (), inputs)
     names = _fields(inputs)
     if names:
         arguments = {name: getattr(inputs, name) for name in names}
@@ -70,8 +71,61 @@ def called(model: nn.Module, inputs: Any) -> Any:
             del arguments[LABELS]
         return model(**arguments)
     if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
-        return model(*inputs)
+        return _bound(model, tuple(inputs), {})
     return model(inputs)
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Call it. Where it does not take such arguments, it may take what holds them as one."""
+    try:
+        return model(*args, **named)
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(*args, **named)
+        except TypeError:
+            how = f"by name ({', '.join(map(str, named))})" if named else f"in order, {len(args)}"
+            raise ValueError(
+                f"{type(model).__name__}.forward does not take its inputs {how}: {error}; where it "
+                "takes the whole batch as one argument, pass predict=lambda model, inputs: "
+                "model(inputs)"
+            ) from error
+        except ValueError:  # no signature to be had
+            pass
+        raise
+
+
+class _Present:
+    """Batches that have samples; as often as the data can be read."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in self.data if not empty(batch))
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+
+def present(data: Iterable[Any]) -> Iterable[Any]:
+    """The batches that are not empty. What `len` says counts all."""
+    return _Present(data)
+
+
+def empty(batch: Any) -> bool:
+    """Whether there are tensors among a batch's inputs, and all are of no samples."""
+    try:
+        inputs, _ = unpacked(batch)
+    except ValueError:  # which is told where it is taken in
+        return False
+    lengths: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        lengths.append(len(tensor) if tensor.ndim else 1)
+        return tensor
+
+    mapped(inputs, note)
+    return bool(lengths) and not any(lengths)
 
 
 def check_next_token(model: nn.Module, batch: Any, predict: Predict | None) -> None:
@@ -109,6 +163,11 @@ def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
                 "predict=lambda model, inputs: ... that returns the outputs"
             )
         outputs = logits
+    if outputs.is_complex():
+        raise ValueError(
+            f"the model's outputs are complex ({outputs.dtype}): pass predict=lambda model, "
+            "inputs: ... that returns real ones, such as torch.view_as_real(...)"
+        )
     if not outputs.numel() or not outputs.ndim:
         raise ValueError(f"the model's outputs have the shape {tuple(outputs.shape)}")
     if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) != len(outputs):

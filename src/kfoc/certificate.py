@@ -61,7 +61,11 @@ class Probes:
         method's for it.
         """
         exact = self.products.double() * (self.unit / num_samples)
-        rest = exact - block.matvec(self.vectors).double()
+        if not 2.0**-60 < self.unit / num_samples < 2.0**60:  # the factors' numbers may multiply to
+            block_products = block.to(dtype=torch.float64).matvec(self.vectors.double())  # others
+        else:
+            block_products = block.matvec(self.vectors).double()
+        rest = exact - block_products
         whole, missed = (t.flatten(1).norm(dim=1).tolist() for t in (exact, rest))
         largest = max(whole)
         if not largest:

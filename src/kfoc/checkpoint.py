@@ -23,7 +23,7 @@ FILE = "fit.checkpoint"
 MAGIC = b"kfoc checkpoint 1\n"
 _END = object()
 # What a fit's state is made of: attributes of the run, and what it has learnt of the model.
-_FIELDS = ("states", "settled", "probes", "shapes", "num_samples", "passes", "marks")
+_FIELDS = ("states", "settled", "probes", "shapes", "scales", "num_samples", "passes", "marks")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Keeper:
         own = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         own.check()
         self._settings = own
-        self._fingerprint = _fingerprint(run)
+        self._fingerprint = fingerprint(run)
         if own.path.exists():
             if not resume:
                 raise ValueError(
@@ -227,7 +227,7 @@ class Keeper:
         self._since, self._last = time.monotonic(), batches
 
 
-def _fingerprint(run: Run) -> dict[str, str]:
+def fingerprint(run: Run) -> dict[str, str]:
     """All that the numbers of a fit depend on, but the data."""
     package = importlib.import_module(__name__.partition(".")[0])
     return {

@@ -135,6 +135,8 @@ class Consolidation:
 
 def _parameters(model: nn.Module, curvature: Curvature) -> dict[str, Tensor]:
     """The model's parameters that the curvature covers."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, found a {type(model).__name__}")
     known = dict(model.named_parameters())
     names = [name for names in curvature.parameters.values() for name in names]
     missing = [name for name in names if name not in known]

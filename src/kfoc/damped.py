@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.arguments import whole
 from kfoc.blocks import DampedBlock, Damping
 from kfoc.flat import flattened, scipy_operator, unflattened
 from kfoc.layout import Layout
@@ -95,8 +96,7 @@ class DampedCurvature:
             seed: of the draws; the global random state is neither read nor changed.
             generator: in place of the seed, to go on from where the last call ended.
         """
-        if num < 1:
-            raise ValueError(f"num must be at least 1, found {num}")
+        num = whole("num", num, 1)
         generator = torch.Generator().manual_seed(seed) if generator is None else generator
         parts = {}
         for layer, block in self.blocks.items():

@@ -6,6 +6,8 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from kfoc.encoding import held
 # Of each tensor, so many entries at equal distances are looked at where not all are.
 SAMPLE = 4096
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -89,14 +92,16 @@ def described(value: Any, depth: int = 4) -> str:
     """A configuration in words that are the same in every process.
 
     Default representations have addresses in them, and sets have no order. Of what lies deeper than
-    `depth`, and of functions, the name alone.
+    `depth`, the name alone; of functions the name and the code.
     """
     if isinstance(value, Tensor):
         return f"tensor {checksum(value)}"
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+    if value is None or isinstance(value, _PLAIN):
         return repr(value)
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+        return f"{value.__module__}.{value.__qualname__} {code_of(value)}"
+    if isinstance(value, partial):
+        return f"partial{described((value.func, value.args, value.keywords), depth)}"
     kind = type(value).__qualname__
     if depth == 0 or isinstance(value, nn.Module):
         return kind
@@ -115,19 +120,56 @@ def described(value: Any, depth: int = 4) -> str:
     return f"{kind}({inside})"
 
 
+def code_of(value: Any) -> str:
+    """What a callable runs, hashed; nothing where it is not Python's.
+
+    The same function defined anew, in another process or at another place, has the same code; what
+    it holds (closures, defaults, the arguments of a `partial`) is left out: a rank may have its own
+    device or counter there.
+    """
+    if isinstance(value, partial):
+        return code_of(value.func)
+    called = value if hasattr(value, "__code__") else type(value).__call__
+    code = getattr(called, "__code__", None)
+    if code is None:
+        return ""
+    return f"of code {hashlib.sha256(_code(code).encode()).hexdigest()[:16]}"
+
+
+def _code(code: CodeType) -> str:
+    """Instructions, names and constants, without the places that they were written at."""
+    constants = [_code(c) if isinstance(c, CodeType) else described(c) for c in code.co_consts]
+    return repr((code.co_code, code.co_names, code.co_freevars, constants))
+
+
 def of_model(model: nn.Module) -> dict[str, str]:
-    """What a fit reads of a model: its tensors with their checksums, and the modules' modes."""
+    """What a fit reads of a model: its tensors with their checksums, the modules and their modes.
+
+    Of tensors of which each rank has a part (`fully_shard`), what all ranks know.
+    """
     tensors: Iterable[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     found = {}
     for name, tensor in tensors:
         trained = "trained " if tensor.requires_grad else ""
-        shape = f"{tuple(tensor.shape)} on {tensor.device}"
-        found[f"tensor {name!r}"] = f"{tensor.dtype} {trained}{shape}, {checksum(tensor)}"
+        values = "in parts" if hasattr(tensor, "device_mesh") else checksum(tensor)
+        found[f"tensor {name!r}"] = f"{tensor.dtype} {trained}{tuple(tensor.shape)}, {values}"
+    found["devices"] = ", ".join(sorted({str(tensor.device) for _, tensor in tensors}))
     modes = "".join("t" if module.training else "e" for module in model.modules())
-    kinds = " ".join(type(module).__qualname__ for module in model.modules())
-    found["classes of the modules"] = hashlib.sha256(kinds.encode()).hexdigest()[:16]
-    found["modes of the modules (train or eval)"] = hashlib.sha256(modes.encode()).hexdigest()[:16]
+    kinds = " ".join(map(_configured, model.modules()))
+    found["the modules' classes and options"] = hashlib.sha256(kinds.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(modes.encode()).hexdigest()[:16]
+    known = {"t": "train", "e": "eval"}
+    every = known[modes[0]] if len(set(modes)) == 1 else f"some of either, {digest}"
+    found["modes of the modules (train or eval)"] = every
     return found
+
+
+def _configured(module: nn.Module) -> str:
+    """A module's class, with what torch's own say of their options (strides, eps, rates)."""
+    kind = type(module)
+    # Containers' say where their parameters lie, which need not be the same for all ranks.
+    ours = kind.__module__.startswith("torch.nn.") and not kind.__module__.endswith("container")
+    return f"{kind.__qualname__}({module.extra_repr() if ours else ''})"
 
 
 def differences(saved: Mapping[str, str], present: Mapping[str, str]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfoc.agreement import check_same, pool, sharded, synchronise, unwrapped
+from kfoc.arguments import check_model, whole
 from kfoc.batches import (
     Mark,
     Predict,
@@ -24,6 +25,7 @@ from kfoc.batches import (
     check_next_token,
     checked_outputs,
     moved,
+    present,
     unpacked,
 )
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
@@ -45,7 +47,7 @@ from kfoc.estimators import KFOC, Estimator
 from kfoc.forward import buffers_kept, first_samples
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported, own_parameters
-from kfoc.likelihoods import FISHER_TYPES, Likelihood, resolved
+from kfoc.likelihoods import Likelihood, check_fisher, resolved
 from kfoc.memory import Footprint, advised, within
 from kfoc.offload import Sweeps
 from kfoc.ownership import Directions, InOrder, Rule
@@ -62,10 +64,12 @@ from kfoc.proof import (
     unfitting,
 )
 from kfoc.record import Call, Record
-from kfoc.samples import Direct, LayerSamples, finite
+from kfoc.samples import Direct, LayerSamples, finite, magnitude
+from kfoc.scales import beyond, check_representable, squared
 from kfoc.selection import Selection, select
 from kfoc.threads import random_state_kept, seeded, uncompiled
 from kfoc.uncovered import UNSUMMED, Batch, Uncovered, check_size
+from kfoc.vectors import naming
 
 
 def fit(
@@ -114,7 +118,8 @@ def fit(
             name, or whatever `predict` takes; tensors in them are moved to the model's device.
             Targets may be missing or None for `fisher="mc"` and `"exact"`. Labels are compared
             with the outputs as they stand: for a model of the next token, drop the last outputs
-            in `predict` and the first labels in `data`.
+            in `predict` and the first labels in `data`. Batches without samples are passed over,
+            and do not count.
         likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
             `Likelihood`.
         estimator: KFOC() by default; KFAC(), Diagonal(), BlockDiagonal().
@@ -188,9 +193,11 @@ def _fitted(
     sweeps: Sweeps | None,
     verify: bool,
 ) -> Curvature:
-    fisher, mc_samples, _, probes, seed = options
+    fisher, mc_samples, predict, probes, seed = options
     estimator = KFOC() if estimator is None else estimator
-    _check_options(estimator, fisher, mc_samples, probes, seed)
+    _check_options(model, estimator, fisher, predict)
+    mc_samples, probes, seed = _counts(mc_samples, probes, seed)
+    options = fisher, mc_samples, predict, probes, seed
     report = reporter(progress)
     chosen = resolved(likelihood)
 
@@ -208,11 +215,11 @@ def _fitted(
         )
     keeper = Keeper(*saving, run)
     if ranks:
-        told = {"estimator": estimator, "likelihood": type(chosen).__name__, "fisher": fisher}
-        told |= {"mc_samples": mc_samples, "probes": probes, "seed": seed}
-        if sharded(model):  # a forward pass is then a matter of all ranks
-            told["batches in data"] = length(data)
-        check_same(ranks, told, run.selection)
+        # A forward pass of a sharded model is a matter of all ranks.
+        together = {"batches in data": str(length(data))} if sharded(model) else {}
+        check_same(ranks, run, together)
+    if not (ranks and sharded(model)):  # whose ranks run every batch together
+        data = present(data)
     if sweeps is None:
         return run.through(data, report, keeper)
     with sweeps:
@@ -238,7 +245,8 @@ def streaming(
 
     Before each batch, all earlier ones count `decay` times.
     """
-    _check_options(estimator, fisher, mc_samples, 0, seed)
+    _check_options(model, estimator, fisher, predict)
+    mc_samples, _, seed = _counts(mc_samples, 0, seed)
     if estimator.pass_limit > 1:
         raise ValueError(
             f"{estimator} needs several passes over the data, and a stream has one: use "
@@ -252,19 +260,24 @@ def streaming(
 
 
 def _check_options(
-    estimator: Estimator, fisher: str, mc_samples: int, probes: int, seed: int
+    model: nn.Module, estimator: Estimator, fisher: str, predict: Predict | None
 ) -> None:
+    check_model(model)
     if not isinstance(estimator, Estimator):
         raise ValueError(f"estimator must be an instance such as kfoc.KFOC(), found {estimator!r}")
     estimator.check()
-    if fisher not in FISHER_TYPES:
-        raise ValueError(f"fisher must be one of {', '.join(FISHER_TYPES)}, found {fisher!r}")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples must be at least 1, found {mc_samples}")
-    if probes < 0:
-        raise ValueError(f"probes must not be negative, found {probes}")
-    if not -(2**63) <= seed < 2**63:
+    check_fisher(fisher)
+    if predict is not None and not callable(predict):
+        raise ValueError(
+            f"predict must be a function (model, inputs) -> outputs, found {predict!r}"
+        )
+
+
+def _counts(mc_samples: int, probes: int, seed: int) -> tuple[int, int, int]:
+    seed = whole("seed", seed, -(2**63))
+    if seed >= 2**63:
         raise ValueError(f"seed must fit 64 bits, found {seed}")
+    return whole("mc_samples", mc_samples, 1), whole("probes", probes, 0), seed
 
 
 def check_independent(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -351,6 +364,7 @@ class _Run:
     settled: set[str] = field(default_factory=set)
     probes: dict[str, Probes] = field(default_factory=dict)
     shapes: dict[str, LayerSamples] = field(default_factory=dict)
+    scales: dict[str, tuple[float, float]] = field(default_factory=dict)  # largest inputs, grads
     num_samples: int = 0
     passes: int = 0
     decay: float | None = None  # of a stream, and so the three below
@@ -707,6 +721,7 @@ class _Run:
     def _cotangents(self, outputs: Tensor, work: _Work) -> Iterator[Tensor]:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
+        self.likelihood = self.likelihood.settled(values, work.targets)
         cotangents = self.likelihood.cotangents(
             values, work.targets, self.fisher, self.mc_samples, self.seed, work.first
         )
@@ -743,7 +758,16 @@ class _Run:
         if self.num_probes and not self.passes:
             self.probes[name].add(samples)
         self.updates += 1
+        self._note_scale(name, samples)
         self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
+
+    def _note_scale(self, name: str, samples: LayerSamples) -> None:
+        """What tells numbers that vanished from zeros."""
+        before, found = self.scales.get(name, (0.0, 0.0)), samples.magnitudes
+        self.scales[name] = max(before[0], found[0]), max(before[1], found[1])
+        if all(found):
+            with naming(name):
+                squared(found[0] * found[1])
 
     def _footprint(self, samples: LayerSamples) -> Footprint:
         o, i = samples.shape
@@ -775,7 +799,10 @@ class _Run:
         for name in self.selection.blocks:
             if name in self.states:
                 # A copy of one layer at a time: what finishes a state may change it.
-                blocks[name] = self.estimator.finish(copy.deepcopy(self.states[name]), self.weight)
+                with naming(name):
+                    block = self.estimator.finish(copy.deepcopy(self.states[name]), self.weight)
+                _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
+                blocks[name] = block
             else:
                 skipped[name] = "its forward was never called"
         layouts = {name: self.selection.layout(name) for name in blocks}
@@ -786,7 +813,7 @@ class _Run:
     def done(self) -> bool:
         """Hand every layer to its next pass; True where none needs one."""
         for name in self.states.keys() - self.settled:
-            with advised(f"layer {name!r}", _LESS_MEMORY):
+            with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
                 self.states[name], settled = self.estimator.next_pass(self.states[name])
             if settled:
                 self.settled.add(name)
@@ -814,37 +841,42 @@ class _Run:
 
     def _finished(self, name: str) -> Block:
         # A layer at a time: states and blocks together would take the memory twice.
-        with advised(f"layer {name!r}", _LESS_MEMORY):
+        with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
             block = self.estimator.finish(self.states.pop(name), self.num_samples)
-        _check_range(name, block)
+        _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
         return (
             self.probes.pop(name).certified(block, self.num_samples) if self.num_probes else block
         )
 
 
-def _in_range(block: Block) -> bool:
-    """Whether all numbers are finite: those of a semi-definite factor are bounded by its diagonal,
-    and to look at all of them would take as long as a small fit."""
+def _largest(block: Block) -> list[float]:
+    """The largest numbers of a block's parts, of which it is the product; not finite where one is
+    not. Those of a semi-definite factor are bounded by its diagonal, and to look at all of them
+    would take as long as a small fit."""
     if isinstance(block, GroupedBlock):
-        return all(map(_in_range, block.blocks))
-    if not isinstance(block, KroneckerBlock):
-        return all(map(finite, block.tensors()))
-    for factor in (block.left, block.right):
-        whole = factor.ndim == 2
-        if whole and math.isfinite(factor.trace().item()):
-            continue
-        if not finite(factor.diagonal() if whole else factor):
-            return False
-    return True
+        each = zip(*map(_largest, block.blocks), strict=True)
+        return [sum(part) if not math.isfinite(sum(part)) else max(part) for part in each]
+    if isinstance(block, KroneckerBlock):
+        factors = block.left, block.right
+        return [magnitude(f.diagonal() if f.ndim == 2 else f) for f in factors]
+    return [magnitude(tensor) for tensor in block.tensors()]
 
 
-def _check_range(name: str, block: Block) -> None:
-    """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype."""
-    if not _in_range(block):
-        raise ValueError(
-            f"layer {name!r}: its block has numbers beyond the range of {block.dtype}: bring its "
-            "inputs or the outputs to a smaller scale, or fit the model in float64 (model.double())"
-        )
+def _check_range(name: str, block: Block, scales: tuple[float, float]) -> None:
+    """Inputs and gradients were finite, so what is not is a block beyond the range of its dtype.
+
+    Args:
+        scales: the largest input and output gradient. Where they, or their products, have squares
+            that vanish, a part of zeros is no F of zero.
+    """
+    inputs, grads = scales
+    products = inputs * inputs, grads * grads, inputs * grads, (inputs * grads) ** 2
+    vanish = all(scales) and min(products) < torch.finfo(block.dtype).tiny
+    with naming(name):
+        for largest in _largest(block):
+            if not math.isfinite(largest):
+                raise ValueError(beyond("its block", block.dtype, ""))
+            check_representable(largest or (min(products) if vanish else 0.0), block.dtype)
 
 
 _END = object()

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from kfoc.batches import Predict, called, mapped, moved, unpacked
+from kfoc.arguments import check_model
+from kfoc.batches import Predict, called, mapped, moved, present, unpacked
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Forward:
 
     model: nn.Module
     predict: Predict | None = None
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The trained values, detached and not copied.
@@ -54,6 +58,8 @@ class Forward:
                 f"the model returned a {type(outputs).__name__}, not a tensor: pass "
                 "predict=lambda model, inputs: ... that returns the outputs"
             )
+        if outputs.is_complex():
+            raise ValueError(f"the model's outputs are complex ({outputs.dtype}): pass predict=...")
         return outputs
 
     def moved(self, value: Any) -> Any:
@@ -138,9 +144,9 @@ def count_samples(inputs: Any) -> int:
 
 
 def batches(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Pairs (inputs, targets), of batches as `fit` takes them.
+    """Pairs (inputs, targets), of batches as `fit` takes them, and passes over empty ones.
 
     Raises:
         ValueError: anything else.
     """
-    return map(unpacked, data)
+    return map(unpacked, present(data))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfoc.batches import Predict
+from kfoc.arguments import whole
+from kfoc.batches import Predict, empty
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature, Dampings
 from kfoc.forward import Forward, batches, count_samples, sliced
@@ -87,8 +88,7 @@ def influence(
     Raises:
         ValueError: bad arguments, or targets that do not fit the likelihood.
     """
-    if top is not None and top < 1:
-        raise ValueError(f"top must be at least 1, found {top}")
+    top = None if top is None else whole("top", top, 1)
     forward = Forward(model, predict)
     forward.check_deterministic()
     names = [name for layout in curvature.layouts.values() for name in layout.names]
@@ -101,7 +101,7 @@ def influence(
     return kept.finished()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     forward: Forward
     parameters: dict[str, Tensor]
@@ -113,6 +113,7 @@ class _Run:
         inputs, targets = self.forward.moved(inputs), self.forward.moved(targets)
         with torch.no_grad():
             outputs = self.forward.outputs(inputs, {})
+        self.likelihood = self.likelihood.settled(outputs, targets)
         (cotangents,) = self.likelihood.cotangents(outputs, targets, "empirical", 1, 0, 0)
         numbers = sum(value.numel() for value in self.parameters.values())
         for part in chunks(count_samples(inputs), numbers, self.chunk_size):
@@ -121,10 +122,10 @@ class _Run:
 
     def solved(self, damped: DampedCurvature, query: Any) -> dict[str, Tensor]:
         """`(F + damping)^-1 grad_q`, name -> (Q, *shape)."""
+        if empty(query):
+            raise ValueError("the query has no samples")
         ((inputs, targets),) = batches([query])
         parts = [damped.solve(rows) for rows in self.sample_gradients(inputs, targets)]
-        if not parts:
-            raise ValueError("the query has no samples")
         return {name: torch.cat([part[name] for part in parts]) for name in self.parameters}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from kfoc.arguments import whole
 from kfoc.batches import mapped
 from kfoc.forward import Forward, count_samples, sliced
 
@@ -73,8 +74,7 @@ def chunks(count: int, numbers: int, size: int | None) -> Iterator[slice]:
     Raises:
         ValueError: a size under 1.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"chunk_size must be at least 1, found {size}")
+    size = None if size is None else whole("chunk_size", size, 1)
     step = size or max(1, CHUNK_NUMBERS // max(numbers, 1))
     return (slice(start, start + step) for start in range(0, count, step))
 

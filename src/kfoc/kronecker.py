@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfoc.scales import beyond, check_representable
+
 Side = Literal["left", "right"]
 
 
@@ -342,6 +344,7 @@ def nearest_kronecker(
         left, right = (left + left.mT) / 2, (right + right.mT) / 2
     sign = -1.0 if left.diagonal().sum() < 0 else 1.0
     sigma = iterate.sigma * scales[0] * scales[1]
+    check_representable(math.sqrt(sigma), lefts.dtype, "the Kronecker product")
     left, right = balanced(sign * left, sign * right, sigma)
     error = relative_error(iterate.sigma, terms.squared_norm())
     return KroneckerFit(left, right, sigma, error, iterate.steps, iterate.converged, terms.plan)
@@ -411,6 +414,10 @@ def nearest_to_pair(
     if not _nonzero(first) or not _nonzero(second):
         (left, right), share = (first, shares[0]) if _nonzero(first) else (second, shares[1])
         return balanced(left, right, share * norm_of(left) * norm_of(right))
+    for term in (first, second):
+        for factor in term:
+            if not math.isfinite(norm_of(factor)):
+                raise ValueError(beyond("a factor", factor.dtype, ""))
     norms, triangles = zip(*(_gram_schmidt(first[k], second[k]) for k in range(2)), strict=True)
     weights = torch.tensor(
         [shares[k] * norms[0][k] * norms[1][k] for k in range(2)], dtype=torch.float64

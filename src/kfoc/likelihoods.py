@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -122,6 +122,10 @@ class Likelihood(ABC):
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         """The cotangent at the observed labels."""
 
+    def settled(self, outputs: Tensor, targets: object) -> Likelihood:
+        """The likelihood for this batch and those after it, where a batch leaves something open."""
+        return self
+
     def cotangents(
         self, outputs: Tensor, targets: object, fisher: str, mc_samples: int, seed: int, index: int
     ) -> Iterator[Tensor]:
@@ -153,12 +157,19 @@ class Categorical(Likelihood):
     Attributes:
         class_dim: the dimension of the classes. None: the last one for outputs of two or three
             dimensions (sequences: (N, T, C)), dimension 1 for more (images: (N, C, H, W)), and
-            whichever fits where integer labels are given.
+            whichever fits where integer labels are given. The first batch settles it.
         ignore_index: labels of this value have no influence, as in `nn.CrossEntropyLoss`.
     """
 
     class_dim: int | None = None
     ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        for name in ("class_dim", "ignore_index"):
+            value = getattr(self, name)
+            allowed = value is None and name == "class_dim"
+            if not allowed and (isinstance(value, bool) or not hasattr(value, "__index__")):
+                raise ValueError(f"{name} of Categorical must be a whole number, found {value!r}")
 
     def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
         if outputs.ndim < 2:
@@ -166,7 +177,19 @@ class Categorical(Likelihood):
                 "categorical outputs must be logits of shape (N, C), (N, T, C) or (N, C, ...), "
                 f"found {tuple(outputs.shape)}"
             )
+        if self.class_dim is not None and not 0 < self.class_dim % outputs.ndim == (
+            self.class_dim + (outputs.ndim if self.class_dim < 0 else 0)
+        ):
+            raise ValueError(
+                f"class_dim is {self.class_dim}, and must be a dimension of the outputs of shape "
+                f"{tuple(outputs.shape)}, and not the first, which is the samples'"
+            )
         labels = _labels(targets)
+        if outputs.shape[self._dim(outputs, labels)] == 1:
+            raise ValueError(
+                f"categorical outputs of shape {tuple(outputs.shape)} have a single class, whose "
+                'probability is always 1: for a single logit, likelihood="bernoulli"'
+            )
         if labels is None:
             if fisher == "empirical":
                 raise ValueError(
@@ -180,6 +203,12 @@ class Categorical(Likelihood):
                 f"label {labels[wrong][0].item()} is out of range for {classes} classes "
                 f"(ignore_index is {self.ignore_index})"
             )
+
+    def settled(self, outputs: Tensor, targets: object) -> Categorical:
+        if self.class_dim is not None or outputs.ndim < 3:
+            return self
+        dim = self._dim(outputs, _labels(targets))
+        return replace(self, class_dim=1 if dim == 1 else -1)
 
     def _dim(self, outputs: Tensor, labels: Tensor | None) -> int:
         """The class dimension, settled by the labels' shape where they are given."""
@@ -207,7 +236,9 @@ class Categorical(Likelihood):
     def _misfit(self, outputs: Tensor, labels: Tensor) -> ValueError:
         return ValueError(
             f"labels of shape {tuple(labels.shape)} do not fit categorical outputs of shape "
-            f"{tuple(outputs.shape)}: they must lack the class dimension and nothing else"
+            f"{tuple(outputs.shape)}: they must lack the class dimension"
+            + (f" ({self.class_dim}, given or that of earlier batches)" if self.class_dim else "")
+            + " and nothing else"
         )
 
     def _probabilities(self, outputs: Tensor, targets: object) -> tuple[Tensor, Tensor, int]:
@@ -333,6 +364,9 @@ def _check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
             f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
             f"{tuple(outputs.shape)} of the outputs, found {_described(targets)}"
         )
+    if targets.is_complex() or not targets.isfinite().all():
+        kind = "complex" if targets.is_complex() else "values not finite"
+        raise ValueError(f"the targets of a {likelihood} likelihood must be real numbers: {kind}")
     return targets
 
 
@@ -353,17 +387,55 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
+# What others call them, in small letters alone; of losses the class names too.
+_OTHER_NAMES = {
+    "categorical": "ce crossentropy crossentropyloss nll nllloss softmax multinomial categorical "
+    "classification",
+    "gaussian": "mse mseloss l2 squarederror regression normal gaussiannllloss gaussian",
+    "bernoulli": "bce bcewithlogits bcewithlogitsloss binarycrossentropy bernoulli binary sigmoid "
+    "binarycrossentropywithlogits logistic",
+}
+_OTHER_FISHERS = {
+    "mc": "mc montecarlo sampled",
+    "exact": "typei typeii type true expected ggn exact",
+    "empirical": "ef emp observed empirical",
+}
+
+
+def _known_as(value: object, names: dict[str, str]) -> str | None:
+    """The name here of what goes by other names: a string, a loss or its class or function."""
+    text = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+    small = "".join(letter for letter in text.lower() if letter.isalpha())
+    return next((name for name, others in names.items() if small in others.split()), None)
+
+
+def check_fisher(fisher: object) -> None:
+    """Raises ValueError for what is no Fisher type, with the one that was meant if it is known."""
+    if isinstance(fisher, str) and fisher in FISHER_TYPES:
+        return
+    meant = _known_as(fisher, _OTHER_FISHERS)
+    hint = f': for {fisher!r}, fisher="{meant}"' if meant else ""
+    if isinstance(fisher, str) and fisher.lower().startswith("forward"):
+        hint = ": K-FAC without a backward pass has no equivalent here"
+    raise ValueError(f"fisher must be one of {', '.join(FISHER_TYPES)}, found {fisher!r}{hint}")
+
+
 def resolved(likelihood: str | Likelihood) -> Likelihood:
     """The likelihood of a name, or the one given.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: a name that is not known, or a loss; with the likelihood that was meant if that
+            is known.
     """
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
-            f"{likelihood!r}"
-        )
-    return LIKELIHOODS[likelihood]
+    if isinstance(likelihood, str) and likelihood in LIKELIHOODS:
+        return LIKELIHOODS[likelihood]
+    meant, fisher = _known_as(likelihood, _OTHER_NAMES), _known_as(likelihood, _OTHER_FISHERS)
+    hint = f': for it, likelihood="{meant}" (its outputs are logits or means)' if meant else ""
+    if fisher and not meant:
+        hint = f': that is a kind of Fisher, fisher="{fisher}"'
+    raise ValueError(
+        f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
+        f"{likelihood!r}{hint}"
+    )

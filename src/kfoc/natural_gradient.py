@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.arguments import check_model, whole
 from kfoc.batches import mapped
-from kfoc.blocks import METHODS
+from kfoc.blocks import METHODS, Damping
 from kfoc.encoding import decoded, encoded
 from kfoc.preconditioner import Preconditioner
 from kfoc.tracker import Tracker
@@ -82,12 +83,16 @@ class NaturalGradient(torch.optim.Optimizer):
         other_scale: float = 0.01,
         **tracking: Any,
     ) -> None:
+        update_every = whole("update_every", update_every, 1)
         invert_every = update_every if invert_every is None else invert_every
         _check_choices(method, other)
-        _check_counts(update_every=update_every, invert_every=invert_every, samples=samples)
+        _check_counts(invert_every=invert_every, samples=samples)
         _check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay, other_scale=other_scale)
         if kl_clip is not None and not 0 < kl_clip < math.inf:
             raise ValueError(f"kl_clip must be positive, or None for no limit, found {kl_clip}")
+        check_model(model)
+        if not callable(damping):
+            Damping(damping, scale, method)  # says what is wrong with any of them
         chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(chosen, defaults | {"other_scale": other_scale})
@@ -276,8 +281,8 @@ def _check_choices(method: str, other: str) -> None:
 
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, found {count}")
+        if count is not None:
+            whole(name, count, 1)
 
 
 def _check_numbers(**numbers: float) -> None:

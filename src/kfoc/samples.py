@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kfoc.memory import out_of_memory
-from kfoc.scales import power_of_two
+from kfoc.scales import power_of_two, squared
 
 # Patches are brought into order a few samples at a time, which stay in the cache: numbers in all.
 COPIED = 2**18
@@ -453,7 +453,7 @@ class Samples:
         them, would vanish in them. Scales are powers of two: nothing is rounded.
         """
         input_scale, grad_scale = (power_of_two(largest) for largest in self.magnitudes)
-        scale = (input_scale * grad_scale) ** 2 if all(self.magnitudes) else 0.0
+        scale = squared(input_scale * grad_scale) if all(self.magnitudes) else 0.0
         return self.scaled_down(input_scale, grad_scale), scale
 
     def scaled_down(self, input_scale: float, grad_scale: float) -> Samples:
@@ -515,7 +515,7 @@ class Grouped:
         """As `Samples.rescaled`, with the same scales for all groups."""
         scales = [power_of_two(largest) for largest in self.magnitudes]
         groups = tuple(group.scaled_down(*scales) for group in self.groups)
-        return Grouped(groups), (scales[0] * scales[1]) ** 2 if all(self.magnitudes) else 0.0
+        return Grouped(groups), squared(scales[0] * scales[1]) if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Grouped:
         return Grouped(tuple(group.silent(count) for group in self.groups))
@@ -558,7 +558,7 @@ class Direct:
     def rescaled(self) -> tuple[Direct, float]:
         scale = power_of_two(self.magnitudes[1])
         scaled = Direct(self.grads / scale) if scale != 1.0 else self
-        return scaled, scale**2 if all(self.magnitudes) else 0.0
+        return scaled, squared(scale) if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
@@ -629,7 +629,7 @@ class Depthwise:
             (inputs.scaled(1 / a) if a != 1.0 else inputs, grads / g if g != 1.0 else grads)
             for inputs, grads in self.calls
         )
-        return Depthwise(calls), (a * g) ** 2 if all(self.magnitudes) else 0.0
+        return Depthwise(calls), squared(a * g) if all(self.magnitudes) else 0.0
 
     def silent(self, count: int) -> Depthwise:
         """`count` samples without any gradient, of one position and in no memory."""

@@ -236,6 +236,9 @@ def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
 def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, list[str]]) -> None:
     """Give a module a treatment, or its parameters another place."""
     trained = trained_parameters(module)
+    if any(parameter.is_complex() for parameter in trained.values()):
+        selection.skip(name, "complex parameters")
+        return
     others = {other for p in trained.values() for other in owners[id(p)] if other != name}
     covering = others & selection.twins.keys()
     try:

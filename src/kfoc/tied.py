@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfoc.samples import Rows, Samples, magnitude
-from kfoc.scales import power_of_two
+from kfoc.scales import power_of_two, squared
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Tied:
         """As `Samples.rescaled`, for the gradients alone."""
         scale = power_of_two(self.magnitudes[1])
         parts = (part.scaled_down(1.0, scale) for part in (self.head, self.embedding))
-        return Tied(*parts), scale**2 if self.magnitudes[1] else 0.0
+        return Tied(*parts), squared(scale) if self.magnitudes[1] else 0.0
 
     def silent(self, count: int) -> Tied:
         return Tied(self.head.silent(count), self.embedding.silent(count))

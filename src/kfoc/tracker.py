@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfoc.batches import empty
 from kfoc.curvature import Curvature
 from kfoc.encoding import decoded, encoded
 from kfoc.estimators import KFOC, Estimator
@@ -72,6 +73,8 @@ class Tracker:
     def update(self, inputs: Any, targets: Any = None) -> None:
         """Take in one batch; targets are needed for `fisher="empirical"` alone.
 
+        A batch without samples changes nothing, and does not count.
+
         Raises:
             ValueError: as `fit` does. Where the model's outputs are at fault, nothing has changed;
                 where a layer is, others may have taken the batch in by then, and the tracker can
@@ -79,6 +82,8 @@ class Tracker:
         """
         self._check_usable()
         run = self._begun()
+        if empty((inputs, targets)):
+            return
         before = run.updates
         with _running_statistics(self.model):
             check_independent(self.model.named_modules())

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class Damping:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, found {self.method!r}")
+        for name, value in (("damping", self.damping), ("scale", self.scale)):
+            single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+            if not single or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, found {value!r}")
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must be finite and not negative, found {self.damping}")
         if not 0 < self.scale < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kfoc.blocks import DiagonalBlock
@@ -30,9 +31,10 @@ class Diagonal(Estimator):
         if samples.num_positions == 1 and isinstance(samples, Samples):
             # X = g a^T squares to g^2 (a^2)^T: one product, and no per-sample gradient.
             rescaled, scale = samples.rescaled()  # g^2 and a^2 may leave the range that X^2 is in
-            inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
-            grads = rescaled.grads[:, :, 0].square().sum(0)
-            return state.addmm_(grads.mT, inputs, alpha=scale)
+            if scale <= torch.finfo(state.dtype).max:
+                inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
+                grads = rescaled.grads[:, :, 0].square().sum(0)
+                return state.addmm_(grads.mT, inputs, alpha=scale)
         for gradients in gradient_chunks(samples, CHUNK):
             state += gradients.square().sum((0, 1))
         return state

@@ -15,7 +15,8 @@ from kfoc.estimators.kfoc import KFOC
 from kfoc.memory import Footprint
 from kfoc.plans import CHUNK
 from kfoc.pooling import Pooling, Sum, summed
-from kfoc.samples import Samples, gradient_chunks
+from kfoc.samples import Samples, gradient_chunks, magnitude
+from kfoc.scales import beyond, check_representable
 
 
 @dataclass
@@ -27,6 +28,7 @@ class _State:
     basis: tuple[Tensor, Tensor] | None = None  # (o, o), (i, i)
     sums: Tensor | None = None  # (o, i)
     report: Report = field(default_factory=Report)
+    vanished: bool = False  # a factor of the base is zero
     uncorrected: Block | None = None  # a base block without two eigenbases
 
 
@@ -107,6 +109,10 @@ class EigenCorrected(FactoredEstimator):
         if not isinstance(block, KroneckerBlock) or block.right.ndim != 2:
             state.uncorrected = block
             return state, True
+        largest = [magnitude(factor.diagonal()) for factor in (block.left, block.right)]
+        for found in largest:
+            check_representable(found, block.dtype, "its base's factor")
+        state.vanished = not all(largest)
         _, left = eigh(block.left, "the left factor")
         _, right = eigh(block.right, "the right factor")
         report = block.report
@@ -133,6 +139,8 @@ class EigenCorrected(FactoredEstimator):
             return state.uncorrected
         if state.basis is None or state.sums is None:
             raise ValueError("the eigenvalues take a pass over the data after the base's")
+        if state.vanished and state.sums.any():
+            raise ValueError(beyond("its base's factor", state.sums.dtype, "0"))
         return EigenBlock(*state.basis, state.sums / num_samples, report=state.report)
 
 
@@ -142,9 +150,10 @@ def add_squares(total: Tensor, samples: Samples, basis: tuple[Tensor, Tensor]) -
     if samples.num_positions == 1:
         # X = g a^T: the square of U^T g (V^T a)^T is an outer product too, and X is not formed.
         rescaled, scale = samples.rescaled()  # their squares may leave the range that X^2 is in
-        inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
-        grads = (rescaled.grads[:, :, 0] @ left).square().sum(0)
-        total.addmm_(grads.mT, inputs.square(), alpha=scale)
-        return
+        if scale <= torch.finfo(total.dtype).max:
+            inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
+            grads = (rescaled.grads[:, :, 0] @ left).square().sum(0)
+            total.addmm_(grads.mT, inputs.square(), alpha=scale)
+            return
     for gradients in gradient_chunks(samples, CHUNK):
         total += (left.mT @ gradients @ right).square().sum((0, 1))

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from kfoc.arguments import whole
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators import single_output
 from kfoc.estimators.aggregation import Aggregation, Approx, Running, Term
@@ -21,6 +22,7 @@ from kfoc.memory import Footprint, out_of_memory
 from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sketch_rank
 from kfoc.pooling import Pooling
 from kfoc.samples import Rows, Samples
+from kfoc.scales import check_representable
 from kfoc.sketch import Sketchable, fit_from_sketch
 from kfoc.solver import fit_contraction, leading_pair
 from kfoc.tied import Tied
@@ -85,19 +87,15 @@ class KFOC(FactoredEstimator):
             raise ValueError(f"plan must be one of {', '.join(PLANS)}, found {self.plan!r}")
         if not self.rtol >= 0:
             raise ValueError(f"rtol must not be negative, found {self.rtol}")
-        if self.max_steps < 1 or self.passes < 1:
-            raise ValueError(
-                f"max_steps and passes must be at least 1, found {self.max_steps} and {self.passes}"
-            )
-        if self.buffer < 0:
-            raise ValueError(f"buffer must not be negative, found {self.buffer}")
+        for name in ("max_steps", "passes", "rank"):
+            whole(name, getattr(self, name), 1)
+        for name in ("buffer", "memory_limit"):
+            whole(name, getattr(self, name), 0)
         if self.decay is not None and (self.aggregation != "online" or not 0 < self.decay <= 1):
             raise ValueError(
                 f'decay must lie in (0, 1] and goes with aggregation="online", found {self.decay} '
                 f"with {self.aggregation!r}"
             )
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, found {self.rank}")
         many = self.rank > 1
         if many and (self.aggregation in ("running", "approx") or self.decay or self.plan):
             raise ValueError(
@@ -307,7 +305,9 @@ def nearest_kronecker_of_samples(
         raise ValueError(
             f"plan {plan!r} is for inputs with one position, found T = {samples.num_positions}"
         )
-    return config.solve(samples, certify=True)
+    fit = config.solve(samples, certify=True)
+    check_representable(math.sqrt(fit.sigma), grads.dtype, "the Kronecker product")
+    return fit
 
 
 def _checked_samples(inputs: Tensor, grads: Tensor) -> Samples:

@@ -53,7 +53,9 @@ def measured(forward: Forward, likelihood: Likelihood, data: Iterable[Any]) -> D
     for inputs, targets in batches(data):
         with torch.no_grad():
             outputs = forward.outputs(forward.moved(inputs), {})
-        counted, misfit = misfit_of(likelihood, outputs, forward.moved(targets))
+        targets = forward.moved(targets)
+        likelihood = likelihood.settled(outputs, targets)
+        counted, misfit = misfit_of(likelihood, outputs, targets)
         samples, labels, total = samples + len(outputs), labels + counted, total + misfit
     if not samples:
         raise ValueError("data has no batches")

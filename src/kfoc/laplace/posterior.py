@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.arguments import check_model, whole
 from kfoc.batches import Predict
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature
@@ -68,11 +69,12 @@ class Laplace:
     predict: Predict | None = None
 
     def __post_init__(self) -> None:
+        check_model(self.model)
         self._sigma(self.sigma_noise)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and positive, found {self.temperature}")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, found {self.num_samples}")
+        if self.num_samples is not None:
+            whole("num_samples", self.num_samples, 1)
         if not len(self.curvature):
             raise ValueError("the curvature has no layers: there is nothing to be uncertain about")
         precisions(self.curvature.layers, self.prior_precision)

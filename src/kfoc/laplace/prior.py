@@ -36,7 +36,12 @@ def positive(what: str, value: Number) -> Tensor:
     Raises:
         ValueError: anything but one finite positive number.
     """
-    found = torch.as_tensor(value).to(device="cpu", dtype=torch.float64)
+    try:
+        if isinstance(value, (bool, complex)):
+            raise TypeError
+        found = torch.as_tensor(value).to(device="cpu", dtype=torch.float64)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{what} must be a number, found {value!r}") from None
     if found.numel() != 1 or not 0 < found.item() < math.inf:
         raise ValueError(f"{what} must be one finite and positive number, found {value}")
     return found.reshape(())

@@ -33,6 +33,7 @@ def validation_losses(
         inputs, targets = forward.moved(inputs), forward.moved(targets)
         with torch.no_grad():
             mean = forward.outputs(inputs, {})
+        likelihood = likelihood.settled(mean, targets)
         likelihood.check(mean, targets, "empirical")
         for part in chunks(count_samples(inputs), mean[0].numel() * size, chunk_size):
             rows = jacobians(forward, parameters, sliced(inputs, part))
