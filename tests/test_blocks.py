@@ -365,3 +365,15 @@ def test_indefinite_sums_are_refused_where_damping_does_not_cover_them() -> None
         with pytest.raises(ValueError, match=r"the block is indefinite \(smallest eigenvalue"):
             operation(vector(found), -smallest * 0.99)
     assert math.isfinite(found.logdet(-smallest * 1.01))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_do_not_compare(kind: str, value: float) -> None:
+    good = curvature(block(kind))
+    bad = curvature(good["0"].mapped(lambda tensor: tensor * value))
+    for first, second in ((good, bad), (bad, good)):
+        with pytest.raises(
+            ValueError, match="layer '0': the blocks have norms that are not finite"
+        ):
+            first.compare(second)

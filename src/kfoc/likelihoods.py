@@ -333,6 +333,8 @@ def _check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
             f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
             f"{tuple(outputs.shape)} of the outputs, found {_described(targets)}"
         )
+    if not targets.isfinite().all():
+        raise ValueError("the targets have values that are not finite")
     return targets
 
 
