@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from borrowed import borrowed
+from kfoc.files import write_text
 
 Row = dict[str, Any]
 
@@ -40,9 +41,7 @@ def rounded(value: Any) -> Any:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, allow_nan=False).replace('{"', '\n{"') + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(content, allow_nan=False).replace('{"', '\n{"') + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
@@ -481,20 +482,50 @@ def sharded_curvatures_solve_and_save_by_parts(rank: int, world: int) -> None:
     error = error_of(lambda: sharded.solve(vector, -1.0))
     assert isinstance(error, (ValueError, RanksError))
     folder = Path(sys.argv[3]) / "sharded"
+    kfoc.ShardedCurvature(2 * whole, distributed.group.WORLD).save(folder)
+    older = {file.name: file.read_bytes() for file in folder.iterdir()}
+    Ranks().section()
+    check_failed_save(sharded, folder, rank, world)
+    Ranks().section()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == older
+    Ranks().section()
     sharded.save(folder)
-    loaded = kfoc.ShardedCurvature.load(folder)
+    assert len(list(folder.iterdir())) == world + 1
+    loaded = kfoc.ShardedCurvature.load(folder, mmap=rank == 0)
     assert list(loaded) == list(whole)
     assert loaded.skipped == whole.skipped
     assert_same(loaded, whole, 0.0)
     Ranks().section()  # before rank 0 removes a file
     if rank == 0:
-        (folder / f"rank-00000-of-{world:05d}.safetensors").unlink()
-        error = error_of(lambda: kfoc.ShardedCurvature.load(folder))
-        assert "lacks ['rank-00000" in str(error)
+        check_mixed_saves(folder, older)
         error = error_of(
             lambda: kfoc.fit(model, data, group=distributed.group.WORLD, checkpoint=".")
         )
         assert "several ranks" in str(error)
+
+
+def check_failed_save(sharded: kfoc.ShardedCurvature, folder: Path, rank: int, world: int) -> None:
+    """One rank's disk is full: the save before stays, and nothing of this one."""
+    if rank == world - 1:
+        with mock.patch("safetensors.torch.save_file", side_effect=OSError("no space left")):
+            error = error_of(lambda: sharded.save(folder))
+    else:
+        error = error_of(lambda: sharded.save(folder))
+    assert "no space left" in str(error)
+
+
+def check_mixed_saves(folder: Path, older: dict[str, bytes]) -> None:
+    (first,) = folder.glob("rank-00000-*")
+    (old,) = [content for name, content in older.items() if name.startswith("rank-00000-")]
+    first.write_bytes(old)
+    error = error_of(lambda: kfoc.ShardedCurvature.load(folder))
+    assert isinstance(error, ValueError)
+    assert "is of another save" in str(error)
+    assert first.name in str(error)
+    first.unlink()
+    error = error_of(lambda: kfoc.ShardedCurvature.load(folder))
+    assert isinstance(error, FileNotFoundError)
+    assert "lacks ['rank-00000" in str(error)
 
 
 class Dense(NamedTuple):

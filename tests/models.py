@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 Data = list[tuple[Tensor, Tensor]]
+# For tests of what holds after any number of passes, and that take few of them.
+FEW_PASSES = pytest.mark.filterwarnings("ignore:.* did not converge in:RuntimeWarning")
 
 
 def convolutional(dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -211,6 +212,55 @@ def test_bad_damping(damping: float) -> None:
         curvature(block("DiagonalBlock")).damped(damping)
 
 
+SINGLE = torch.zeros(1, dtype=torch.float32)
+PLACES: dict[str, tuple[tuple, dict, torch.dtype, str]] = {
+    "nothing": ((), {}, torch.float64, "cpu"),
+    "dtype": ((torch.float32,), {}, torch.float32, "cpu"),
+    "dtype=": ((), {"dtype": torch.float32}, torch.float32, "cpu"),
+    "device": (("meta",), {}, torch.float64, "meta"),
+    "device=": ((), {"device": torch.device("meta")}, torch.float64, "meta"),
+    "device, dtype": (("meta", torch.float32), {}, torch.float32, "meta"),
+    "device, dtype=": (("meta",), {"dtype": torch.float32}, torch.float32, "meta"),
+    "None, dtype": ((None, torch.float32), {}, torch.float32, "cpu"),
+    "tensor": ((SINGLE.to("meta"),), {}, torch.float32, "meta"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_takes_what_that_of_tensors_takes(kind: str, case: str) -> None:
+    args, names, dtype, device = PLACES[case]
+    found = curvature(block(kind))
+    for each in (found["0"].to(*args, **names), found.to(*args, **names)["0"]):
+        assert {(t.dtype, t.device.type) for t in each.tensors()} == {(dtype, device)}
+
+
+@pytest.mark.parametrize("at", [lambda c: c, lambda c: c["0"]], ids=["curvature", "block"])
+def test_to_refuses_what_is_no_place(at: Callable) -> None:
+    found = at(curvature(block("KroneckerBlock")))
+    for args, names in [
+        ((torch.int64,), {}),
+        ((), {"dtype": torch.bool}),
+        ((torch.zeros(1, dtype=torch.int32),), {}),
+        ((torch.complex64,), {}),
+    ]:
+        with pytest.raises(ValueError, match="dtype must be a floating-point one, found torch"):
+            found.to(*args, **names)
+    for args, names in [
+        ((1.5,), {}),
+        ((torch.float32, torch.float64), {}),
+        (("cpu",), {"device": "cpu"}),
+        ((SINGLE,), {"dtype": torch.float64}),
+    ]:
+        with pytest.raises(TypeError, match=r"to\(\) takes a device, a dtype, both, or a tensor"):
+            found.to(*args, **names)
+
+
+def test_to_refuses_a_range_that_is_too_small() -> None:
+    with pytest.raises(ValueError, match=r"layer '0' is beyond the range of torch\.float16"):
+        (1e9 * curvature(block("DiagonalBlock"))).to(torch.float16)
+
+
 def test_bad_arguments() -> None:
     found = curvature(block("DiagonalBlock"), block("KroneckerBlock"))
     v = vector(found)
@@ -315,3 +365,15 @@ def test_indefinite_sums_are_refused_where_damping_does_not_cover_them() -> None
         with pytest.raises(ValueError, match=r"the block is indefinite \(smallest eigenvalue"):
             operation(vector(found), -smallest * 0.99)
     assert math.isfinite(found.logdet(-smallest * 1.01))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_do_not_compare(kind: str, value: float) -> None:
+    good = curvature(block(kind))
+    bad = curvature(good["0"].mapped(lambda tensor: tensor * value))
+    for first, second in ((good, bad), (bad, good)):
+        with pytest.raises(
+            ValueError, match="layer '0': the blocks have norms that are not finite"
+        ):
+            first.compare(second)

@@ -24,7 +24,7 @@ from kfoc import checkpoint as checkpoints
 from kfoc.encoding import decoded, encoded
 from kfoc.fingerprint import Trail
 from kfoc.interop.per_parameter import per_parameter
-from models import batches, convolutional, images
+from models import FEW_PASSES, batches, convolutional, images
 
 
 class StopError(Exception):
@@ -163,6 +163,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Path]
 
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("name", ESTIMATORS)
+@FEW_PASSES
 def test_any_cut_ends_with_the_same_bits(
     name: str, model_name: str, kept: list[Path], tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def wait_for_a_save(directory: Path, process: Any) -> None:
         time.sleep(0.001)
 
 
+@FEW_PASSES
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     """By SIGKILL, again and again until the fit has come to its end; a third of them in a save."""
     context = multiprocessing.get_context("forkserver")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
+from kfoc import files
 from models import Data, batches, convolutional, images
 
 ESTIMATORS = {
@@ -108,9 +109,114 @@ def test_saved_and_loaded(anchors: str, tmp_path: Path) -> None:
     assert again.anchors == anchors
     assert torch.equal(again.penalty(model), consolidation.penalty(model))
     again.add(model, kfoc.fit(model, task(10)))
-    (tmp_path / "tasks" / "0.anchor.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):
+    next((tmp_path / "tasks").glob("*-0.anchor.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks .*anchor"):
         kfoc.Consolidation.load(tmp_path / "tasks")
+
+
+def taught() -> kfoc.Consolidation:
+    model = convolutional()
+    found = kfoc.Consolidation(0.7, "each")
+    for _ in range(2):
+        found.add(model, kfoc.fit(model, task(5), estimator=kfoc.KFAC()))
+        move(model)
+    return found
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_failed_save_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """The disk is full at any of the five files: two curvatures, two anchors, the index."""
+    model, older, newer = convolutional(), taught(), taught()
+    older.save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    done = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal done
+        if done == 2 * writes:  # of a file and of its folder
+            raise OSError("no space left on device")
+        done += 1
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        newer.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    assert torch.equal(kfoc.Consolidation.load(tmp_path).penalty(model), older.penalty(model))
+    newer.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(before)
+    assert torch.equal(kfoc.Consolidation.load(tmp_path).penalty(model), newer.penalty(model))
+
+
+def test_a_save_that_was_killed_leaves_the_one_before(tmp_path: Path) -> None:
+    """Whatever lies beside the files of the index is not looked at, and goes with the next save."""
+    taught().save(tmp_path)
+    first = next(tmp_path.glob("*-0.curvature.safetensors"))
+    (tmp_path / "task-0-0.curvature.safetensors").write_bytes(first.read_bytes()[:50])
+    kfoc.Consolidation.load(tmp_path)
+    taught().save(tmp_path)
+    assert not (tmp_path / "task-0-0.curvature.safetensors").exists()
+
+
+def test_any_damaged_file_is_told(tmp_path: Path) -> None:
+    taught().save(tmp_path)
+    for file in tmp_path.iterdir():
+        whole = file.read_bytes()
+        for place in (len(whole) // 3, len(whole) // 2, len(whole) - 5):
+            changed = bytearray(whole)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"damaged|of another save|not of a curvature"):
+                kfoc.Consolidation.load(tmp_path)
+        file.write_bytes(whole)
+    kfoc.Consolidation.load(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["curvature", "anchor"])
+def test_files_of_two_saves_are_not_mixed(tmp_path: Path, what: str) -> None:
+    for name in ("one", "two"):
+        taught().save(tmp_path / name)
+    one, two = (next((tmp_path / n).glob(f"*-1.{what}.safetensors")) for n in ("one", "two"))
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(ValueError, match=f"{what}.safetensors' is of another save"):
+        kfoc.Consolidation.load(tmp_path / "one")
+
+
+def test_what_is_loaded_stays_when_the_files_change(tmp_path: Path) -> None:
+    model = convolutional()
+    taught().save(tmp_path)
+    loaded = kfoc.Consolidation.load(tmp_path)
+    before = loaded.penalty(model)
+    for file in tmp_path.iterdir():
+        with open(file, "rb+") as opened:
+            opened.write(bytes(file.stat().st_size))
+    assert torch.equal(loaded.penalty(model), before)
+
+
+def test_a_head_that_has_grown() -> None:
+    """Or was replaced by one of another size: named, with both shapes."""
+    model, consolidation = convolutional(), taught()
+    head = model.get_submodule("5")
+    shapes = tuple(head.weight.shape), (2 * head.out_features, head.in_features)
+    curvature = kfoc.fit(model, task(5))
+    model[5] = nn.Linear(head.in_features, 2 * head.out_features)
+    for call in (
+        lambda: consolidation.penalty(model),
+        lambda: kfoc.Consolidation().add(model, curvature),
+    ):
+        with pytest.raises(ValueError, match=r"'5\.weight' .* leave layers that grow") as error:
+            call()
+        assert all(str(shape) in str(error.value) for shape in shapes)
+
+
+def test_a_penalty_that_is_not_finite() -> None:
+    model, consolidation = convolutional(), taught()
+    with torch.no_grad():
+        model[3].bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"penalty is nan: the parameters \['3\.bias'\] have"):
+        consolidation.penalty(model)
 
 
 def test_errors_name_what_to_do() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import kfoc
 import oracle
 from kfoc.estimators import aggregation
 from kfoc.likelihoods import Draws
-from models import batches, convolutional, images, trained
+from models import FEW_PASSES, batches, convolutional, images, trained
 
 ESTIMATORS = {
     "kfac": kfoc.KFAC(),
@@ -336,6 +338,7 @@ def test_zero_gradients_give_zero_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@FEW_PASSES
 def test_float32_at_extreme_scales_agrees_with_float64(name: str) -> None:
     if name in ("kfac", "diagonal", "block-diagonal"):
         pytest.skip("products of float32 values at their own scale, not rescaled")
@@ -377,15 +380,51 @@ def test_options_are_checked_when_used() -> None:
 def test_exact_reports_when_its_passes_do_not_suffice() -> None:
     model, (x, y) = convolutional(), images(20)
     estimator = kfoc.KFOC("exact", rtol=0, passes=2, buffer=0)
-    short = kfoc.fit(model, batches(x, y, 5), estimator=estimator)
+    with pytest.warns(RuntimeWarning, match="did not converge in 3 layers: .*'3'.*more passes"):
+        short = kfoc.fit(model, batches(x, y, 5), estimator=estimator)
     assert not short["3"].report.converged
     assert short["3"].report.steps == 1
+
+
+UNSETTLED = {
+    "exact": kfoc.KFOC("exact", rtol=1e-12, passes=4, buffer=0),
+    "exact, rank 2": kfoc.KFOC("exact", rank=2, rtol=1e-12, passes=4, buffer=0),
+    "eigen-corrected": kfoc.EigenCorrected(kfoc.KFOC("exact", rtol=1e-12, passes=4, buffer=0)),
+    "one batch": kfoc.KFOC(rtol=0, max_steps=1, buffer=0),
+    "running": kfoc.KFOC("running", rtol=0, max_steps=1),
+    "approx": kfoc.KFOC("approx", rtol=0, max_steps=1),
+}
+
+
+@pytest.mark.parametrize("case", UNSETTLED)
+@pytest.mark.parametrize("sweeps", [False, True])
+def test_what_did_not_converge_is_told_once(case: str, sweeps: bool, tmp_path: Path) -> None:
+    """With the layers, of all sweeps, and with what the last of several passes still changed."""
+    model, (x, y) = convolutional(), images(20)
+    data = batches(x, y, 20 if case == "one batch" else 5)
+    groups: dict[str, Any] = {}
+    if sweeps:  # the largest layer by itself, and the others in another one
+        bytes_held = {"exact, rank 2": 617_000, "eigen-corrected": 75_000}.get(case, 70_000)
+        groups = {"memory_budget": bytes_held, "storage": tmp_path / "blocks"}
+    with pytest.warns(RuntimeWarning, match="did not converge") as caught:
+        found = kfoc.fit(model, data, estimator=UNSETTLED[case], **groups)
+    (warning,) = caught
+    assert warning.filename == __file__
+    text = str(warning.message)
+    unsettled = [name for name, block in found.items() if not block.report.converged]
+    assert f"in {len(unsettled)} layers" in text
+    assert all(repr(name) in text for name in unsettled)
+    if "exact" in case or case == "eigen-corrected":
+        changes = [float(part.split(")")[0]) for part in text.split("changed sigma by ")[1:]]
+        assert len(changes) == len(unsettled)
+        assert all(0 < change < 1 for change in changes)
 
 
 def test_exact_of_one_pass_is_that_of_online() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     data = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(5)]
-    found = kfoc.fit(model, data, estimator=kfoc.KFOC("exact", passes=1, buffer=0))
+    with pytest.warns(RuntimeWarning, match="did not converge in 2 layers: '0', '2'\\. Their"):
+        found = kfoc.fit(model, data, estimator=kfoc.KFOC("exact", passes=1, buffer=0))
     expected = kfoc.fit(model, data, estimator=kfoc.KFOC("online", buffer=0))
     for name, block in expected.items():
         assert block.left.norm() > 0

@@ -15,7 +15,7 @@ import oracle
 from kfoc.estimators.kfoc import AGGREGATIONS
 from kfoc.memory import OutOfMemory, out_of_memory
 from kfoc.samples import Rows, Samples, gradient_chunks
-from models import Data, batches, convolutional, images
+from models import FEW_PASSES, Data, batches, convolutional, images
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -265,6 +265,7 @@ def scaled_data(dtype: torch.dtype) -> list[Any]:
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-15, 1e15, 1e18])
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+@FEW_PASSES
 def test_gradients_of_any_scale(estimator: kfoc.Estimator, scale: float) -> None:
     """In float32: as in float64, or F itself does not fit float32 and that is said."""
     torch.set_default_dtype(torch.float32)
@@ -299,6 +300,7 @@ class ScaledByInput(nn.Module):
 
 @pytest.mark.parametrize("scales", [(1e-15, 1.0, 1e10), (1e10, 1.0, 1e-15), (0.0, 1e-15, 1e-12)])
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+@FEW_PASSES
 def test_batches_of_very_different_scales(
     estimator: kfoc.Estimator, scales: tuple[float, ...]
 ) -> None:
@@ -403,6 +405,7 @@ def test_zero_inputs_leave_the_bias(estimator: kfoc.Estimator) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize("size", [1, 4])
+@FEW_PASSES
 def test_copies_of_one_sample_count_as_one(estimator: kfoc.Estimator, size: int) -> None:
     model, (x, _) = convolutional(), images(1)
     one = [(x, None)]

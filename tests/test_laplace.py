@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -283,14 +285,20 @@ def test_a_precision_for_a_large_sum_of_products() -> None:
         laplace.log_marginal_likelihood(data, prior_precision=torch.tensor(1.0, requires_grad=True))
 
 
+@pytest.mark.parametrize("candidates", [[0.1, 1.0, 30.0], [1e3, 1e4, 1e5], [1e-3, 1e-2, 1e-1]])
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
-def test_tuned_by_validation(likelihood: str) -> None:
+def test_tuned_by_validation(likelihood: str, candidates: list[float]) -> None:
     model, _, curvature = problem(likelihood)
     laplace = kfoc.Laplace(model, curvature, 1.0, likelihood)
     x = torch.randn(30, 1, 3, 3)
     y = torch.randn(30, 3) if likelihood == "gaussian" else torch.randint(2, (30, 3)).double()
     y = torch.randint(3, (30,)) if likelihood == "categorical" else y
-    candidates = [0.1, 1.0, 30.0]
+    likely = {
+        "categorical": lambda f: nn.functional.cross_entropy(f, y),
+        "gaussian": lambda f: -torch.distributions.Normal(f, 1.0).log_prob(y).sum(1).mean(),
+        "bernoulli": lambda f: nn.functional.binary_cross_entropy_with_logits(f, y),
+    }
+    plain = likely[likelihood](model(x)).item()
     losses = []
     for prior in candidates:
         one = kfoc.Laplace(model, curvature, prior, likelihood)
@@ -302,8 +310,20 @@ def test_tuned_by_validation(likelihood: str) -> None:
             losses.append(nn.functional.nll_loss(one.probabilities(x).log(), y))
         else:
             losses.append(nn.functional.binary_cross_entropy(one.probabilities(x), y))
-    found = laplace.tuned_by_validation(batches(x, y, 20), candidates, chunk_size=7)
-    assert found.prior_precision == candidates[int(torch.stack(losses).argmin())]
+    best = int(torch.stack(losses).argmin())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = laplace.tuned_by_validation(batches(x, y, 20), candidates, chunk_size=7)
+    assert found.prior_precision == candidates[best]
+    told = [str(warning.message) for warning in caught]
+    assert {warning.filename for warning in caught} <= {__file__}
+    edge = "largest" if candidates[best] == max(candidates) else "smallest"
+    assert any(f"is the {edge} candidate" in text for text in told) == (best in (0, 2))
+    worse = losses[best].item() > plain
+    assert any("worse than the network by itself" in text for text in told) == worse
+    assert len(told) == (best in (0, 2)) + worse
+    if worse:
+        assert f"{losses[best].item():.4g} and {plain:.4g}" in told[-1]
 
 
 def test_layers_that_are_left_out_stay_certain() -> None:
@@ -425,8 +445,9 @@ def test_labels_of_sequences_and_images() -> None:
     tokens = torch.randn(4, 6, 2)
     chosen = kfoc.Laplace(last, kfoc.fit(last, [(tokens, None)])).probabilities(tokens)
     torch.testing.assert_close(chosen.sum(-1), torch.ones(4, 6))
-    validated = laplace.tuned_by_validation([(x, y)], [1e-6, 1e6])
-    assert validated.prior_precision in (1e-6, 1e6)
+    with pytest.warns(RuntimeWarning, match="is the smallest candidate, 1e-06"):
+        validated = laplace.tuned_by_validation([(x, y)], [1e-6, 1e6])
+    assert validated.prior_precision == 1e-6
 
 
 def test_float32_models() -> None:
@@ -497,3 +518,114 @@ def test_a_curvature_of_part_of_the_data() -> None:
         laplace.linearised(data[0][0][:2]).covariance, rows @ precision.inverse() @ rows.mT
     )
     assert laplace.log_marginal_likelihood(data).isfinite()
+
+
+CALLS: dict[str, tuple[str, Callable]] = {
+    "data_fit": ("batch 1 of data", lambda laplace, data: laplace.data_fit(data)),
+    "tuned": ("batch 1 of data", lambda laplace, data: laplace.tuned(data)),
+    "log_marginal_likelihood": (
+        "batch 1 of data",
+        lambda laplace, data: laplace.log_marginal_likelihood(data),
+    ),
+    "tuned_by_validation": (
+        "batch 1 of data",
+        lambda laplace, data: laplace.tuned_by_validation(data, [0.1, 1.0, 10.0]),
+    ),
+    "linearised": ("inputs", lambda laplace, data: laplace.linearised(data[1][0])),
+    "sampled_outputs": ("inputs", lambda laplace, data: laplace.sampled_outputs(data[1][0], 2)),
+    "predictive": ("inputs", lambda laplace, data: laplace.predictive(data[1][0])),
+    "predictive by weights": (
+        "inputs",
+        lambda laplace, data: laplace.predictive(data[1][0], "weights", num=2),
+    ),
+    **{
+        method: ("inputs", lambda laplace, data, m=method: laplace.probabilities(data[1][0], m))
+        for method in ("probit", "logits", "weights")
+    },
+    "influence of data": (
+        "batch 1 of data",
+        lambda laplace, data: kfoc.influence(
+            laplace.model, laplace.curvature, data, data[0], laplace.likelihood
+        ),
+    ),
+    "influence on a query": (
+        "query",
+        lambda laplace, data: kfoc.influence(
+            laplace.model, laplace.curvature, data[:1], data[1], laplace.likelihood
+        ),
+    ),
+}
+BROKEN = {
+    "inputs of NaN": lambda x, y: (x.clone().index_fill_(0, torch.tensor([3]), math.nan), y),
+    "infinite inputs": lambda x, y: (x.clone().index_fill_(0, torch.tensor([3]), math.inf), y),
+    "targets of NaN": lambda x, y: (x, y.clone().index_fill_(0, torch.tensor([3]), math.nan)),
+    "infinite targets": lambda x, y: (x, y.clone().index_fill_(0, torch.tensor([3]), math.inf)),
+    "no samples": lambda x, y: (x[:0], y[:0]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("call", CALLS)
+def test_values_that_are_not_finite_are_told(call: str, likelihood: str, case: str) -> None:
+    """With the argument and the batch: never a score or a prior that came of NaN."""
+    if "predictive" in call and likelihood != "gaussian":
+        pytest.skip("for regression alone")
+    if call in ("probit", "logits", "weights") and likelihood == "gaussian":
+        pytest.skip("for labels alone")
+    where, function = CALLS[call]
+    if "targets" in case and (likelihood == "categorical" or where == "inputs"):
+        pytest.skip("has no such targets")
+    model, data, curvature = problem(likelihood, kfoc.Diagonal())
+    laplace = kfoc.Laplace(model, curvature, likelihood=likelihood)
+    data = [data[0], BROKEN[case](*data[1]), data[2]]
+    expected = {"no samples": "there are no samples"}.get(case, "not finite|out of range")
+    with pytest.raises(ValueError, match=f"^{where}: .*({expected})"):
+        function(laplace, data)
+
+
+def test_parameters_that_are_not_finite_are_told() -> None:
+    model, data, curvature = problem()
+    laplace = kfoc.Laplace(model, curvature)
+    fit = laplace.data_fit(data)
+    with torch.no_grad():
+        model[3].bias[0] = math.nan
+    for call in (
+        lambda: laplace.probabilities(data[0][0]),
+        lambda: laplace.tuned_by_validation(data),
+        lambda: kfoc.influence(model, curvature, data, data[0]),
+    ):
+        with pytest.raises(ValueError, match="look at the model's parameters"):
+            call()
+    with pytest.raises(ValueError, match="not a number"):
+        laplace.tuned(fit)
+    with pytest.raises(ValueError, match="misfit is not finite"):
+        laplace.tuned(replace(fit, misfit=math.nan))
+
+
+def test_derivatives_that_are_not_finite_are_told() -> None:
+    """Of finite outputs: a root at zero."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).abs().sqrt()
+
+    model, x, y = Root(), torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    laplace = kfoc.Laplace(model, kfoc.fit(model, [(x, y)], estimator=kfoc.Diagonal()))
+    nn.init.zeros_(model.linear.bias)
+    zeros = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"inputs: the derivatives by 'linear\.\w+' have values"):
+        laplace.linearised(zeros)
+    with pytest.raises(ValueError, match=r"query: the derivatives by 'linear\.\w+' have values"):
+        kfoc.influence(model, laplace.curvature, [(x, y)], (zeros, y))
+
+
+def test_draws_beyond_range_are_told() -> None:
+    model, data, curvature = problem()
+    laplace = kfoc.Laplace(model.float(), curvature.to(torch.float32), 1e-60, num_samples=1)
+    with pytest.raises(ValueError, match="drawn from the posterior are not finite: a larger"):
+        laplace.sampled_outputs(data[0][0].float())

@@ -219,3 +219,11 @@ def test_draws_are_the_same_by_numpy_and_torch() -> None:
         bits = _bits(torch.arange(3, 40), torch.arange(places), _mix(_mix(-7) + 2))
         found = Draws(-7, 3, 2).uniform(37, places, device)
         assert torch.equal(found, (bits.double() + 0.5) / 2**53)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_targets_that_are_not_finite(likelihood: str) -> None:
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(4, 3), torch.rand(4, 2)
+    y[1, 0] = torch.nan
+    with pytest.raises(ValueError, match="batch 1: the targets have values that are not finite"):
+        kfoc.fit(model, [(x, y.clone().nan_to_num(0)), (x, y)], likelihood, fisher="empirical")

@@ -14,7 +14,7 @@ import kfoc
 from kfoc import embedding, offload, tokens
 from kfoc.estimators import Estimator
 from kfoc.memory import Footprint
-from models import batches, convolutional, images
+from models import FEW_PASSES, batches, convolutional, images
 
 ESTIMATORS = [
     kfoc.KFOC(buffer=200),
@@ -164,6 +164,7 @@ def largest(watch: Watch) -> int:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@FEW_PASSES
 def test_groups_fit_the_budget_and_change_nothing(
     estimator: Estimator, dtype: torch.dtype, watch: Watch, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import kfoc
 from kfoc.progress import Printer, length
-from models import batches, convolutional, images
+from models import FEW_PASSES, batches, convolutional, images
 
 
 def collected(data: object, **options: object) -> list[kfoc.Progress]:
@@ -43,6 +43,7 @@ def test_without_a_length() -> None:
     assert "left" not in str(found[0])
 
 
+@FEW_PASSES
 def test_passes_and_the_change_of_sigma() -> None:
     x, y = images(40)
     estimator = kfoc.KFOC("exact", rtol=1e-12, buffer=0, passes=6)
@@ -74,6 +75,7 @@ def test_passes_and_the_change_of_sigma() -> None:
     ],
     ids=["eigen-corrected", "rank 2"],
 )
+@FEW_PASSES
 def test_every_estimator_of_several_passes_tells_its_change(estimator: kfoc.Estimator) -> None:
     x, y = images(40)
     assert any(p.change is not None for p in collected(batches(x, y, 10), estimator=estimator))

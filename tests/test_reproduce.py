@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -378,14 +379,14 @@ def test_a_write_that_fails_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    store.write_atomically(path, "old")
+    store.write_text(path, "old")
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.os, "fsync", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        store.write_atomically(path, "new")
+        store.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 import kfoc
-from curvatures import block, curvature
-from kfoc import storage
+from curvatures import block, curvature, psd
+from kfoc import files, storage
 from kfoc.blocks import KINDS
+from kfoc.files import checksum
 from models import batches, convolutional, images
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -73,7 +76,7 @@ def test_round_trip_of_a_fit(path: Path) -> None:
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous(path: Path) -> None:
-    factor = torch.randn(4, 3).mT @ torch.randn(4, 3)
+    factor = psd(3)
     found = curvature(kfoc.KroneckerBlock(factor.mT, factor), kfoc.KroneckerBlock(factor, factor))
     found.save(path)
     again = kfoc.Curvature.load(path)
@@ -225,6 +228,130 @@ def test_tensors_that_are_missing_or_changed(path: Path) -> None:
         kfoc.Curvature.load(path)
 
 
+# What each kind must be: entries of its tensors changed so that it is not, and what is then said.
+UNSOUND: dict[str, dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]] = {
+    "KroneckerBlock": {
+        "left": ("symmetric", lambda t: t + skew(t)),
+        "right": ("symmetric", lambda t: t + skew(t)),
+    },
+    "KroneckerDiagonalBlock": {
+        "left": ("symmetric", lambda t: t + skew(t)),
+        "right": ("1 dimensions", lambda t: t.diag()),
+    },
+    "GroupedBlock": {"blocks.1.left": ("symmetric", lambda t: t + skew(t))},
+    "DiagonalBlock": {"diagonal": ("2 dimensions", lambda t: t.flatten())},
+    "DenseBlock": {"matrix": ("symmetric", lambda t: t + skew(t))},
+    "EigenBlock": {
+        "left_vectors": ("orthonormal", lambda t: 1.001 * t),
+        "right_vectors": ("orthonormal", lambda t: t + skew(t)),
+        "eigenvalues": ("2 dimensions", lambda t: t.flatten()),
+    },
+    "LowRankBlock": {
+        "lefts": ("symmetric or antisymmetric", lambda t: t + skew(t)),
+        "rights": ("symmetric or antisymmetric", lambda t: t + skew(t)),
+    },
+}
+ANY = {
+    "an integer": ("floating-point", lambda t: t.long()),
+    "NaN": ("not finite", lambda t: t.clone().fill_(math.nan)),
+    "infinity": ("not finite", lambda t: t.clone().fill_(math.inf)),
+    "another shape": (
+        "dimensions|do not fit|has a block|rows, for|orthonormal",
+        lambda t: t[..., :-1, :-1],
+    ),
+    "more dimensions": ("dimensions", lambda t: t[None, None]),
+}
+
+
+def skew(tensor: torch.Tensor) -> torch.Tensor:
+    """An antisymmetric matrix, small and yet beyond rounding, in the shape of a square one."""
+    n = tensor.shape[-1]
+    return 1e-9 * tensor.abs().max() * (torch.ones(n, n).triu(1) - torch.ones(n, n).tril(-1))
+
+
+def cases() -> list[tuple[str, str, str]]:
+    found = []
+    for kind, parts in UNSOUND.items():
+        for part in parts:
+            found += [(kind, part, case) for case in ("own", "text", *ANY)]
+    return [each for each in found if each[1:] != ("right", "another shape")]
+
+
+@pytest.mark.parametrize(("kind", "part", "case"), cases())
+def test_tensors_that_make_no_block(path: Path, kind: str, part: str, case: str) -> None:
+    """With a checksum that fits: the error names the file, the layer and the tensor."""
+    curvature(block("KroneckerBlock"), block(kind)).save(path)
+    key = f"1.{part}"
+    if case == "text":
+        message = "must be a tensor, found 'x'"
+        forged(path, lambda content: part_of(content, key).update(value="x"))
+    else:
+        message, change = UNSOUND[kind][part] if case == "own" else ANY[case]
+        forged(path, lambda content: None, lambda tensors: tensors | {key: change(tensors[key])})
+    with pytest.raises(ValueError, match=message) as error:
+        kfoc.Curvature.load(path)
+    assert repr(str(path)) in str(error.value)
+    assert "layer '1'" in str(error.value)
+
+
+def test_every_kind_says_when_it_is_unsound() -> None:
+    assert UNSOUND.keys() == KINDS.keys(), "a new kind needs a check, and a line above"
+    for kind, parts in UNSOUND.items():
+        each = block(kind)
+        each.check()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            each.to(dtype).check()
+        with pytest.raises(ValueError, match="finite"):
+            (each.mapped(lambda t: t / 0)).check()
+        assert all("." in part or part in each.parts() for part in parts)
+
+
+def test_asymmetry_of_rounding_is_none(path: Path) -> None:
+    rounded = torch.eye(4) + 1e-15 * torch.randn(4, 4)
+    curvature(kfoc.KroneckerBlock(rounded, torch.eye(3))).save(path)
+    assert torch.equal(kfoc.Curvature.load(path)["0"].left, rounded)
+
+
+def test_what_could_not_be_loaded_is_not_saved(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"block of layer '0' .* left factor .* not finite"):
+        curvature(kfoc.KroneckerBlock(torch.eye(4) * math.nan, torch.eye(3))).save(path)
+    assert not path.exists()
+
+
+def test_a_loaded_curvature_is_its_own(path: Path) -> None:
+    """What becomes of the file afterwards is nothing to it."""
+    found = everything()
+    found.save(path)
+    again = kfoc.Curvature.load(path)
+    same(found, kfoc.Curvature.load(path, mmap=True))
+    with open(path, "rb+") as file:
+        file.write(bytes(path.stat().st_size))
+    same(found, again)
+    with open(path, "rb+") as file:  # a page that is gone ends the process that has it mapped
+        file.truncate(0)
+    same(found, again)
+
+
+def test_a_planted_link_is_not_followed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name of the temporary file, or of the file itself."""
+    victim = path.with_name("victim")
+    victim.write_text("mine")
+    same_name = uuid.UUID(int=1)
+    monkeypatch.setattr(files.uuid, "uuid4", lambda: same_name)
+    planted = path.with_name(f".{same_name.hex}.tmp")
+    planted.symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        everything().save(path)
+    assert planted.is_symlink()
+    planted.unlink()
+    path.symlink_to(victim)
+    everything().save(path)
+    files.write_text(path.with_name("text"), "new")
+    assert not path.is_symlink()
+    assert victim.read_text() == "mine"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["c.safetensors", "text", "victim"]
+
+
 INCONSISTENT = {
     "block of another shape": lambda: kfoc.KroneckerBlock(torch.eye(3), torch.eye(3)),
     "factor that is not square": lambda: kfoc.KroneckerBlock(torch.ones(4, 2), torch.eye(3)),
@@ -233,11 +360,16 @@ INCONSISTENT = {
 
 
 @pytest.mark.parametrize("case", INCONSISTENT)
-def test_tensors_that_do_not_fit_each_other(path: Path, case: str) -> None:
+def test_tensors_that_do_not_fit_each_other(
+    path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = curvature(block("KroneckerBlock"))
     bad = kfoc.Curvature({"0": INCONSISTENT[case]()}, 1, good.layouts, {})
+    expected = r"has a block of shape|do not fit each other|must be square|rows, for"
+    monkeypatch.setattr(storage, "_check", lambda layer, block: None)
     bad.save(path)
-    with pytest.raises(ValueError, match=r"has a block of shape|do not fit each other"):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=expected):
         kfoc.Curvature.load(path)
 
 
@@ -300,14 +432,26 @@ def test_descriptions_that_are_none(path: Path, case: str) -> None:
         kfoc.Curvature.load(path)
 
 
-def forged(path: Path, change: Callable[[dict], object]) -> None:
-    """The file with its description changed, and a checksum that fits."""
-    tensors = safetensors.load_file(str(path))
+def forged(
+    path: Path,
+    change: Callable[[dict], object],
+    changed: Callable[[dict], dict] = dict,
+) -> None:
+    """The file with its description or tensors changed, and a checksum that fits."""
+    tensors = changed(safetensors.load_file(str(path)))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     content = json.loads(parted(path)[0]["__metadata__"]["kfoc"])
     change(content)
     text = json.dumps(content)
-    header = {"kfoc": text, "checksum": storage._checksum(text, tensors)}
+    header = {"kfoc": text, "checksum": checksum(text, tensors)}
     safetensors.save_file(tensors, str(path), metadata=header)
+
+
+def part_of(content: dict, key: str) -> dict:
+    """The description of a tensor, with the key taken out of it."""
+    found = [part for part in storage._described_tensors(content) if part["tensor"] == key]
+    del found[0]["tensor"]
+    return found[0]
 
 
 def nested(content: dict) -> None:
@@ -328,6 +472,12 @@ FORGED: dict[str, Callable[[dict], object]] = {
     "nested": nested,
     "shapes": lambda c: c["layers"][0]["layout"].update(shapes=[]),
     "huge shapes": lambda c: c["layers"][0]["layout"].update(shapes=[[10**30, 3]]),
+    "a report's number": lambda c: c["layers"][0]["block"]["report"].update(relative_error="1"),
+    "a report's truth": lambda c: c["layers"][0]["block"]["report"].update(converged="no"),
+    "names": lambda c: c["layers"][0]["layout"].update(names=[1, 2]),
+    "a size as text": lambda c: c["layers"][0]["layout"].update(shapes=[["4", 2], [4]]),
+    "groups": lambda c: c["layers"][0]["layout"].update(groups="1"),
+    "a name for none": lambda c: c["layers"][0]["layout"]["names"].append("more"),
     "report": lambda c: c["layers"][0]["block"].update(report={"evil": 1}),
     "version": lambda c: c.update(version=True),
     "negative version": lambda c: c.update(version=-1),

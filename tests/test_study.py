@@ -47,7 +47,7 @@ def test_part_writes_complete_results_and_a_plot(part: str, quick: Path) -> None
 
 def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
     assert (quick / "study.md").read_text().count("## ") == 15
-    assert not list(quick.glob("*.partial"))
+    assert not list(quick.glob(".*"))
 
 
 def test_tables_of_the_page_are_those_of_the_results() -> None:

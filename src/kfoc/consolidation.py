@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kfoc.curvature import Curvature
-from kfoc.storage import safetensors_torch
+from kfoc.files import checksum, read_index, read_tensors, saving, write_index, write_tensors
 from kfoc.vectors import Vector
 
 ANCHORS = ("latest", "each")
 _INDEX = "consolidation.json"
+_ANCHOR = "kfoc anchor"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Consolidation:
         """Note that the model, as it is now, has learnt a task with this curvature.
 
         Raises:
-            ValueError: parameters of the curvature that the model lacks, or, for
-                `anchors="latest"`, a curvature that does not add up with those before.
+            ValueError: parameters of the curvature that the model lacks or has in another shape,
+                or, for `anchors="latest"`, a curvature that does not add up with those before.
         """
         parameters = _parameters(model, curvature)
         anchor = {name: value.detach().clone() for name, value in parameters.items()}
@@ -88,58 +89,92 @@ class Consolidation:
 
         The sum is over the anchors; the result is differentiable by the model's parameters, and a
         zero before the first task.
+
+        Raises:
+            ValueError: parameters that are missing, of another shape, or not finite.
         """
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
         for task in self.tasks:
             parameters = _parameters(model, task.curvature)
             total = total + 0.5 * self.strength * task.penalty(parameters)
+            if not total.detach().isfinite():
+                broken = [name for name, p in parameters.items() if not p.detach().isfinite().all()]
+                what = f"the parameters {broken} have" if broken else "the curvature or anchor has"
+                raise ValueError(
+                    f"the penalty is {total.item()}: {what} values that are not finite"
+                )
         return total
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write everything into a folder, made where it is not there (`pip install kfoc[io]`)."""
-        torch_format = safetensors_torch()
+        """Write everything into a folder, made where it is not there (`pip install kfoc[io]`).
+
+        A save over an older one takes its place when it is complete; until then that one stays.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        # Last comes what makes the folder readable: a save that is cut off cannot be mistaken.
-        (target / _INDEX).unlink(missing_ok=True)
-        for number, task in enumerate(self.tasks):
-            task.curvature.save(target / f"{number}.curvature.safetensors")
-            anchor = {name: value.contiguous() for name, value in task.anchor.items()}
-            torch_format.save_file(anchor, str(target / f"{number}.anchor.safetensors"))
-        index = {"strength": self.strength, "anchors": self.anchors, "tasks": len(self.tasks)}
-        (target / _INDEX).write_text(json.dumps(index))
+        stem, files = f"task-{uuid.uuid4().hex}", list[str]()
+        with saving(target / _INDEX, files):
+            for number, task in enumerate(self.tasks):
+                files += [f"{stem}-{number}.{what}.safetensors" for what in ("curvature", "anchor")]
+                task.curvature.save(target / files[-2])
+                write_tensors(target / files[-1], _ANCHOR, "", task.anchor)
+            index = {"strength": self.strength, "anchors": self.anchors}
+            write_index(target / _INDEX, files, index, "task-*.safetensors")
 
     @classmethod
     def load(
         cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> Consolidation:
-        """Read what `save` wrote. Nothing is unpickled.
+        """Read what `save` wrote, into memory. Nothing is unpickled.
 
         Raises:
             FileNotFoundError: the folder, or a file in it, is not there.
-            ValueError: a file that is damaged.
+            ValueError: a file that is damaged, or of another save.
         """
-        torch_format = safetensors_torch()
         source = Path(folder)
-        index = json.loads((source / _INDEX).read_text())
+        index = read_index(source / _INDEX)
         found = cls(index["strength"], index["anchors"])
-        for number in range(index["tasks"]):
-            curvature = Curvature.load(source / f"{number}.curvature.safetensors", device)
-            anchor = torch_format.load_file(
-                str(source / f"{number}.anchor.safetensors"), device=str(device)
-            )
-            found.tasks.append(Task(anchor, curvature))
+        names = list(index["files"])
+        for first, second in zip(names[::2], names[1::2], strict=True):
+            curvature = Curvature.load(source / first, device)
+            found.tasks.append(Task(_anchor(source / second, curvature, device), curvature))
         return found
+
+
+def _anchor(path: Path, curvature: Curvature, device: torch.device | str) -> dict[str, Tensor]:
+    header, tensors = read_tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if header.get("checksum") != checksum(header.get(_ANCHOR, ""), tensors):
+        raise ValueError(f"{str(path)!r} is damaged: its checksum does not fit what it holds")
+    if _ANCHOR not in header or shapes != _shapes(curvature):
+        raise ValueError(f"{str(path)!r} has no parameters of the curvature beside it")
+    return {name: tensors[name].to(device) for name in _shapes(curvature)}
+
+
+def _shapes(curvature: Curvature) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that the curvature covers, by name."""
+    return {
+        name: shape
+        for layout in curvature.layouts.values()
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }
 
 
 def _parameters(model: nn.Module, curvature: Curvature) -> dict[str, Tensor]:
     """The model's parameters that the curvature covers."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, found a {type(model).__name__}")
-    known = dict(model.named_parameters())
-    names = [name for names in curvature.parameters.values() for name in names]
-    missing = [name for name in names if name not in known]
+    known, shapes = dict(model.named_parameters()), _shapes(curvature)
+    missing = [name for name in shapes if name not in known]
     if missing:
         raise ValueError(f"the curvature covers {missing}, which the model does not have")
-    return {name: known[name] for name in names}
+    for name, shape in shapes.items():
+        if known[name].shape != shape:
+            raise ValueError(
+                f"the parameter {name!r} has the shape {tuple(known[name].shape)}, and the "
+                f"curvature is about one of {shape}: leave layers that grow or are replaced out "
+                "of what is held (kfoc.fit(layers=...)), or put new outputs into a layer of their "
+                "own"
+            )
+    return {name: known[name] for name in shapes}

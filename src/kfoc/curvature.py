@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfoc.blocks import Block
+from kfoc.blocks import Block, placed
 from kfoc.coverage import Coverage, ParameterCount, coverage
 from kfoc.damped import DampedCurvature, Dampings, dampings
 from kfoc.flat import flattened, scipy_operator, unflattened
@@ -223,13 +223,21 @@ class Curvature(Mapping[str, Block]):
         device = next(next(iter(self.blocks.values())).tensors()).device
         return scipy_operator(self.matvec, self.layouts, self._dtypes, device)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Curvature:
-        """The blocks on another device or in another floating-point dtype."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point one, found {dtype}")
+    def to(self, *args: Any, **kwargs: Any) -> Curvature:
+        """The blocks on another device or in another floating-point dtype.
+
+        As the `to` of tensors: `to("cuda")`, `to(torch.float32)`, `to(device, dtype)`, by position
+        or by name, or `to(tensor)` for that tensor's.
+
+        Raises:
+            TypeError: anything else.
+            ValueError: a dtype that is no floating-point one, or whose range is too small.
+        """
+        device, dtype = placed(*args, **kwargs)
         blocks = {layer: block.to(device, dtype) for layer, block in self.blocks.items()}
+        for layer, block in blocks.items() if dtype else ():
+            if not all(tensor.is_meta or tensor.isfinite().all() for tensor in block.tensors()):
+                raise ValueError(f"the block of layer {layer!r} is beyond the range of {dtype}")
         return replace(self, blocks=blocks)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -243,13 +251,24 @@ class Curvature(Mapping[str, Block]):
         write(path, Stored(self.blocks, self.layouts, meta))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Curvature:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        mmap: bool = False,
+    ) -> Curvature:
         """Read what `save` wrote: equal bit by bit. Nothing is unpickled.
+
+        Args:
+            mmap: leave the numbers in the file, mapped to memory, on a CPU: they take no memory
+                until they are used, and the file must stay as it is while the curvature is in
+                use. Where it is written over, they change or the process ends.
 
         Raises:
             ValueError: a file that is damaged, of another format, or of a newer version.
         """
-        stored = read(path)
+        stored = read(path, mmap)
         try:
             counts = {
                 name: ParameterCount(int(size), bool(trained), str(tied))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -154,7 +155,8 @@ def fit(
             the samples in order.
 
     Returns:
-        The blocks by layer name, of the mean Fisher over the samples.
+        The blocks by layer name, of the mean Fisher over the samples. A RuntimeWarning names the
+        layers whose iteration ended at its limit of passes or steps.
 
     Raises:
         ValueError: bad arguments, data or values; the message names the layer and the batch.
@@ -220,14 +222,35 @@ def _fitted(
         check_same(ranks, run, together)
     if not (ranks and sharded(model)):  # whose ranks run every batch together
         data = present(data)
-    if sweeps is None:
-        return run.through(data, report, keeper)
-    with sweeps:
+    unsettled = run.unsettled
+    with sweeps or nullcontext():
         while True:
             curvature = run.through(data, report, keeper)
-            if sweeps.over(run.passes, run.marks):
-                return curvature
+            if sweeps is None or sweeps.over(run.passes, run.marks):
+                break
             run = begin()  # each sweep meets the layers anew, and comes to the same decisions
+            run.unsettled = unsettled
+    if unsettled and not (ranks and ranks.rank):
+        _warn_unsettled(estimator, unsettled)
+    return curvature
+
+
+def _warn_unsettled(estimator: Estimator, unsettled: dict[str, float | None]) -> None:
+    """Tell the caller of `fit` which layers' iterations ended before they had converged."""
+    worst = sorted(unsettled, key=lambda name: -(unsettled[name] or 0.0))
+    shown = []
+    for name in worst[:5]:
+        change = unsettled[name]
+        known = "" if change is None else f" (its last pass still changed sigma by {change:.1e})"
+        shown.append(f"{name!r}{known}")
+    more = f" and {len(worst) - 5} more" if len(worst) > 5 else ""
+    warnings.warn(
+        f"{estimator} did not converge in {len(worst)} layers: {', '.join(shown)}{more}. Their "
+        "blocks are not yet the closest ones (report.converged is False): allow more passes, or "
+        "more max_steps where batches are solved, or a larger rtol",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def streaming(
@@ -378,6 +401,8 @@ class _Run:
     ranks: Ranks | None = None  # of a distributed fit, and so the next
     read: int = 0  # samples in this pass, before the present batch
     sweeps: Sweeps | None = None  # where layers are fitted in groups
+    # Layers whose iteration ended at its limit, with the last change of sigma, where it is known.
+    unsettled: dict[str, float | None] = field(default_factory=dict)
 
     def through(
         self, data: Iterable[Any], report: Callable[[Progress], Any] | None, keeper: Keeper
@@ -842,7 +867,12 @@ class _Run:
     def _finished(self, name: str) -> Block:
         # A layer at a time: states and blocks together would take the memory twice.
         with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
-            block = self.estimator.finish(self.states.pop(name), self.num_samples)
+            state = self.states.pop(name)
+            change = self.estimator.change(state)
+            block = self.estimator.finish(state, self.num_samples)
+        # Merges of sums of products end at few steps, by design.
+        if not block.report.converged and block.report.plan != "merged":
+            self.unsettled[name] = change
         _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
         return (
             self.probes.pop(name).certified(block, self.num_samples) if self.num_probes else block

@@ -62,6 +62,23 @@ class Forward:
             raise ValueError(f"the model's outputs are complex ({outputs.dtype}): pass predict=...")
         return outputs
 
+    def trained(self, inputs: Any) -> Tensor:
+        """(N, ...), at the trained parameters, and without derivatives.
+
+        Raises:
+            ValueError: no samples, or outputs that are not finite.
+        """
+        with torch.no_grad():
+            outputs = self.outputs(inputs, {})
+        if not len(outputs):
+            raise ValueError("there are no samples")
+        if not outputs.isfinite().all():
+            # Only then: infinite masks of attention are inputs too.
+            odd = _not_finite(inputs)
+            reason = "so are inputs" if odd else "the inputs are: look at the model's parameters"
+            raise ValueError(f"the model's outputs have values that are not finite ({reason})")
+        return outputs
+
     def moved(self, value: Any) -> Any:
         """Tensors, however nested, on the model's device."""
         return moved(value, self.model)
@@ -74,6 +91,29 @@ class Forward:
                     f"layer {name!r} ({type(module).__name__}) is in train mode, where a sample's "
                     "outputs depend on others or on chance: call model.eval()"
                 )
+
+
+def _not_finite(value: Any) -> bool:
+    """Whether a tensor in `value`, however nested, has values that are not finite."""
+    found: list[bool] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(not tensor.isfinite().all())
+        return tensor
+
+    mapped(value, note)
+    return any(found)
+
+
+@contextmanager
+def concerning(what: str) -> Iterator[None]:
+    """Put the argument, or its batch, before the message of an error about its values."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:  # the user's own
+            raise
+        raise ValueError(f"{what}: {error}") from error
 
 
 class _Called(nn.Module):
@@ -126,7 +166,7 @@ def count_samples(inputs: Any) -> int:
     """The size of the first dimension of the tensors in `inputs`.
 
     Raises:
-        ValueError: no tensors, or several sizes.
+        ValueError: no tensors, several sizes, or no samples.
     """
     sizes: set[int] = set()
 
@@ -140,6 +180,8 @@ def count_samples(inputs: Any) -> int:
         raise ValueError(
             f"the inputs must be tensors whose first dimension runs over the samples, found {found}"
         )
+    if 0 in sizes:
+        raise ValueError("there are no samples")
     return sizes.pop()
 
 

@@ -13,7 +13,7 @@ from kfoc.arguments import whole
 from kfoc.batches import Predict, empty
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature, Dampings
-from kfoc.forward import Forward, batches, count_samples, sliced
+from kfoc.forward import Forward, batches, concerning, count_samples, sliced
 from kfoc.jacobians import chunks, gradients
 from kfoc.likelihoods import Likelihood, resolved
 
@@ -86,18 +86,22 @@ def influence(
         chunk_size: samples whose gradients are held at once; None: as 128 MiB allow.
 
     Raises:
-        ValueError: bad arguments, or targets that do not fit the likelihood.
+        ValueError: bad arguments, targets that do not fit the likelihood, no samples, or values
+            that are not finite; the message names the argument and the batch.
     """
     top = None if top is None else whole("top", top, 1)
     forward = Forward(model, predict)
     forward.check_deterministic()
     names = [name for layout in curvature.layouts.values() for name in layout.names]
     run = _Run(forward, forward.parameters(names), resolved(likelihood), chunk_size)
-    solved = run.solved(curvature.damped(damping), query)
+    damped = curvature.damped(damping)
+    with concerning("query"):
+        solved = run.solved(damped, query)
     kept = _Kept(top)
-    for inputs, targets in batches(data):
-        for rows in run.sample_gradients(inputs, targets):
-            kept.add(-sum_of_products(solved, rows))
+    for number, (inputs, targets) in enumerate(batches(data)):
+        with concerning(f"batch {number} of data"):
+            for rows in run.sample_gradients(inputs, targets):
+                kept.add(-sum_of_products(solved, rows))
     return kept.finished()
 
 
@@ -111,12 +115,12 @@ class _Run:
     def sample_gradients(self, inputs: Any, targets: Any) -> Iterable[dict[str, Tensor]]:
         """Chunks of the samples' gradients of `ln p(target)`, name -> (n, *shape)."""
         inputs, targets = self.forward.moved(inputs), self.forward.moved(targets)
-        with torch.no_grad():
-            outputs = self.forward.outputs(inputs, {})
+        count = count_samples(inputs)
+        outputs = self.forward.trained(inputs)
         self.likelihood = self.likelihood.settled(outputs, targets)
         (cotangents,) = self.likelihood.cotangents(outputs, targets, "empirical", 1, 0, 0)
         numbers = sum(value.numel() for value in self.parameters.values())
-        for part in chunks(count_samples(inputs), numbers, self.chunk_size):
+        for part in chunks(count, numbers, self.chunk_size):
             chosen = sliced(inputs, part)
             yield gradients(self.forward, self.parameters, chosen, cotangents[part])
 

@@ -103,13 +103,22 @@ def _either(
     with torch.inference_mode(False):
         try:
             with torch.no_grad():  # torch.func differentiates all the same; nothing else needs to
-                return vectorised()
+                found = vectorised()
         except (RuntimeError, ValueError):
             pass
+        else:
+            return _finite(found)
         with torch.enable_grad():
             leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
             rows = [one(leaves, number) for number in range(count)]
-    return {name: torch.stack([row[name] for row in rows]) for name in parameters}
+    return _finite({name: torch.stack([row[name] for row in rows]) for name in parameters})
+
+
+def _finite(derivatives: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, values in derivatives.items():
+        if not values.isfinite().all():
+            raise ValueError(f"the derivatives by {name!r} have values that are not finite")
+    return derivatives
 
 
 def _gradient(value: Tensor, leaves: Parameters) -> dict[str, Tensor]:

@@ -40,12 +40,14 @@ def compared(first: Block, second: Block) -> Comparison:
     """The comparison of two blocks of any kinds.
 
     Raises:
-        ValueError: blocks of different shapes.
+        ValueError: blocks of different shapes, or that are not finite.
     """
     if first.shape != second.shape:
         raise ValueError(f"the blocks have the shapes {first.shape} and {second.shape}")
     a, b = (block.to("cpu", torch.float64) for block in (first, second))
     norms = a.frobenius_norm(), b.frobenius_norm()
+    if not all(map(math.isfinite, norms)):
+        raise ValueError(f"the blocks have norms that are not finite: {norms[0]} and {norms[1]}")
     if not min(norms):
         both = not max(norms)
         distance = 0.0 if both else 1.0 if norms[0] else math.inf

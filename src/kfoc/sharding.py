@@ -7,6 +7,7 @@ factors; both are divided by the ranks, and what goes between them is the vector
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
+from kfoc.files import read_index, saving, write_index
 from kfoc.vectors import Vector
 
-_PATTERN = "rank-*-of-*.safetensors"
+_INDEX = "sharded.json"
 
 
 def owners(curvature: Curvature, world: int) -> dict[str, int]:
@@ -100,40 +102,47 @@ class ShardedCurvature:
         return self._total(lambda: self.own.logdet(damping, scale=scale))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the own blocks to a file of this rank's in a directory that all share."""
-        ranks = self._ranks
-        with ranks.telling():
-            folder = Path(directory)
+        """Write the own blocks to a file of this rank's in a directory that all share.
+
+        A save over an older one takes its place when all ranks have written; until then that one
+        stays.
+        """
+        ranks, folder = self._ranks, Path(directory)
+        index, mine = folder / _INDEX, list[str]()
+        with saving(index, mine), ranks.telling():
             folder.mkdir(parents=True, exist_ok=True)
-            stale = {f.name for f in folder.glob(_PATTERN)}
-            stale -= {_file(rank, ranks.world) for rank in range(ranks.world)}
-            if stale:
-                raise ValueError(
-                    f"{str(folder)!r} has files of another curvature ({sorted(stale)[0]}, ...): "
-                    "remove them, or choose another directory"
-                )
-            self.own.save(folder / _file(ranks.rank, ranks.world))
+            save = ranks.objects(uuid.uuid4().hex)[0]  # of all ranks, and of no other save
+            mine.append(f"rank-{ranks.rank:05d}-of-{ranks.world:05d}-{save}.safetensors")
+            self.own.save(folder / mine[0])
+            files = ranks.objects(mine[0])
+            if ranks.rank == 0:
+                layers = {"layers": list(self.owners)}
+                write_index(index, files, layers, "rank-*-of-*.safetensors")
 
     @staticmethod
-    def load(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Curvature:
+    def load(
+        directory: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        mmap: bool = False,
+    ) -> Curvature:
         """The whole curvature, from the files of all ranks, on any number of processes.
 
+        Args:
+            mmap: as for `Curvature.load`.
+
         Raises:
-            ValueError: no files, or not those of all ranks.
+            FileNotFoundError: no save, or not the files of all ranks.
+            ValueError: a file that is damaged, or of another save.
         """
-        files = sorted(Path(directory).glob(_PATTERN))
-        world = int(files[0].stem.rpartition("-")[2]) if files else 0
-        expected = [_file(rank, world) for rank in range(world)]
-        if not files or [file.name for file in files] != expected:
-            missing = sorted(set(expected) - {file.name for file in files})
-            raise ValueError(
-                f"{str(directory)!r} has {[f.name for f in files]}, and lacks {missing or 'files'}"
-            )
-        parts = [Curvature.load(file, device=device) for file in files]
+        index = read_index(Path(directory) / _INDEX)
+        files = [Path(directory) / name for name in index["files"]]
+        parts = [Curvature.load(file, device=device, mmap=mmap) for file in files]
         layouts = {name: layout for part in parts for name, layout in part.layouts.items()}
-        places = {name: place for place, name in enumerate(parts[0].counts)}
-        order = sorted(layouts, key=lambda layer: places.get(layouts[layer].names[0], len(places)))
         blocks = {name: block for part in parts for name, block in part.items()}
+        order = index.get("layers", [])
+        if sorted(order) != sorted(blocks):
+            raise ValueError(f"{str(directory)!r} is damaged: it has {list(blocks)}, not {order}")
         return replace(
             parts[0],
             blocks={name: blocks[name] for name in order},
@@ -164,7 +173,3 @@ class ShardedCurvature:
             value = torch.tensor([part()], dtype=torch.float64)
         self._ranks.sum([value])
         return value.item()
-
-
-def _file(rank: int, world: int) -> str:
-    return f"rank-{rank:05d}-of-{world:05d}.safetensors"

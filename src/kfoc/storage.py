@@ -5,19 +5,16 @@ Nothing is ever unpickled, so a file from anyone can be read.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfoc.blocks import KINDS, Block, Report
+from kfoc.files import Place, checksum, read_tensors, write_tensors
 from kfoc.layout import Layout
 
 VERSION = 1
@@ -31,6 +28,14 @@ METADATA: dict[str, tuple[type, ...]] = {
     "seed": (int, type(None)),
     "counts": (dict,),
 }
+# Likewise of a block's report.
+REPORT: dict[str, tuple[type, ...]] = {
+    "relative_error": (float, type(None)),
+    "standard_error": (float, type(None)),
+    "steps": (int,),
+    "converged": (bool,),
+    "plan": (str,),
+}
 
 
 @dataclass(frozen=True)
@@ -42,52 +47,34 @@ class Stored:
     metadata: dict[str, Any]
 
 
-def write(path: str | os.PathLike[str], stored: Stored) -> None:
+def write(path: Place, stored: Stored) -> None:
     """Write the file as a whole, or leave what was there.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         ImportError: safetensors is not installed.
+        ValueError: a block that `read` would refuse.
     """
-    torch_format = safetensors_torch()
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write into")
     tensors: dict[str, Tensor] = {}
     layers = []
     for number, (name, block) in enumerate(stored.blocks.items()):
         layout = asdict(stored.layouts[name])
-        layers.append(
-            {"name": name, "layout": layout, "block": _taken(block, f"{number}", tensors)}
-        )
+        entry = _taken(block, f"{number}", tensors)
+        _check(name, block)
+        layers.append({"name": name, "layout": layout, "block": entry})
     content = {"version": VERSION, "layers": layers, **stored.metadata}
-    text = json.dumps(content)
-    header = {KEY: text, "checksum": _checksum(text, tensors)}
-    # Beside its place, so that the move stays within one file system and is atomic.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        torch_format.save_file(tensors, str(temporary), metadata=header)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        _synchronised_folder(target.parent)
+    write_tensors(path, KEY, json.dumps(content), tensors)
 
 
-def read(path: str | os.PathLike[str]) -> Stored:
-    """Read a file that `write` wrote, onto the CPU.
+def read(path: Place, mmap: bool = False) -> Stored:
+    """Read a file that `write` wrote, onto the CPU; `mmap` as for `read_tensors`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: safetensors is not installed.
         ValueError: the file is damaged, of another format, or of a newer version.
     """
-    safetensors_torch()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    header, tensors = _opened(path)
+    header, tensors = read_tensors(path, mmap)
     if KEY not in header:
         raise ValueError(
             f"{str(path)!r} is a safetensors file, but not of a curvature: write it with "
@@ -102,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
             f"{str(path)!r} has version {version} of the format, and this kfoc reads up to "
             f"{VERSION}: update kfoc"
         )
-    if header.get("checksum") != _checksum(header[KEY], tensors):
+    if header.get("checksum") != checksum(header[KEY], tensors):
         _explain(path, content, tensors)
         raise ValueError(f"{str(path)!r} is damaged: its checksum does not fit what it holds")
     try:
@@ -111,31 +98,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise ValueError(f"{str(path)!r} is damaged or not a curvature: {error}") from error
 
 
-def safetensors_torch() -> Any:
-    """The module `safetensors.torch`. Raises ImportError with what to install."""
-    try:
-        from safetensors import torch as torch_format
-    except ImportError as error:
-        raise ImportError(
-            "saving and loading needs the package safetensors: pip install kfoc[io]"
-        ) from error
-    return torch_format
-
-
-def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged (truncated or altered), or no safetensors file: {error}"
-        ) from error
-
-
-def _content(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
+def _content(path: Place, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of numbers that are too long
@@ -143,25 +106,6 @@ def _content(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} is damaged: its description is no JSON object")
     return content
-
-
-def _synchronised_folder(folder: Path) -> None:
-    """Have the system write to the disk which files a folder holds."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _taken(block: Block, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -173,8 +117,7 @@ def _taken(block: Block, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]
     for name, value in block.parts().items():
         inside = f"{key}.{name}"
         if isinstance(value, Tensor):
-            # Of its own memory: the format does not take tensors that share any.
-            tensors[inside] = value.detach().cpu().contiguous().clone()
+            tensors[inside] = value
             parts[name] = {"tensor": inside, "shape": list(value.shape), "dtype": str(value.dtype)}
         elif isinstance(value, tuple) and value and isinstance(value[0], Block):
             each = [_taken(item, f"{inside}.{k}", tensors) for k, item in enumerate(value)]
@@ -195,24 +138,39 @@ def _restored(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
     blocks: dict[str, Block] = {}
     layouts: dict[str, Layout] = {}
     for layer in content["layers"]:
-        name, layout = layer["name"], layer["layout"]
+        name = layer["name"]
         if not isinstance(name, str) or name in blocks:
             raise ValueError(f"layer {name!r} is there twice, or has no name")
-        shapes = tuple(tuple(shape) for shape in layout["shapes"])
-        layouts[name] = Layout(tuple(layout["names"]), shapes, layout["kind"], layout["groups"])
+        layouts[name] = _layout(name, layer["layout"])
         blocks[name] = _given(layer["block"], tensors)
+        _check(name, blocks[name])
         if blocks[name].shape != layouts[name].shape:
             raise ValueError(
                 f"layer {name!r} has a block of shape {blocks[name].shape} for parameters of "
                 f"shape {layouts[name].shape}"
             )
-        _check_consistent(name, blocks[name])
     return Stored(blocks, layouts, {name: content[name] for name in METADATA})
 
 
-def _check_consistent(layer: str, block: Block) -> None:
-    """Raise where the tensors of a block do not fit each other: a product without numbers tells."""
-    shadow = block.to("meta")
+def _layout(layer: str, entry: dict[str, Any]) -> Layout:
+    names, shapes = tuple(entry["names"]), tuple(map(tuple, entry["shapes"]))
+    sizes = [entry["groups"], *(size for shape in shapes for size in shape)]
+    if not all(isinstance(name, str) for name in names) or len(names) != len(shapes):
+        raise ValueError(f"layer {layer!r} has parameters {names!r} of shapes {shapes}")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"layer {layer!r} has parameters of shapes {shapes!r}")
+    return Layout(names, shapes, entry["kind"], entry["groups"])
+
+
+def _check(layer: str, block: Block) -> None:
+    """Raise where the tensors of a block make none, or do not fit each other."""
+    try:
+        block.check()
+    except ValueError as error:
+        raise ValueError(
+            f"the block of layer {layer!r} is no {type(block).__name__}: {error}"
+        ) from error
+    shadow = block.to("meta")  # a product without numbers tells
     try:
         shadow.matvec(torch.empty(block.shape, dtype=block.dtype, device="meta"))
     except RuntimeError as error:
@@ -234,12 +192,14 @@ def _given(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Block:
         else:
             value = part["value"]
             fields[name] = tuple(value) if isinstance(value, list) else value
-    return KINDS[entry["kind"]](**fields, report=Report(**entry["report"]))
+    report = Report(**entry["report"])
+    for name, types in REPORT.items():
+        if type(getattr(report, name)) not in types:
+            raise ValueError(f"a report has {name} {getattr(report, name)!r}")
+    return KINDS[entry["kind"]](**fields, report=report)
 
 
-def _explain(
-    path: str | os.PathLike[str], content: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
+def _explain(path: Place, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise with the tensor that is missing or of another shape than described, if one is."""
     for part in _described_tensors(content):
         name = str(part["tensor"])

@@ -8,7 +8,7 @@ of `Block`, and an entry in `KINDS`. Everything else (solves, samples, norms, co
 moving between devices) follows from those; `tests/test_blocks.py` runs over `KINDS`.
 """
 
-from kfoc.blocks.base import Block, Report
+from kfoc.blocks.base import Block, Report, placed
 from kfoc.blocks.damped import METHODS, DampedBlock, Damping
 from kfoc.blocks.dense import DenseBlock
 from kfoc.blocks.diagonal import DiagonalBlock
@@ -44,4 +44,5 @@ __all__ = [
     "KroneckerDiagonalBlock",
     "LowRankBlock",
     "Report",
+    "placed",
 ]

@@ -36,6 +36,35 @@ class Report:
     plan: str = ""
 
 
+def placed(
+    *args: Any, device: Any = None, dtype: Any = None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """A device and a dtype, as the `to` of tensors takes them: either, both, or another tensor.
+
+    Raises:
+        TypeError: anything else, or two of a kind.
+        ValueError: a dtype that is no floating-point one.
+    """
+    devices, dtypes = [device], [dtype]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            devices.append(arg.device)
+            dtypes.append(arg.dtype)
+        else:
+            (dtypes if isinstance(arg, torch.dtype) else devices).append(arg)
+    devices, dtypes = ([e for e in each if e is not None] for each in (devices, dtypes))
+    kinds = all(isinstance(e, torch.dtype) for e in dtypes)
+    kinds &= all(isinstance(e, (torch.device, str)) or type(e) is int for e in devices)
+    if not kinds or len(devices) > 1 or len(dtypes) > 1:
+        raise TypeError(
+            "to() takes a device, a dtype, both, or a tensor that has them, found "
+            f"{', '.join(map(repr, [*devices, *dtypes]))}"
+        )
+    if dtypes and not dtypes[0].is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, found {dtypes[0]}")
+    return torch.device(devices[0]) if devices else None, dtypes[0] if dtypes else None
+
+
 @dataclass(frozen=True)
 class Block(ABC):
     """A symmetric matrix of size o * i, in one of several structures.
@@ -86,6 +115,9 @@ class Block(ABC):
             (p, q).
         """
 
+    def check(self) -> None:  # noqa: B027  (for kinds that are read from files)
+        """Raise ValueError where what the block holds makes none of its kind."""
+
     @abstractmethod
     def damped(self, damping: Damping) -> DampedBlock:
         """`scale * block + damping * identity`, factorised: to solve with as often as wanted.
@@ -122,12 +154,9 @@ class Block(ABC):
                 changes[name] = tuple(item.mapped(function) for item in value)
         return replace(self, **changes)
 
-    def to(
-        self: AnyBlock,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AnyBlock:
-        """The block on another device or in another floating-point dtype."""
+    def to(self: AnyBlock, *args: Any, **kwargs: Any) -> AnyBlock:
+        """The block on another device or in another floating-point dtype; arguments as `placed`."""
+        device, dtype = placed(*args, **kwargs)
         return self.mapped(lambda tensor: tensor.to(device=device, dtype=dtype))
 
     def frobenius_norm(self) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kfoc.blocks import sound
 from kfoc.blocks.base import Block, SpectralBlock
 from kfoc.blocks.spectrum import DenseBasis, Spectrum, eigh
 
@@ -21,6 +23,15 @@ class DenseBlock(SpectralBlock):
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight_shape
+
+    def check(self) -> None:
+        sound.symmetric("matrix", self.matrix)
+        shape = self.weight_shape
+        pair = isinstance(shape, tuple) and [type(side) for side in shape] == [int, int]
+        if not pair or math.prod(shape) != len(self.matrix):
+            raise ValueError(
+                f"its matrix has {len(self.matrix)} rows, for a weight of shape {shape!r}"
+            )
 
     def to_dense(self) -> Tensor:
         return self.matrix

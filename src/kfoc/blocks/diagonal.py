@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfoc.blocks import factors
+from kfoc.blocks import factors, sound
 from kfoc.blocks.base import Block, SpectralBlock
 from kfoc.blocks.spectrum import ProductBasis, Spectrum
 
@@ -21,6 +21,9 @@ class DiagonalBlock(SpectralBlock):
     @property
     def shape(self) -> tuple[int, int]:
         return self.diagonal.shape[0], self.diagonal.shape[1]
+
+    def check(self) -> None:
+        sound.numbers("diagonal", self.diagonal, 2)
 
     def to_dense(self) -> Tensor:
         return torch.diag(self.diagonal.flatten())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfoc.blocks import factors
+from kfoc.blocks import factors, sound
 from kfoc.blocks.base import Block, SpectralBlock
 from kfoc.blocks.spectrum import ProductBasis, Spectrum
 
@@ -29,6 +29,12 @@ class EigenBlock(SpectralBlock):
     @property
     def shape(self) -> tuple[int, int]:
         return self.eigenvalues.shape[0], self.eigenvalues.shape[1]
+
+    def check(self) -> None:
+        sound.orthonormal("left_vectors", self.left_vectors)
+        sound.orthonormal("right_vectors", self.right_vectors)
+        sound.numbers("eigenvalues", self.eigenvalues, 2)
+        sound.same_dtype(*self.tensors())
 
     def to_dense(self) -> Tensor:
         basis = torch.kron(self.left_vectors, self.right_vectors)

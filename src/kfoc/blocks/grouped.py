@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kfoc.blocks import sound
 from kfoc.blocks.base import Block
 from kfoc.blocks.damped import DampedBlock, Damping
 
@@ -29,6 +30,16 @@ class GroupedBlock(Block):
     def sizes(self) -> list[int]:
         """Outputs of each group."""
         return [block.shape[0] for block in self.blocks]
+
+    def check(self) -> None:
+        if not self.blocks or not all(isinstance(block, Block) for block in self.blocks):
+            raise ValueError("its groups must be blocks, at least one of them")
+        for block in self.blocks:
+            block.check()
+        columns = {block.shape[1] for block in self.blocks}
+        if len(columns) > 1:
+            raise ValueError(f"its groups must have as many inputs, found {sorted(columns)}")
+        sound.same_dtype(*self.tensors())
 
     def to_dense(self) -> Tensor:
         return torch.block_diag(*[block.to_dense() for block in self.blocks])

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kfoc.blocks import factors
+from kfoc.blocks import factors, sound
 from kfoc.blocks.base import Block, SpectralBlock
 from kfoc.blocks.spectrum import Spectrum
 
@@ -26,6 +26,11 @@ class KroneckerBlock(SpectralBlock):
     @property
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[0]
+
+    def check(self) -> None:
+        sound.symmetric("left factor", self.left)
+        sound.symmetric("right factor", self.right)
+        sound.same_dtype(self.left, self.right)
 
     def to_dense(self) -> Tensor:
         return torch.kron(self.left, self.right)
@@ -63,6 +68,10 @@ class KroneckerDiagonalBlock(KroneckerBlock):
 
     For inputs that are one-hot, as those of an embedding: `right` has an entry per token.
     """
+
+    def check(self) -> None:
+        sound.symmetric("left factor", self.left)
+        sound.same_dtype(self.left, sound.numbers("right factor", self.right, 1))
 
     def to_dense(self) -> Tensor:
         return torch.kron(self.left, torch.diag(self.right))

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfoc.blocks import iterative
+from kfoc.blocks import iterative, sound
 from kfoc.blocks.base import Block
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
 from kfoc.blocks.kronecker import KroneckerBlock
@@ -47,6 +47,15 @@ class LowRankBlock(Block):
     @property
     def rank(self) -> int:
         return len(self.lefts)
+
+    def check(self) -> None:
+        pairs = sound.symmetries("lefts", self.lefts), sound.symmetries("rights", self.rights)
+        if len(pairs[0]) != len(pairs[1]):
+            raise ValueError(f"it has {len(pairs[0])} lefts and {len(pairs[1])} rights")
+        for k, (left, right) in enumerate(zip(*pairs, strict=True)):
+            if left * right < 0:
+                raise ValueError(f"its term {k} must be symmetric on both sides or on neither")
+        sound.same_dtype(self.lefts, self.rights)
 
     def to_dense(self) -> Tensor:
         o, i = self.shape

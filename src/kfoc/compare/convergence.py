@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
@@ -37,6 +38,14 @@ def half_steps(
     Returns:
         curves by layer, of those that are iterated, and the number of samples in the batch.
     """
+    with warnings.catch_warnings():  # which stop after so many steps because they are told to
+        warnings.filterwarnings("ignore", ".* did not converge", RuntimeWarning)
+        return _half_steps(model, batch, arguments)
+
+
+def _half_steps(
+    model: nn.Module, batch: Any, arguments: dict[str, Any]
+) -> tuple[dict[str, Curve], int]:
     limit = fit(model, [batch], estimator=KFOC(rtol=0, max_steps=LIMIT), **arguments)
     layers = [name for name, block in limit.items() if block.report.steps]
     sigmas = {name: limit[name].frobenius_norm() for name in layers}

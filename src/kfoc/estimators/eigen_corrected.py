@@ -30,6 +30,7 @@ class _State:
     report: Report = field(default_factory=Report)
     vanished: bool = False  # a factor of the base is zero
     uncorrected: Block | None = None  # a base block without two eigenbases
+    change: float | None = None  # of sigma in the base's last pass
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class EigenCorrected(FactoredEstimator):
         if state.basis is not None or state.uncorrected is not None:
             return state, True
         state.base, done = self.base.next_pass_one(state.base)
+        state.change = self.base.change_one(state.base)
         if not done:
             state.samples = 0
             return state, False
@@ -132,7 +134,7 @@ class EigenCorrected(FactoredEstimator):
         return Footprint(max(base.state, size), max(base.block, size))
 
     def change_one(self, state: _State) -> float | None:
-        return None if state.base is None else self.base.change_one(state.base)
+        return state.change
 
     def finish_one(self, state: _State, num_samples: float) -> Block:
         if state.uncorrected is not None:

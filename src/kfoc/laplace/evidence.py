@@ -15,7 +15,7 @@ from kfoc.blocks import DampedBlock, Damping
 from kfoc.blocks.damped import DampedSpectrum
 from kfoc.blocks.grouped import DampedGroups
 from kfoc.damped import DampedCurvature
-from kfoc.forward import Forward, batches
+from kfoc.forward import Forward, batches, concerning
 from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfoc.vectors import naming
 
@@ -50,12 +50,12 @@ def measured(forward: Forward, likelihood: Likelihood, data: Iterable[Any]) -> D
         ValueError: no batches, targets that do not fit, or a likelihood of the user's own.
     """
     samples, labels, total = 0, 0, 0.0
-    for inputs, targets in batches(data):
-        with torch.no_grad():
-            outputs = forward.outputs(forward.moved(inputs), {})
-        targets = forward.moved(targets)
-        likelihood = likelihood.settled(outputs, targets)
-        counted, misfit = misfit_of(likelihood, outputs, targets)
+    for number, (inputs, targets) in enumerate(batches(data)):
+        with concerning(f"batch {number} of data"):
+            outputs = forward.trained(forward.moved(inputs))
+            targets = forward.moved(targets)
+            likelihood = likelihood.settled(outputs, targets)
+            counted, misfit = misfit_of(likelihood, outputs, targets)
         samples, labels, total = samples + len(outputs), labels + counted, total + misfit
     if not samples:
         raise ValueError("data has no batches")

@@ -15,7 +15,7 @@ from kfoc.arguments import check_model, whole
 from kfoc.batches import Predict
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature
-from kfoc.forward import Forward, count_samples, sliced
+from kfoc.forward import Forward, concerning, count_samples, sliced
 from kfoc.jacobians import chunks
 from kfoc.laplace import evidence, predictive, tuning
 from kfoc.laplace.evidence import DataFit
@@ -102,9 +102,17 @@ class Laplace:
         """Outputs (num, N, ...) of networks drawn from the posterior, the same for one seed."""
         forward = self._forward
         inputs = forward.moved(inputs)
+        with concerning("inputs"):
+            forward.trained(inputs)
         drawn = predictive.networks(self.posterior, self._parameters, num, seed)
         with torch.no_grad():
-            return torch.stack([forward.outputs(inputs, parameters) for parameters in drawn])
+            found = torch.stack([forward.outputs(inputs, parameters) for parameters in drawn])
+        if not found.isfinite().all():
+            raise ValueError(
+                "outputs of networks drawn from the posterior are not finite: a larger "
+                "prior_precision draws them closer to the trained one"
+            )
+        return found
 
     def linearised(self, inputs: Any, *, chunk_size: int | None = None) -> OutputGaussian:
         """The Gaussian over the outputs of the model linearised at its trained parameters.
@@ -115,18 +123,16 @@ class Laplace:
         Args:
             chunk_size: samples whose Jacobians are held at once; None: as 128 MiB allow.
         """
-        forward, parameters = self._forward, self._parameters
+        forward, parameters, posterior = self._forward, self._parameters, self.posterior
         inputs = forward.moved(inputs)
-        count = count_samples(inputs)
-        if not count:
-            raise ValueError("there are no inputs")
-        with torch.no_grad():
-            width = forward.outputs(sliced(inputs, slice(1)), {}).numel()
-        numbers = width * sum(p.numel() for p in parameters.values())
-        parts = [
-            predictive.linearised(forward, self.posterior, parameters, sliced(inputs, part))
-            for part in chunks(count, numbers, chunk_size)
-        ]
+        with concerning("inputs"):
+            count = count_samples(inputs)
+            width = forward.trained(sliced(inputs, slice(1))).numel()
+            numbers = width * sum(p.numel() for p in parameters.values())
+            parts = [
+                predictive.linearised(forward, posterior, parameters, sliced(inputs, part))
+                for part in chunks(count, numbers, chunk_size)
+            ]
         return OutputGaussian(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def predictive(
@@ -275,12 +281,17 @@ class Laplace:
         data not trained on best.
 
         By the mean negative log-likelihood of the linearised predictive (probit for classes). The
-        Jacobians are taken once for all candidates.
+        Jacobians are taken once for all candidates. A RuntimeWarning tells where the best candidate
+        is the smallest or the largest, and where the network by itself predicts the data better.
+
+        Raises:
+            ValueError: data with values that are not finite; the message names the batch.
         """
-        posteriors = [self._changed(prior_precision=float(p)) for p in candidates]
+        candidates = [float(p) for p in candidates]
+        posteriors = [self._changed(prior_precision=p) for p in candidates]
         if not posteriors:
             raise ValueError("candidates must hold at least one prior precision")
-        losses = validation_losses(
+        losses, plain = validation_losses(
             self._forward,
             self._likelihood,
             [each.posterior for each in posteriors],
@@ -289,7 +300,9 @@ class Laplace:
             data,
             chunk_size,
         )
-        return posteriors[min(range(len(losses)), key=losses.__getitem__)]
+        best = min(range(len(losses)), key=losses.__getitem__)
+        tuning.warn_of_candidate(candidates, best, losses[best], plain)
+        return posteriors[best]
 
     def __repr__(self) -> str:
         priors = precisions(self.curvature.layers, self.prior_precision)
@@ -347,6 +360,8 @@ class Laplace:
 
     def _checked_fit(self, data: DataFit | Iterable[tuple[Any, Any]]) -> DataFit:
         fit = data if isinstance(data, DataFit) else self.data_fit(data)
+        if not math.isfinite(fit.misfit):
+            raise ValueError(f"data: its misfit is not finite ({fit.misfit})")
         expected = self.num_samples or self.curvature.num_samples
         if fit.num_samples != expected:
             raise ValueError(

@@ -44,10 +44,9 @@ def linearised(
     forward: Forward, posterior: DampedCurvature, parameters: Parameters, inputs: Any
 ) -> OutputGaussian:
     """Mean `f(x)` and covariance `J B^-1 J^T` of the model linearised at its parameters."""
-    with torch.no_grad():
-        mean = forward.outputs(inputs, {})
+    mean = forward.trained(inputs)
     rows = jacobians(forward, parameters, inputs)
-    return OutputGaussian(mean.detach(), output_covariance(posterior, rows))
+    return OutputGaussian(mean, output_covariance(posterior, rows))
 
 
 def output_covariance(posterior: DampedCurvature, rows: Parameters) -> Tensor:

@@ -99,7 +99,10 @@ def maximum(function: Function, bounds: Bounds) -> tuple[float, float]:
 
     def value(log: float) -> float:
         try:
-            return function(math.exp(log))
+            found = function(math.exp(log))
+            if math.isnan(found):
+                raise ValueError(f"the function to maximise is not a number at {math.exp(log):.3g}")
+            return found
         except ValueError as error:
             errors.append(error)
             return -math.inf
@@ -121,6 +124,30 @@ def warn_at_bound(value: float, bounds: Bounds, what: str) -> None:
         warnings.warn(
             f"the best {what} is at the bound {value:.3g} of the search: its maximum is beyond, or "
             "nowhere",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_candidate(candidates: list[float], best: int, loss: float, plain: float) -> None:
+    """Tell the caller of `Laplace.tuned_by_validation` where the best candidate is none to trust.
+
+    Args:
+        loss, plain: of the data, under the best candidate and under the network by itself.
+    """
+    chosen, bounds = candidates[best], (min(candidates), max(candidates))
+    if len(candidates) > 1 and chosen in bounds:
+        warnings.warn(
+            f"the best prior precision is the {'largest' if chosen == bounds[1] else 'smallest'} "
+            f"candidate, {chosen:.3g}: a better one may lie beyond; give more candidates",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if loss > plain and not math.isclose(loss, plain, rel_tol=1e-6):
+        warnings.warn(
+            f"with the best prior precision, {chosen:.3g}, the posterior predicts the data worse "
+            f"than the network by itself (negative log-likelihoods {loss:.4g} and {plain:.4g}): "
+            "give larger candidates, or do without the posterior",
             RuntimeWarning,
             stacklevel=3,
         )

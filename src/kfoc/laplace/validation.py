@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from kfoc.damped import DampedCurvature
-from kfoc.forward import Forward, batches, count_samples, sliced
+from kfoc.forward import Forward, batches, concerning, count_samples, sliced
 from kfoc.jacobians import chunks, jacobians
 from kfoc.laplace.evidence import class_dimension
 from kfoc.laplace.predictive import OutputGaussian, Parameters, output_covariance, probit
@@ -25,26 +26,43 @@ def validation_losses(
     parameters: Parameters,
     data: Iterable[Any],
     chunk_size: int | None,
-) -> list[float]:
-    """The mean negative log-likelihood per label of each posterior's linearised predictive."""
-    losses, labels = [0.0] * len(posteriors), 0
+) -> tuple[list[float], float]:
+    """The mean negative log-likelihood per label of each posterior's linearised predictive, and
+    that of the network by itself.
+
+    Raises:
+        ValueError: no labels, or values that are not finite.
+    """
+    losses, plain, labels = [0.0] * len(posteriors), 0.0, 0
     size = sum(value.numel() for value in parameters.values())
-    for inputs, targets in batches(data):
-        inputs, targets = forward.moved(inputs), forward.moved(targets)
-        with torch.no_grad():
-            mean = forward.outputs(inputs, {})
-        likelihood = likelihood.settled(mean, targets)
-        likelihood.check(mean, targets, "empirical")
-        for part in chunks(count_samples(inputs), mean[0].numel() * size, chunk_size):
-            rows = jacobians(forward, parameters, sliced(inputs, part))
-            for k, posterior in enumerate(posteriors):
-                outputs = OutputGaussian(mean[part], output_covariance(posterior, rows))
-                values = negative_log_likelihood(likelihood, outputs, targets[part], sigma_noise)
-                losses[k] += values.sum().item()
-            labels += values.numel()
+
+    def of_chunk(mean: Tensor, rows: Parameters, targets: Tensor) -> None:
+        nonlocal plain, labels
+        covariances = [output_covariance(posterior, rows) for posterior in posteriors]
+        found = []
+        for covariance in [*covariances, torch.zeros_like(covariances[0])]:
+            outputs = OutputGaussian(mean, covariance)
+            values = negative_log_likelihood(likelihood, outputs, targets, sigma_noise)
+            found.append(values.sum().item())
+        if any(map(math.isnan, found)):
+            raise ValueError("the log-likelihood of its targets is not a number")
+        losses[:] = [loss + more for loss, more in zip(losses, found[:-1], strict=True)]
+        plain, labels = plain + found[-1], labels + values.numel()
+
+    for number, (inputs, targets) in enumerate(batches(data)):
+        with concerning(f"batch {number} of data"):
+            inputs, targets = forward.moved(inputs), forward.moved(targets)
+            count = count_samples(inputs)
+            mean = forward.trained(inputs)
+            likelihood = likelihood.settled(mean, targets)
+            likelihood.check(mean, targets, "empirical")
+            for part in chunks(count, mean[0].numel() * size, chunk_size):
+                of_chunk(
+                    mean[part], jacobians(forward, parameters, sliced(inputs, part)), targets[part]
+                )
     if not labels:
         raise ValueError("data has no labels")
-    return [loss / labels for loss in losses]
+    return [loss / labels for loss in losses], plain / labels
 
 
 def negative_log_likelihood(

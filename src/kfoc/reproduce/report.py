@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kfoc.files import write_text
 from kfoc.reproduce.experiment import ESTIMATORS, BatchSize, Record
-from kfoc.reproduce.store import Store, write_atomically
+from kfoc.reproduce.store import Store
 from kfoc.reproduce.summary import NAMES, Claim, Key, Stat, Summary, claims, summarise
 
 RUNTIME_COLUMNS = (
@@ -31,8 +32,8 @@ RUNTIME_COLUMNS = (
 def report(store: Store, console: Console) -> list[Summary]:
     """Write runtime.csv and summary.md, and print the summary."""
     summaries = summarise(store.records, store.settings)
-    write_atomically(store.folder / "runtime.csv", runtime_csv(store.records))
-    write_atomically(store.folder / "summary.md", markdown(summaries))
+    write_text(store.folder / "runtime.csv", runtime_csv(store.records))
+    write_text(store.folder / "summary.md", markdown(summaries))
     for summary in summaries:
         _print(summary, console)
     return summaries

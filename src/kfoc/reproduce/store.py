@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kfoc.files import write_text
 from kfoc.reproduce.experiment import Record, Unit
 
 
 class StoreError(RuntimeError):
     """A results folder that this run must not, or cannot, add to."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has either its old or its new content, whenever the process is stopped."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Store:
@@ -57,7 +44,7 @@ class Store:
             if name in settings:
                 _require_same(folder, name, kept[name], settings[name])
         store = Store(folder, records, {**kept, **settings})
-        write_atomically(folder / "settings.json", json.dumps(store.settings, indent=2) + "\n")
+        write_text(folder / "settings.json", json.dumps(store.settings, indent=2) + "\n")
         return store
 
     def done(self) -> set[Unit]:
@@ -67,7 +54,7 @@ class Store:
         """Keep the records of one finished unit."""
         self.records = [*self.records, *records]
         lines = ",\n".join(json.dumps(record) for record in self.records)
-        write_atomically(self.folder / "results.json", f"[\n{lines}\n]\n")
+        write_text(self.folder / "results.json", f"[\n{lines}\n]\n")
 
 
 def _read_json(path: Path, kind: type) -> Any:
