@@ -37,7 +37,7 @@ ALLOWED = {
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {
-        "blocks", "curvature", "estimators", "fit", "interop", "kronecker", "layers", "layout",
+        "blocks", "buffers", "curvature", "estimators", "fit", "interop", "kronecker", "layers", "layout",
         "products", "samples", "vectors",
     },
     "graph": set(),
@@ -63,7 +63,8 @@ ALLOWED = {
         "kronecker", "samples", "plans", "planner", "products", "blocks", "estimators", "subspace",
         "sketch", "solver", "tied", "token_plan", "tokens", "memory", "pending", "pooling",
     },
-    "forward": {"batches"},
+    "buffers": set(),
+    "forward": {"batches", "buffers"},
     "jacobians": {"batches", "forward"},
     # What people do with a curvature knows of curvatures, not of how they are fitted.
     "laplace": {
@@ -73,9 +74,9 @@ ALLOWED = {
     "influence": {"batches", "curvature", "damped", "forward", "likelihoods", "jacobians"},
     "sharding": {"curvature", "distributed", "vectors"},
     "fingerprint": {"encoding"},
-    "checkpoint": {"encoding", "fingerprint", "selection"},
+    "checkpoint": {"attention", "buffers", "encoding", "fingerprint", "selection"},
     "fit": {
-        "agreement", "batches", "blocks", "capture", "certificate", "checkpoint", "checks",
+        "agreement", "batches", "blocks", "buffers", "capture", "certificate", "checkpoint", "checks",
         "coverage", "curvature", "distributed", "estimators", "graph", "layers",
         "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
         "selection", "threads",

@@ -26,6 +26,7 @@ from kfoc.batches import (
     unpacked,
 )
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
+from kfoc.buffers import buffers_kept
 from kfoc.capture import Directions, Take, captured, output_gradients, take_samples
 from kfoc.certificate import Probes
 from kfoc.checkpoint import Checkpoint, Keeper
@@ -254,8 +255,6 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     Args:
         modules: all of the model's.
     """
-    buffers = [b for m in modules if m.training for b in m.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
     gpus = set()
     if torch.cuda.is_initialized():  # or no parameter can be there
         held = [p for module in modules for p in own_parameters(module).values()]
@@ -266,14 +265,9 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
         torch.inference_mode(False) if inference else nullcontext(),
         torch.enable_grad(),
         uncompiled(),
+        buffers_kept(modules),
     ):
-        try:
-            yield
-        finally:
-            if buffers:
-                with torch.no_grad():
-                    for buffer, value in zip(buffers, before, strict=True):
-                        buffer.copy_(value)
+        yield
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from kfoc.batches import Predict, called, mapped, moved, unpacked
+from kfoc.buffers import buffers_kept
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Forward:
 
     def outputs(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
         """(N, ...), with `parameters` in place of the model's own of the same names."""
+        with self.kept():
+            return self.transformed(inputs, parameters)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """The model's buffers are then what they were before."""
+        return buffers_kept(self.model.modules())
+
+    def transformed(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+        """As `outputs`, for transforms of `torch.func` inside of `kept`, which they cannot do."""
         swapped = {f"model.{name}": value for name, value in parameters.items()}
         outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
         outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
