@@ -20,12 +20,14 @@ class Changing(nn.Module):
     counter: Tensor
     mean: Tensor
     table: Tensor
+    silent: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("counter", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("table", torch.ones(2), persistent=False)
+        self.register_buffer("silent", torch.zeros(()))
         self.register_buffer("none", None)
         self.longest = 2
 
@@ -37,7 +39,11 @@ class Changing(nn.Module):
             self.register_buffer("table", torch.ones(10), persistent=False)
             self.register_buffer("new", torch.ones(1), persistent=False)
         self.none = x.detach()
+        self.count_silently()
         return x * self.table[0]
+
+    def count_silently(self) -> None:
+        self.silent.numpy()[()] += 1  # no version counts it, as none counts those of batch_norm
 
 
 class Fading(nn.Module):
@@ -116,6 +122,18 @@ def test_buffers_come_back(
     before = everything(model)
     use(model, data, tmp_path)
     assert everything(model) == before
+
+
+def test_a_graph_that_waits_for_its_backward_pass_is_not_disturbed() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    model[1].eval()
+    model[1].register_buffer("mask", torch.ones(3))
+    model[1].register_forward_hook(lambda module, inputs, output: output * module.mask)
+    optimizer = kfoc.NaturalGradient(model)
+    x = torch.randn(5, 4)
+    loss = model.train()(x).square().mean()
+    optimizer.observe(x)
+    loss.backward()
 
 
 def test_a_resumed_fit_goes_on_from_the_buffers(tmp_path: Path) -> None:

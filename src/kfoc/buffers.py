@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 
-def version(buffer: Tensor) -> int:
-    """What tells a buffer from itself before it was written to."""
-    return 0 if buffer.is_inference() else buffer._version  # those cannot be written to
+@torch.no_grad()
+def put(value: Tensor, buffer: Tensor) -> None:
+    """Write to a buffer where its numbers are others.
+
+    Versions do not tell, as kernels of normalisation do not count them; and one more would make
+    the backward pass of a graph fail that the user has not gone through yet.
+    """
+    if not torch.equal(buffer, value):
+        buffer.copy_(value)
 
 
 @dataclass
@@ -21,13 +27,13 @@ class _Held:
 
     module: nn.Module
     buffers: dict[str, Tensor | None]
-    copies: dict[str, tuple[int, Tensor]]
+    copies: dict[str, Tensor]
     attributes: dict[str, Any]
 
     @staticmethod
     def of(module: nn.Module) -> _Held:
         buffers = dict(module._buffers)
-        copies = {k: (version(b), b.detach().clone()) for k, b in buffers.items() if b is not None}
+        copies = {k: b.detach().clone() for k, b in buffers.items() if b is not None}
         return _Held(module, buffers, copies, dict(vars(module)))
 
     def put_back(self) -> None:
@@ -42,11 +48,10 @@ class _Held:
             # What else the module keeps tells of them, as for how long a sequence a table is.
             vars(module).clear()
             vars(module).update(self.attributes)
-        for name, (number, copy) in self.copies.items():
-            buffer = present[name]
-            # Kernels that write running statistics, in train mode alone, do not count versions.
-            if buffer is not None and (module.training or version(buffer) != number):
-                buffer.copy_(copy)
+        for name, copy in self.copies.items():
+            buffer = self.buffers[name]
+            if buffer is not None:
+                put(copy, buffer)
 
 
 class buffers_kept:  # noqa: N801  (a context, used as contextlib's are)
@@ -59,6 +64,5 @@ class buffers_kept:  # noqa: N801  (a context, used as contextlib's are)
         self.held = [_Held.of(module) for module in self.modules]
 
     def __exit__(self, *error: object) -> None:
-        with torch.no_grad():
-            for held in self.held:
-                held.put_back()
+        for held in self.held:
+            held.put_back()

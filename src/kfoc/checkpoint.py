@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfoc.attention import part_name
-from kfoc.buffers import version
+from kfoc.buffers import put
 from kfoc.encoding import decoded, encoded, written
 from kfoc.fingerprint import Trail, described, differences, of_model
 from kfoc.selection import Selection
@@ -108,7 +108,6 @@ class Keeper:
         own.check()
         self._settings = own
         self._fingerprint = _fingerprint(run)
-        self._buffers = {name: _mark(buffer) for name, _, buffer in _buffers(run.model)}
         if own.path.exists():
             if not resume:
                 raise ValueError(
@@ -212,14 +211,6 @@ class Keeper:
             self._start, self.spent = time.monotonic(), 0.0
             self._save(run, 0, 0, done=False)
 
-    def _changed_buffers(self, model: nn.Module) -> dict[str, Tensor | None]:
-        """Those that forward passes have written to, replaced or added, or may have."""
-        return {
-            name: None if buffer is None else written(buffer)
-            for name, module, buffer in _buffers(model)
-            if module.training or self._buffers.get(name) != _mark(buffer)
-        }
-
     def _save(self, run: Run, samples: int, batches: int, done: bool) -> None:
         if self._settings is None:
             return
@@ -228,7 +219,7 @@ class Keeper:
             "run": encoded({name: getattr(run, name) for name in _FIELDS}, written),
             "verified": encoded(run.regions.verified),
             "selection": _selection_of(run),
-            "buffers": self._changed_buffers(run.model),
+            "buffers": _buffers(run.model),
             "samples": samples,
             "batches": batches,
             "trail": self._trail.digest,
@@ -257,18 +248,15 @@ def _fingerprint(run: Run) -> dict[str, str]:
     } | of_model(run.model)
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
-    """Names of all buffers, and what holds them."""
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            yield part_name(prefix, name), module, buffer
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """What forward passes may write to, replace or add."""
+    return {
+        part_name(prefix, name): None if buffer is None else written(buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+    }
 
 
-def _mark(buffer: Tensor | None) -> tuple[int, int]:
-    return id(buffer), 0 if buffer is None else version(buffer)
-
-
-@torch.no_grad()
 def _restore_buffers(model: nn.Module, saved: dict[str, Tensor | None]) -> None:
     """As in the fit that saved them; afterwards `buffers_kept` puts those of the user back."""
     for full, value in saved.items():
@@ -278,7 +266,7 @@ def _restore_buffers(model: nn.Module, saved: dict[str, Tensor | None]) -> None:
         if buffer is None or value is None or buffer.shape != value.shape:
             held[name] = value
         else:
-            buffer.copy_(value)
+            put(value, buffer)
 
 
 def _selection_of(run: Run) -> dict[str, Any]:
