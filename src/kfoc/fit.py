@@ -183,7 +183,8 @@ def _fitted(
             told["batches in data"] = length(data)
         check_same(ranks, told, run.selection)
     if sweeps is None:
-        return run.through(data, report, keeper)
+        with keeper.open():
+            return run.through(data, report, keeper)
     with sweeps:
         while True:
             curvature = run.through(data, report, keeper)
