@@ -37,8 +37,8 @@ ALLOWED = {
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {
-        "blocks", "buffers", "curvature", "estimators", "fit", "interop", "kronecker", "layers", "layout",
-        "products", "samples", "vectors",
+        "blocks", "buffers", "curvature", "estimators", "fit", "interop", "kronecker", "layers",
+        "layout", "products", "samples", "vectors",
     },
     "graph": set(),
     "progress": set(),
@@ -77,19 +77,21 @@ ALLOWED = {
     "folder": set(),
     "hints": set(),
     "checkpoint": {
-        "attention", "batches", "buffers", "certificate", "folder", "hints", "samples", "encoding",
-        "fingerprint", "selection",
+        "attention", "batches", "buffers", "certificate", "folder", "hints", "per_sample",
+        "samples", "encoding", "fingerprint", "selection",
     },
     "fit": {
-        "agreement", "batches", "blocks", "buffers", "capture", "certificate", "checkpoint", "checks",
-        "coverage", "curvature", "distributed", "estimators", "graph", "layers",
+        "agreement", "batches", "blocks", "buffers", "capture", "certificate", "checkpoint",
+        "checks", "coverage", "curvature", "distributed", "estimators", "graph", "layers",
         "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
         "selection", "threads",
     },
     "encoding": {"hints"},
-    "tracker": {"curvature", "encoding", "estimators", "fit", "likelihoods"},
+    "tracker": {
+        "curvature", "encoding", "estimators", "fit", "hints", "layers", "likelihoods", "samples",
+    },
     "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
-    "natural_gradient": {"batches", "blocks", "encoding", "preconditioner", "tracker"},
+    "natural_gradient": {"batches", "blocks", "encoding", "hints", "preconditioner", "tracker"},
     "consolidation": {"curvature", "storage", "vectors"},
     # As a user's code would: by public names.
     "compare": {"compare", *kfoc.__all__},

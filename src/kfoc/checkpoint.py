@@ -21,7 +21,8 @@ from kfoc.certificate import Probes
 from kfoc.encoding import decoded, encoded, written
 from kfoc.fingerprint import Trail, described, differences, of_model
 from kfoc.folder import claimed, read, write
-from kfoc.hints import check, declared
+from kfoc.hints import check, check_all, check_states, declared
+from kfoc.per_sample import Regions
 from kfoc.samples import LayerSamples
 from kfoc.selection import Selection
 
@@ -46,9 +47,9 @@ _SELECTION = {
 # Of the file; what the run is made of, beside it, in plain terms.
 _CONTENT = {
     "fingerprint": "dict[str, str]",
-    "run": "dict[str, Any]",
-    "verified": "dict[str, Any]",
-    "selection": "dict[str, Any]",
+    "run": "dict",
+    "verified": "dict",
+    "selection": "dict",
     "buffers": "dict[str, Tensor | None]",
     "samples": "int",
     "batches": "int",
@@ -168,7 +169,7 @@ class Keeper:
     def _opened(self, path: Path) -> dict[str, Any]:
         content = read(path)
         try:
-            _check(content, _CONTENT)
+            check_all(content, _CONTENT, _SCOPE)
         except ValueError as error:
             raise _forged(path, error) from error
         found = differences(content["fingerprint"], self._fingerprint)
@@ -304,16 +305,9 @@ def _fingerprint(run: Run) -> dict[str, str]:
 
 def _forged(path: Path, error: ValueError) -> ValueError:
     return ValueError(
-        f"checkpoint: {str(path)!r} does not hold what a fit saves: {error}. Remove it to begin anew"
+        f"checkpoint: {str(path)!r} does not hold what a fit saves: {error}. Remove it to begin "
+        "anew"
     )
-
-
-def _check(values: Any, hints: dict[str, str]) -> None:
-    """Raises ValueError for anything but a dict of all these entries, of these types."""
-    if not isinstance(values, dict) or values.keys() != hints.keys():
-        found = ", ".join(map(repr, values)) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"there must be {', '.join(hints)}, found {found}")
-    check(values, {name: (hint, _SCOPE) for name, hint in hints.items()})
 
 
 def _check_inside(content: dict[str, Any], run: Run) -> None:
@@ -324,9 +318,9 @@ def _check_inside(content: dict[str, Any], run: Run) -> None:
     """
     content["run"] = decoded(content["run"], None)
     content["verified"] = decoded(content["verified"], None)
-    _check(content["run"], _FIELDS)
-    check({"verified": content["verified"]}, {"verified": declared(type(run.regions))["verified"]})
-    _check(content["selection"], _SELECTION)
+    check_all(content["run"], _FIELDS, _SCOPE)
+    check({"verified": content["verified"]}, {"verified": declared(Regions)["verified"]})
+    check_all(content["selection"], _SELECTION)
     counts = [content[name] for name in ("samples", "batches", "seconds")]
     if min(*counts, content["run"]["num_samples"], content["run"]["passes"]) < 0:
         raise ValueError("there is a negative number of samples, batches, passes or seconds")
@@ -344,14 +338,7 @@ def _check_inside(content: dict[str, Any], run: Run) -> None:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"there is a {kind} {unknown[0]!r}, which this fit does not have")
-    for name, state in names["states"].items():
-        if name not in names["shapes"]:
-            raise ValueError(f"layer {name!r} has a state and no shape")
-        expected = type(run.estimator.init(name, names["shapes"][name]))
-        if type(state) is not expected:
-            raise ValueError(
-                f"the state of layer {name!r} must be a {expected.__name__}, found {state!r:.60}"
-            )
+    check_states(names["states"], names["shapes"], run.estimator.init)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor | None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from functools import cache, cached_property
 from typing import Any, get_args, get_origin
 
 import torch
@@ -31,12 +32,18 @@ _NAMED: dict[str, tuple[type, ...]] = {
 
 @cache
 def declared(kind: type) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Attribute -> its annotation, and what the names in that mean; of a class and its bases."""
-    found = {}
+    """Attribute -> its annotation, and what the names in that mean; of a class and its bases.
+
+    What a class makes when it is first needed (`cached_property`) is one, but of dataclasses.
+    """
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for base in reversed(kind.__mro__):
         scope = vars(sys.modules[base.__module__])
         for name, hint in inspect.get_annotations(base).items():
-            found[name] = getattr(hint, "__forward_arg__", hint), scope
+            found[name] = str(getattr(hint, "__forward_arg__", hint)), scope
+        for name, made in vars(base).items():
+            if isinstance(made, cached_property) and not is_dataclass(kind):
+                found[name] = inspect.get_annotations(made.func)["return"], scope
     return found
 
 
@@ -81,6 +88,31 @@ def _all_fit(value: Any, inside: list[ast.expr], scope: Mapping[str, Any]) -> bo
         same = len(value) == len(inside)
         return same and all(_fits(v, h, scope) for v, h in zip(value, inside, strict=True))
     return all(_fits(item, inside[0], scope) for item in value)
+
+
+def check_all(values: Any, hints: Mapping[str, str], scope: Mapping[str, Any] = {}) -> None:
+    """Raise ValueError for anything but a dict of all these entries, of these types."""
+    if not isinstance(values, dict):
+        raise ValueError(f"there must be {', '.join(hints)}, found {type(values).__name__}")
+    missing = [name for name in hints if name not in values]
+    if missing:
+        found = ", ".join(map(repr, values))
+        raise ValueError(f"there is no {missing[0]!r}, found {found}")
+    check(values, {name: (hint, scope) for name, hint in hints.items()})
+
+
+def check_states(
+    states: Mapping[str, Any], shapes: Mapping[str, Any], init: Callable[[str, Any], Any]
+) -> None:
+    """Raise ValueError for the state of a layer that is of another type than a new one's."""
+    for name, state in states.items():
+        if name not in shapes:
+            raise ValueError(f"layer {name!r} has a state, and no shape")
+        expected = type(init(name, shapes[name]))
+        if type(state) is not expected:
+            raise ValueError(
+                f"the state of layer {name!r} must be a {expected.__name__}, found {state!r:.60}"
+            )
 
 
 def check(values: Mapping[str, Any], hints: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:

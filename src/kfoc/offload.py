@@ -67,7 +67,7 @@ class Files:
     def _new(self, file: Path, mode: str) -> IO[Any]:
         """A file of this fit's own: those of another are neither written over nor removed."""
         try:
-            opened = open(file, mode)
+            opened = open(file, mode)  # noqa: SIM115  (the caller's)
         except FileExistsError:
             raise ValueError(
                 f"storage={str(self.directory)!r} has got a {file.name!r} from elsewhere (from "

@@ -77,8 +77,6 @@ class Aggregation(ABC):
     shape: tuple[int, int]
     right_shape: tuple[int, ...]
     found: tuple[Tensor, Tensor] | None
-    left: Tensor
-    right: Tensor
 
     def __init__(self, config: KFOC, samples: Samples) -> None:
         self.config = config

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfoc.buffers import buffers_kept
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kfoc.buffers import buffers_kept
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFAC, Estimator
 from kfoc.fit import fit
