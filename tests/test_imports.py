@@ -38,8 +38,8 @@ ALLOWED = {
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {
-        "blocks", "curvature", "estimators", "fit", "interop", "kronecker", "layers", "layout",
-        "products", "samples", "vectors",
+        "blocks", "buffers", "curvature", "estimators", "fit", "interop", "kronecker", "layers",
+        "layout", "products", "samples", "vectors",
     },
     "graph": set(),
     "progress": set(),
@@ -67,7 +67,8 @@ ALLOWED = {
         "memory", "pending", "pooling",
     },
     "arguments": set(),
-    "forward": {"arguments", "batches"},
+    "buffers": set(),
+    "forward": {"arguments", "batches", "buffers"},
     "jacobians": {"arguments", "batches", "forward"},
     # What people do with a curvature knows of curvatures, not of how they are fitted.
     "laplace": {
@@ -79,18 +80,28 @@ ALLOWED = {
     },
     "sharding": {"curvature", "distributed", "files", "vectors"},
     "fingerprint": {"encoding"},
-    "checkpoint": {"encoding", "fingerprint", "selection"},
+    "folder": set(),
+    "hints": set(),
+    "checkpoint": {
+        "attention", "batches", "buffers", "certificate", "folder", "hints", "per_sample",
+        "samples", "encoding", "fingerprint", "selection",
+    },
     "fit": {
-        "agreement", "arguments", "batches", "blocks", "capture", "certificate", "checkpoint",
-        "checks",
-        "coverage", "curvature", "distributed", "estimators", "graph", "layers",
+        "agreement", "arguments", "assembly", "batches", "blocks", "buffers", "capture",
+        "certificate", "checkpoint",
+        "checks", "coverage", "curvature", "distributed", "estimators", "graph", "layers",
         "likelihoods", "memory", "offload", "per_sample", "progress", "record", "samples",
         "scales", "selection", "threads", "vectors",
     },
-    "encoding": set(),
-    "tracker": {"batches", "curvature", "encoding", "estimators", "fit", "likelihoods"},
+    "encoding": {"hints"},
+    "tracker": {
+        "batches", "curvature", "encoding", "estimators", "fit", "hints", "layers", "likelihoods",
+        "samples",
+    },
     "preconditioner": {"blocks", "curvature", "damped", "layout", "vectors"},
-    "natural_gradient": {"arguments", "batches", "blocks", "encoding", "preconditioner", "tracker"},
+    "natural_gradient": {
+        "arguments", "batches", "blocks", "encoding", "hints", "preconditioner", "tracker",
+    },
     "consolidation": {"curvature", "files", "vectors"},
     # As a user's code would: by public names.
     "compare": {"compare", *kfoc.__all__},

@@ -290,3 +290,93 @@ def test_a_state_of_other_classes_is_refused() -> None:
         bad = state | {"states": {"items": [["0", {"object": name, "fields": {}}]]}}
         with pytest.raises(ValueError, match="does not have"):
             kfoc.Tracker(model).load_state_dict(bad)
+
+
+def replace(model: nn.Module) -> None:
+    model[3] = nn.Linear(64, 6)
+
+
+def insert(model: nn.Module) -> None:
+    model.insert(4, nn.Linear(6, 6))
+
+
+def remove(model: nn.Module) -> None:
+    del model[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace, "layer '3' has changed"),
+        (insert, "layer '4' has changed"),
+        (remove, "layer '4' has changed"),
+        (lambda m: m[3].requires_grad_(False), "requires_grad of '3.weight' has changed"),
+        (lambda m: m[0].bias.requires_grad_(True), "requires_grad of '0.bias' has changed"),
+    ],
+)
+def test_a_model_that_changes_is_told_and_begun_anew(
+    change: Callable[[nn.Module], object], message: str
+) -> None:
+    model, stream = convolutional(), data()
+    model[0].bias.requires_grad_(False)
+    tracker, optimizer = kfoc.Tracker(model), kfoc.NaturalGradient(model)
+    tracker.state_dict()  # selects layers
+    tracker.update(*stream[0])
+    optimizer.observe(stream[0][0])
+    before = tracker.state_dict()
+    change(model)
+    for update in (tracker.update, optimizer.tracker.update):
+        with pytest.raises(ValueError, match=rf"{message} since the first batch.* call reset\(\)"):
+            update(*stream[1])
+    assert str(tracker.state_dict()) == str(before)
+    if change is remove:
+        return  # its layers do not fit each other any more
+    tracker.reset()
+    tracker.update(*stream[1])
+    expected = kfoc.Tracker(model)
+    expected.update(*stream[1])
+    assert_same(tracker.curvature(), expected.curvature(), rtol=0.0)
+    optimizer.tracker.reset()
+    model(stream[1][0]).square().mean().backward()
+    optimizer.steps = 13  # at which no batch is due, but the first
+    optimizer.observe(stream[1][0])
+    if change not in (replace, insert):  # whose parameters the optimizer was not given
+        optimizer.step()
+
+
+def test_layers_are_selected_anew_before_the_first_batch() -> None:
+    model, stream = convolutional(), data()
+    tracker = kfoc.Tracker(model)
+    tracker.state_dict()
+    replace(model)
+    tracker.update(*stream[0])
+    assert tracker.curvature()["3"].frobenius_norm() > 0
+
+
+def test_a_state_that_cannot_be_loaded_leaves_the_tracker_as_it_was() -> None:
+    model, stream = convolutional(), data()
+    tracker = kfoc.Tracker(model)
+    tracker.update(*stream[0])
+    before = str(tracker.state_dict())
+    state = tracker.state_dict()
+    forged = {"items": [["3", {"dtype": "load"}]]}
+    for entry, message in (
+        ({"states": forged}, "no state of kfoc"),
+        ({"states": 5}, "'states' must be dict"),
+        ({"states": {"items": 5}}, "no state of kfoc"),
+        ({"states": {"items": [["3", 5]]}}, "layer '3' must be a Online, found 5"),
+        ({"batches": "forged"}, "'batches' must be int"),
+        ({"skipped": {"3": 5}}, "'skipped' must be"),
+        ({"more": 5}, "'more', which is none of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tracker.load_state_dict(state | entry)
+        assert str(tracker.state_dict()) == before
+    with pytest.raises(ValueError, match="there is no 'weight'"):
+        tracker.load_state_dict({k: v for k, v in state.items() if k != "weight"})
+    optimizer = kfoc.NaturalGradient(model)
+    saved = optimizer.state_dict()
+    for key, value in (("steps", "forged"), ("preconditioner", 5), ("tracker", 5)):
+        wrong = saved | {"curvature": saved["curvature"] | {key: value}}
+        with pytest.raises(ValueError, match=rf"'{key}' must be"):
+            optimizer.load_state_dict(wrong)

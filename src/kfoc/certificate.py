@@ -7,6 +7,7 @@ import zlib
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from kfoc.blocks import Block
 from kfoc.plans import CHUNK
@@ -21,6 +22,10 @@ class Probes:
     For v ~ N(0, I), `E ||F v||^2 = ||F||^2` and `E ||(F - B) v||^2 = ||F - B||^2`, so the products
     estimate both norms without bias, whatever the approximation B, and F is never formed.
     """
+
+    vectors: Tensor
+    products: Tensor
+    unit: float
 
     def __init__(self, count: int, seed: int, layer: str, samples: LayerSamples) -> None:
         # Drawn on the CPU in float64, so that they are the same for every device and dtype.

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import io
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kfoc.attention import part_name
+from kfoc.batches import Mark
+from kfoc.buffers import put
+from kfoc.certificate import Probes
 from kfoc.encoding import decoded, encoded, written
 from kfoc.fingerprint import Trail, described, differences, of_model
+from kfoc.folder import claimed, read, write
+from kfoc.hints import check_all, check_states
+from kfoc.samples import LayerSamples
 from kfoc.selection import Selection
 
 FILE = "fit.checkpoint"
-MAGIC = b"kfoc checkpoint 1\n"
 _END = object()
-# What a fit's state is made of: attributes of the run, and what it has learnt of the model.
-_FIELDS = ("states", "settled", "probes", "shapes", "scales", "num_samples", "passes", "marks")
+# What a fit's state is made of: attributes of the run, and nothing else of it.
+_FIELDS = {
+    "states": "dict[str, object]",
+    "settled": "set[str]",
+    "probes": "dict[str, Probes]",
+    "shapes": "dict[str, LayerSamples]",
+    "scales": "dict[str, tuple[float, float]]",
+    "num_samples": "int",
+    "passes": "int",
+    "marks": "list[Mark]",
+}
+_SELECTION = {
+    "modules": "list[str]",
+    "twins": "list[str]",
+    "loose": "dict[str, list[str]]",
+    "skipped": "dict[str, str]",
+}
+# Of the file; what the run is made of, beside it, in plain terms.
+_CONTENT = {
+    "fingerprint": "dict[str, str]",
+    "run": "dict",
+    "selection": "dict",
+    "buffers": "dict[str, Tensor | None]",
+    "samples": "int",
+    "batches": "int",
+    "trail": "str",
+    "seconds": "float",
+    "done": "bool",
+}
+_SCOPE = {"Mark": Mark, "Probes": Probes, "LayerSamples": LayerSamples}
 
 
 @dataclass(frozen=True)
@@ -72,6 +105,7 @@ class Run(Protocol):
     predict: Any
     num_probes: int
     seed: int
+    verify: bool
     selection: Selection
     passes: int
 
@@ -89,8 +123,7 @@ class Keeper:
     ) -> None:
         """
         Raises:
-            ValueError: options that make no sense, a directory with a checkpoint that is not to be
-                resumed, or one of another fit, or damaged.
+            ValueError: options that make no sense.
         """
         self.batches = self.samples = 0
         self.spent = 0.0
@@ -105,19 +138,39 @@ class Keeper:
         own.check()
         self._settings = own
         self._fingerprint = fingerprint(run)
-        if own.path.exists():
-            if not resume:
-                raise ValueError(
-                    f"checkpoint: {str(own.path)!r} is there already: pass resume=True to go on "
-                    "from it (at once, if that fit has ended), or remove it"
-                )
-            self._saved = self._opened(own.path)
-        own.path.parent.mkdir(parents=True, exist_ok=True)
+        self._run, self._resume = run, resume
         self._since, self._last = time.monotonic(), 0
         self._start = time.monotonic()
 
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the directory and claim it, and read the checkpoint that is to be resumed.
+
+        Raises:
+            ValueError: another fit is using the directory, or it has a checkpoint that is not to
+                be resumed, or one of another fit, or damaged.
+        """
+        if self._settings is None:
+            yield
+            return
+        path = self._settings.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(path.parent):
+            if path.exists():
+                if not self._resume:
+                    raise ValueError(
+                        f"checkpoint: {str(path)!r} is there already: pass resume=True to go on "
+                        "from it (at once, if that fit has ended), or remove it"
+                    )
+                self._saved = self._opened(path)
+            yield
+
     def _opened(self, path: Path) -> dict[str, Any]:
         content = read(path)
+        try:
+            check_all(content, _CONTENT, _SCOPE)
+        except ValueError as error:
+            raise _forged(path, error) from error
         found = differences(content["fingerprint"], self._fingerprint)
         if found:
             shown = "; ".join(found[:4]) + ("; and more" if len(found) > 4 else "")
@@ -125,6 +178,10 @@ class Keeper:
                 f"checkpoint: {str(path)!r} is of another fit: {shown}. Fit as then, or remove it "
                 "to begin anew"
             )
+        try:
+            _check_inside(content, self._run)
+        except ValueError as error:
+            raise _forged(path, error) from error
         return content
 
     def restored(self, run: Run, data: Iterable[Any]) -> bool:
@@ -136,12 +193,10 @@ class Keeper:
         if self._saved is None:
             return False
         saved = self._saved
-        for name, value in decoded(saved["run"], None).items():
-            setattr(run, name, value)
+        for name in _FIELDS:
+            setattr(run, name, saved["run"][name])
         _restore_selection(run, saved["selection"])
-        with torch.no_grad():
-            for name, buffer in _training_buffers(run.model).items():
-                buffer.copy_(saved["buffers"][name])
+        _restore_buffers(run.model, saved["buffers"])
         if not saved["done"]:
             return False
         batches = iter(data)
@@ -216,7 +271,7 @@ class Keeper:
             "fingerprint": self._fingerprint,
             "run": encoded({name: getattr(run, name) for name in _FIELDS}, written),
             "selection": _selection_of(run),
-            "buffers": _training_buffers(run.model),
+            "buffers": _buffers(run.model),
             "samples": samples,
             "batches": batches,
             "trail": self._trail.digest,
@@ -239,19 +294,72 @@ def fingerprint(run: Run) -> dict[str, str]:
         "mc_samples": str(run.mc_samples),
         "probes": str(run.num_probes),
         "seed": str(run.seed),
+        "verify": str(run.verify),
         "predict": described(run.predict),
         "layers": ", ".join(map(repr, run.selection.blocks)),
         "layers asked for by name": ", ".join(map(repr, sorted(run.selection.named))),
     } | of_model(run.model)
 
 
-def _training_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What forward passes may change in a model, as spectral normalisation does in train mode."""
+def _forged(path: Path, error: ValueError) -> ValueError:
+    return ValueError(
+        f"checkpoint: {str(path)!r} does not hold what a fit saves: {error}. Remove it to begin "
+        "anew"
+    )
+
+
+def _check_inside(content: dict[str, Any], run: Run) -> None:
+    """Rebuild the run's state in `content`.
+
+    Raises:
+        ValueError: it is not of this form, or names what the model does not have.
+    """
+    content["run"] = decoded(content["run"], None)
+    check_all(content["run"], _FIELDS, _SCOPE)
+    check_all(content["selection"], _SELECTION)
+    counts = [content[name] for name in ("samples", "batches", "seconds")]
+    if min(*counts, content["run"]["num_samples"], content["run"]["passes"]) < 0:
+        raise ValueError("there is a negative number of samples, batches, passes or seconds")
+    selection, names = content["selection"], content["run"]
+    parameters = dict(run.model.named_parameters(remove_duplicate=False))
+    loose = [name for each in selection["loose"].values() for name in each]
+    layers = {*names["states"], *names["settled"], *names["probes"], *names["shapes"]}
+    modules = dict(run.model.named_modules(remove_duplicate=False))
+    for kind, given, known in (
+        (
+            "layer",
+            {*selection["modules"]},
+            run.selection.modules.keys() | run.selection.watched.keys(),
+        ),
+        ("layer", layers, {*selection["modules"], *selection["loose"]}),
+        ("parameter", loose, parameters),
+        ("module with a buffer", [n.rpartition(".")[0] for n in content["buffers"]], modules),
+    ):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"there is a {kind} {unknown[0]!r}, which this fit does not have")
+    check_states(names["states"], names["shapes"], run.estimator.init)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """What forward passes may write to, replace or add."""
     return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if model.get_submodule(name.rpartition(".")[0]).training
+        part_name(prefix, name): None if buffer is None else written(buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
     }
+
+
+def _restore_buffers(model: nn.Module, saved: dict[str, Tensor | None]) -> None:
+    """As in the fit that saved them; afterwards `buffers_kept` puts those of the user back."""
+    for full, value in saved.items():
+        prefix, _, name = full.rpartition(".")
+        held = model.get_submodule(prefix)._buffers
+        buffer = held.get(name)
+        if buffer is None or value is None or buffer.shape != value.shape:
+            held[name] = value
+        else:
+            put(value, buffer)
 
 
 def _selection_of(run: Run) -> dict[str, Any]:
@@ -283,62 +391,3 @@ def _restore_selection(run: Run, saved: dict[str, Any]) -> None:
     selection.loose.update(loose)
     selection.skipped.clear()
     selection.skipped.update(saved["skipped"])
-
-
-class _Hashed:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, piece: Any) -> int:
-        self.digest.update(piece)
-        return self.file.write(piece)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Put a file in the place of the one that is there, which stays until the new one is complete.
-
-    A line that says what it is, the SHA-256 of the rest, and the rest: by `torch.save`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(MAGIC + bytes(32))
-            hashed = _Hashed(file)
-            torch.save(content, hashed)  # type: ignore[arg-type]
-            file.seek(len(MAGIC))
-            file.write(hashed.digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of a file that `write` wrote; tensors are where they were.
-
-    Raises:
-        ValueError: a file that is damaged, or no checkpoint.
-    """
-    with open(path, "rb") as file:
-        start = file.read(len(MAGIC))
-        digest, payload = file.read(32), file.read()
-    if start != MAGIC:
-        raise ValueError(f"checkpoint: {str(path)!r} is none of kfoc's: remove it to begin anew")
-    if hashlib.sha256(payload).digest() != digest:
-        raise ValueError(f"checkpoint: {str(path)!r} is damaged: remove it to begin anew")
-    # Nothing in it is unpickled but plain containers, numbers and tensors.
-    content: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
-    return content

@@ -7,7 +7,7 @@ is called and nothing unpickled.
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.hints import check, declared
+
 _PACKAGE = __name__.split(".")[0]
+_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+_CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -66,27 +74,38 @@ def decoded(value: Any, device: torch.device | str | None) -> Any:
     Raises:
         ValueError: not of this form, or of another version of the package.
     """
+    try:
+        return _decoded(value, device)
+    except (TypeError, RecursionError) as error:  # as of a list for a key
+        raise ValueError(f"this is no state of {_PACKAGE}: {error}") from error
+
+
+def _decoded(value: Any, device: torch.device | str | None) -> Any:
     if isinstance(value, Tensor):
         return value if device is None else value.detach().clone().to(device)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, list):
-        return [decoded(item, device) for item in value]
-    if isinstance(value, dict):
-        if value.keys() == {"dtype"}:
-            return getattr(torch, value["dtype"])
-        if value.keys() == {"tuple"}:
-            return tuple(decoded(item, device) for item in value["tuple"])
-        if value.keys() == {"set"}:
-            return {decoded(item, device) for item in value["set"]}
-        if value.keys() == {"frozenset"}:
-            return frozenset(decoded(item, device) for item in value["frozenset"])
-        if value.keys() == {"items"}:
-            return {decoded(k, device): decoded(item, device) for k, item in value["items"]}
-        if value.keys() == {"object", "fields"}:
-            parts = {key: decoded(item, device) for key, item in value["fields"].items()}
+        return [_decoded(item, device) for item in value]
+    if isinstance(value, dict) and len(value) == 1:
+        ((form, inside),) = value.items()
+        if form == "dtype" and inside in _DTYPES:
+            return _DTYPES[inside]
+        if form in _CONTAINERS and isinstance(inside, list):
+            return _CONTAINERS[form](_decoded(item, device) for item in inside)
+        if form == "items" and isinstance(inside, list) and all(map(_is_pair, inside)):
+            return {_decoded(k, device): _decoded(item, device) for k, item in inside}
+    if isinstance(value, dict) and value.keys() == {"object", "fields"}:
+        fields_ = value["fields"]
+        if isinstance(value["object"], str) and isinstance(fields_, dict):
+            parts = {key: _decoded(item, device) for key, item in fields_.items()}
             return _rebuilt(_class(value["object"]), parts)
-    raise ValueError(f"this is no state of {_PACKAGE}: found a {type(value).__name__} in it")
+    found = repr(value)[:60] if isinstance(value, dict) else f"a {type(value).__name__}"
+    raise ValueError(f"this is no state of {_PACKAGE}: found {found} in it")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
 
 
 def held(value: Any) -> dict[str, Any]:
@@ -100,13 +119,10 @@ def held(value: Any) -> dict[str, Any]:
 
 def _class(name: str) -> type:
     module, _, qualified = name.partition(":")
-    found: Any = None
-    if module.split(".")[0] == _PACKAGE:
-        try:
-            found = getattr(importlib.import_module(module), qualified, None)
-        except ImportError:
-            found = None
-    if not isinstance(found, type) or found.__module__ != module:
+    # Nothing is imported for a name in a file: what makes states is there already.
+    found = getattr(sys.modules.get(module), qualified, None)
+    inside = module.split(".")[0] == _PACKAGE
+    if not inside or not isinstance(found, type) or found.__module__ != module:
         raise ValueError(
             f"the state holds a {name!r}, which this version of {_PACKAGE} does not have: load it "
             "with the version that saved it"
@@ -115,6 +131,16 @@ def _class(name: str) -> type:
 
 
 def _rebuilt(kind: type, parts: dict[str, Any]) -> Any:
+    hints = declared(kind)
+    whole = is_dataclass(kind) or issubclass(kind, tuple)
+    # Of other classes, what has a value without being set (or is made when needed) may be missing.
+    missing = [name for name in hints if name not in parts and (whole or not hasattr(kind, name))]
+    try:
+        if missing or not hints:
+            raise ValueError(f"there is no {missing[0]!r}" if missing else "it holds nothing")
+        check(parts, hints)
+    except ValueError as error:
+        raise ValueError(f"the state holds a {kind.__qualname__} in which {error}") from None
     if issubclass(kind, tuple):
         return kind(**parts)
     value = object.__new__(kind)

@@ -30,6 +30,7 @@ from kfoc.batches import (
     unpacked,
 )
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
+from kfoc.buffers import buffers_kept
 from kfoc.capture import (
     Tagged,
     captured,
@@ -45,7 +46,7 @@ from kfoc.coverage import parameter_counts
 from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.estimators import KFOC, Estimator
-from kfoc.forward import buffers_kept, first_samples
+from kfoc.forward import first_samples
 from kfoc.graph import Graph
 from kfoc.layers import Unsupported, own_parameters
 from kfoc.likelihoods import Likelihood, check_fisher, resolved
@@ -223,7 +224,7 @@ def _fitted(
     if not (ranks and sharded(model)):  # whose ranks run every batch together
         data = present(data)
     unsettled = run.unsettled
-    with sweeps or nullcontext():
+    with sweeps or keeper.open():
         while True:
             curvature = run.through(data, report, keeper)
             if sweeps is None or sweeps.over(run.passes, run.marks):
@@ -322,8 +323,6 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     Args:
         modules: all of the model's.
     """
-    buffers = [b for m in modules if m.training for b in m.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
     gpus = set()
     if torch.cuda.is_initialized():  # or no parameter can be there
         held = [p for module in modules for p in own_parameters(module).values()]
@@ -334,14 +333,9 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
         torch.inference_mode(False) if inference else nullcontext(),
         torch.enable_grad(),
         uncompiled(),
+        buffers_kept(modules),
     ):
-        try:
-            yield
-        finally:
-            if buffers:
-                with torch.no_grad():
-                    for buffer, value in zip(buffers, before, strict=True):
-                        buffer.copy_(value)
+        yield
 
 
 # A layer's calls and derivatives that wait for a check.
@@ -515,7 +509,7 @@ class _Run:
                 self.proof = Proof()
                 if self.verify:
                     few = None if self.is_sharded else FEW
-                    with buffers_kept(self.model):
+                    with buffers_kept(self.model.modules()):
                         self._prove(inputs, record, number, few)
                 self.selection.settle()
             outputs = self._forward(inputs, record, number)
@@ -666,7 +660,7 @@ class _Run:
                 self._refuse(name, "it is called in another way than when it was checked")
             return
         before = set(self.selection.loose)
-        with buffers_kept(self.model):
+        with buffers_kept(self.model.modules()):
             findings = self._prove(work.inputs, record, work.number, None, late)
         for name, (calls, grads) in late.items():
             if name not in findings.rules:
@@ -678,7 +672,7 @@ class _Run:
             self._take(name, calls, grads, rules, None, count, work)
         fresh = self.selection.loose.keys() - before
         if fresh:  # what is no layer after all has no derivatives yet
-            with buffers_kept(self.model):
+            with buffers_kept(self.model.modules()):
                 outputs = self._forward(work.inputs, record, work.number)
                 record.calls.clear()
                 record.loose = {name: self.selection.loose[name] for name in fresh}
@@ -715,7 +709,7 @@ class _Run:
         parameters = {key: p for each in wanted.values() for key, p in each.items()}
         record.paused = True
         try:
-            with buffers_kept(self.model):
+            with buffers_kept(self.model.modules()):
                 found, off = self.uncovered.samples(batch, parameters, named)
         finally:
             record.paused = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from kfoc.arguments import check_model
 from kfoc.batches import Predict, called, mapped, moved, present, unpacked
+from kfoc.buffers import buffers_kept
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Forward:
 
     def outputs(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
         """(N, ...), with `parameters` in place of the model's own of the same names."""
+        with self.kept():
+            return self.transformed(inputs, parameters)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """The model's buffers are then what they were before."""
+        return buffers_kept(self.model.modules())
+
+    def transformed(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+        """As `outputs`, for transforms of `torch.func` inside of `kept`, which they cannot do."""
         swapped = {f"model.{name}": value for name, value in parameters.items()}
         outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
         outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
@@ -126,26 +136,6 @@ class _Called(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         return (self.predict or called)(self.model, inputs)
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What forward passes change in a model's buffers, in place or by others, is undone."""
-    held = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, version, value in held:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
 
 
 def sliced(value: Any, part: slice | int) -> Any:

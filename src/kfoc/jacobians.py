@@ -40,7 +40,8 @@ def jacobians(forward: Forward, parameters: Parameters, inputs: Any) -> dict[str
         rows = [_gradient(output, leaves) for output in found]
         return {name: torch.stack([row[name] for row in rows]) for name in leaves}
 
-    return _either(vectorised, one, parameters, count_samples(inputs))
+    with forward.kept():
+        return _either(vectorised, one, parameters, count_samples(inputs))
 
 
 def gradients(
@@ -65,7 +66,8 @@ def gradients(
         sample = sliced(inputs, number)
         return _gradient(inner(leaves, sample, cotangents[number]), leaves)
 
-    return _either(vectorised, one, parameters, count_samples(inputs))
+    with forward.kept():
+        return _either(vectorised, one, parameters, count_samples(inputs))
 
 
 def chunks(count: int, numbers: int, size: int | None) -> Iterator[slice]:
@@ -80,7 +82,7 @@ def chunks(count: int, numbers: int, size: int | None) -> Iterator[slice]:
 
 
 def _of_one(forward: Forward, parameters: Parameters, sample: Any) -> Tensor:
-    outputs = forward.outputs(mapped(sample, lambda t: t[None]), parameters)
+    outputs = forward.transformed(mapped(sample, lambda t: t[None]), parameters)
     if not outputs.ndim or len(outputs) != 1:
         raise ValueError(
             f"one sample gave outputs of the shape {tuple(outputs.shape)}: the first dimension "

@@ -41,7 +41,7 @@ class Draws:
             numbers = _bits(counted, np.arange(places, dtype=np.uint64), key).astype(np.float64)
             numbers += 0.5
             numbers /= 2**53
-            return torch.from_numpy(numbers)
+            return torch.tensor(numbers)  # in memory of torch's: NumPy's lies anywhere
         indices = torch.arange(first, last, device=device)
         bits = _bits(indices, torch.arange(places, device=device), key)
         return bits.double().add_(0.5).div_(2**53)

@@ -13,12 +13,20 @@ from kfoc.arguments import check_model, whole
 from kfoc.batches import mapped
 from kfoc.blocks import METHODS, Damping
 from kfoc.encoding import decoded, encoded
+from kfoc.hints import check_all
 from kfoc.preconditioner import Preconditioner
 from kfoc.tracker import Tracker
 
 OTHERS = ("adamw", "sgd")
 Schedule = Callable[[int], float]
-_KEY = "curvature"  # of a state_dict
+_KEY = "curvature"  # of a state_dict, and what lies there
+_STATE = {
+    "steps": "int",
+    "observed": "int",
+    "inverted": "int",
+    "tracker": "dict",
+    "preconditioner": "dict | None",
+}
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -118,12 +126,16 @@ class NaturalGradient(torch.optim.Optimizer):
             inputs: what the model (or `predict`) is called with.
             targets: for `fisher="empirical"` alone.
         """
-        if not _due(self.steps, self.update_every) or self._observed == self.steps:
+        begun = self.tracker.num_batches > 0
+        due = _due(self.steps, self.update_every) and self._observed != self.steps
+        if begun and not due:
             return
         if self.samples is not None:
             inputs, targets = _first(inputs, self.samples), _first(targets, self.samples)
         self.tracker.update(inputs, targets)
         self._observed = self.steps
+        if not begun:
+            self._preconditioner = None  # there is one where the tracker has been reset
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -177,10 +189,14 @@ class NaturalGradient(torch.optim.Optimizer):
                 "kfoc.NaturalGradient"
             )
         own = state_dict[_KEY]
+        check_all(own, _STATE)
+        device = next(self.model.parameters()).device
+        preconditioner = decoded(own["preconditioner"], device)
+        if not isinstance(preconditioner, Preconditioner | None):
+            raise ValueError("'preconditioner' must be one, or None")
         self.tracker.load_state_dict(own["tracker"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != _KEY})
-        device = next(self.model.parameters()).device
-        self._preconditioner = decoded(own["preconditioner"], device)
+        self._preconditioner = preconditioner
         self.steps, self._observed = own["steps"], own["observed"]
         self._inverted = own["inverted"]
 

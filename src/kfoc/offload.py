@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -60,16 +60,26 @@ class Files:
             file = self.directory / f"{number:05d}-{len(entries):03d}.bin"
             dtype = str(tensor.dtype).removeprefix("torch.")
             entries.append({"file": file.name, "shape": list(tensor.shape), "dtype": dtype})
-            self.written.append(file)
             return self._mapped(tensor, file)
 
         return block.mapped(moved)
 
-    @staticmethod
-    def _mapped(tensor: Tensor, file: Path) -> Tensor:
+    def _new(self, file: Path, mode: str) -> IO[Any]:
+        """A file of this fit's own: those of another are neither written over nor removed."""
+        try:
+            opened = open(file, mode)  # noqa: SIM115  (the caller's)
+        except FileExistsError:
+            raise ValueError(
+                f"storage={str(self.directory)!r} has got a {file.name!r} from elsewhere (from "
+                "another fit?): name a directory that is this fit's alone"
+            ) from None
+        self.written.append(file)
+        return opened
+
+    def _mapped(self, tensor: Tensor, file: Path) -> Tensor:
         whole = tensor.detach().cpu().contiguous()
         # Not through a mapping, whose pages would count as the process's own.
-        with open(file, "xb") as opened:
+        with self._new(file, "xb") as opened:
             whole.numpy().tofile(opened)
         if not whole.numel():  # nothing to map
             return whole
@@ -78,9 +88,7 @@ class Files:
 
     def close(self) -> None:
         """Write the index: layer -> file, shape and dtype of each tensor of its block."""
-        path = self.directory / INDEX
-        self.written.append(path)
-        with open(path, "x") as file:
+        with self._new(self.directory / INDEX, "x") as file:
             json.dump({"version": 1, "layers": self.index}, file, indent=1)
 
     def remove(self) -> None:

@@ -72,24 +72,26 @@ class Pending:
             tensor, grads = samples.inputs.tensor, samples.grads
             self._memory = (
                 tensor.new_empty(capacity, *tensor.shape[1:]),
-                grads.new_empty(1, capacity, *grads.shape[2:]),
+                grads.new_empty(capacity, *grads.shape[2:]),
             )
         inputs, grads = self._memory
         start, stop = self._used, self._used + count
         shapes = samples.inputs.tensor.shape[1:], samples.grads.shape[2:]
-        alike = self.joins(samples) and shapes == (inputs.shape[1:], grads.shape[2:])
+        alike = self.joins(samples) and shapes == (inputs.shape[1:], grads.shape[1:])
         if stop > len(inputs) or not alike:
             return None
         self._used = stop
         tensor = inputs[start:stop].copy_(samples.inputs.tensor)
-        kept = grads[:, start:stop].copy_(samples.grads)
-        return Samples(samples.inputs.with_tensor(tensor), kept)
+        kept = grads[start:stop].copy_(samples.grads[0])
+        return Samples(samples.inputs.with_tensor(tensor), kept[None])
 
     def _joined(self) -> list[Samples]:
         """As few batches as there are kinds: those of other lengths of sequences do not join."""
         if self.parts and self._memory is not None and self._used == self.num_samples:
-            inputs, grads = self._memory[0][: self._used], self._memory[1][:, : self._used]
-            return [Samples(self.parts[0].inputs.with_tensor(inputs), grads)]
+            inputs, grads = (memory[: self._used] for memory in self._memory)
+            # Strides as of a copy, also those of a dimension of one, which decide between mm and
+            # bmm: a fit that goes on from its saved state takes in copies, to the same bits.
+            return [Samples(self.parts[0].inputs.with_tensor(inputs), grads[None])]
         return joined(self.parts)
 
 

@@ -16,7 +16,22 @@ from kfoc.curvature import Curvature
 from kfoc.encoding import decoded, encoded
 from kfoc.estimators import KFOC, Estimator
 from kfoc.fit import Predict, check_independent, streaming
+from kfoc.hints import check_all, check_states
+from kfoc.layers import own_parameters
 from kfoc.likelihoods import Likelihood
+from kfoc.samples import LayerSamples
+
+# What a state is made of.
+_STATE = {
+    "settings": "str",
+    "num_samples": "int",
+    "batches": "int",
+    "weight": "float",
+    "states": "dict",
+    "shapes": "dict",
+    "loose": "list[str]",
+    "skipped": "dict[str, str]",
+}
 
 
 class Tracker:
@@ -63,6 +78,7 @@ class Tracker:
         self.predict = predict
         self.seed = seed
         self._run: Any = None
+        self._trained: dict[str, bool] = {}  # by parameter, when the layers were selected
         self._failure = ""
 
     @property
@@ -76,11 +92,13 @@ class Tracker:
         A batch without samples changes nothing, and does not count.
 
         Raises:
-            ValueError: as `fit` does. Where the model's outputs are at fault, nothing has changed;
-                where a layer is, others may have taken the batch in by then, and the tracker can
-                be used no more until a state is loaded into it.
+            ValueError: as `fit` does, and where layers have been replaced, frozen or unfrozen since
+                the first batch: see `reset`. Where the model's outputs are at fault, nothing has
+                changed; where a layer is, others may have taken the batch in by then, and the
+                tracker can be used no more until it is reset or a state is loaded into it.
         """
         self._check_usable()
+        self._check_unchanged()
         run = self._begun()
         if empty((inputs, targets)):
             return
@@ -93,6 +111,11 @@ class Tracker:
                 if run.updates != before:
                     self._failure = str(error) or type(error).__name__
                 raise
+
+    def reset(self) -> None:
+        """Forget all batches, and select the model's layers anew with the next one."""
+        self._run = None
+        self._failure = ""
 
     def curvature(self) -> Curvature:
         """The curvature of what has been seen so far; updates may go on afterwards.
@@ -126,17 +149,29 @@ class Tracker:
         Raises:
             ValueError: a state of other settings, of another model, or of another version.
         """
+        check_all(state, _STATE)
         if state["settings"] != self._settings():
             raise ValueError(
                 f"the state is one of {state['settings']}, and this tracker has {self._settings()}"
             )
-        self._run = None
+        before, self._run = self._run, None
+        try:
+            self._load(state)
+        except BaseException:
+            self._run = before
+            raise
+        self._failure = ""
+
+    def _load(self, state: dict[str, Any]) -> None:
         run = self._begun()
         device = next(self.model.parameters()).device
-        names = [name for name, _ in state["states"]["items"]]
-        run.selection.promote(run.selection.watched.keys() & set(names))
+        states, shapes = decoded(state["states"], device), decoded(state["shapes"], device)
+        hints = {"states": "dict[str, object]", "shapes": "dict[str, LayerSamples]"}
+        check_all({"states": states, "shapes": shapes}, hints, {"LayerSamples": LayerSamples})
+        check_states(states, shapes, run.estimator.init)
+        run.selection.promote(run.selection.watched.keys() & states.keys())
         run.selection.unwatch()
-        unknown = [name for name in names if name not in run.selection.blocks]
+        unknown = [name for name in {**states, **shapes} if name not in run.selection.blocks]
         if unknown:
             raise ValueError(f"the state has layers that the model does not have: {unknown}")
         # What earlier batches showed of the model.
@@ -148,9 +183,7 @@ class Tracker:
                 run.selection.skip(name, reason)
         run.num_samples, run.batches = state["num_samples"], state["batches"]
         run.weight = state["weight"]
-        run.states = decoded(state["states"], device)
-        run.shapes = decoded(state["shapes"], device)
-        self._failure = ""
+        run.states, run.shapes = states, shapes
 
     def _settings(self) -> str:
         return (
@@ -188,7 +221,31 @@ class Tracker:
                 self.seed,
                 decay,
             )
+            self._trained = _trained(self.model)
         return self._run
+
+    def _check_unchanged(self) -> None:
+        """A layer that is another, or trained or frozen by now, has not seen the same batches."""
+        if self._run is None:
+            return
+        held = {k: m for k, m in self.model.named_modules() if own_parameters(m)}
+        known, trained = self._run.selection.candidates, _trained(self.model)
+        changed = [f"layer {k!r}" for k in [*held, *known] if held.get(k) is not known.get(k)]
+        changed += [
+            f"requires_grad of {name!r}"
+            for name in trained
+            if trained[name] != self._trained.get(name, trained[name])
+        ]
+        if not changed:
+            return
+        if not self.num_batches:
+            self.reset()
+            return
+        raise ValueError(
+            f"{changed[0]} has changed since the first batch, so that its curvature would be of "
+            "other batches than the rest: call reset() (optimizer.tracker.reset() of a "
+            "NaturalGradient) to begin anew, or leave the model's layers as they are"
+        )
 
     def _check_usable(self) -> None:
         if self._failure:
@@ -196,6 +253,10 @@ class Tracker:
                 "an update failed half-way, so that layers may have seen different data "
                 f"({self._failure}): load an earlier state_dict, or begin with a new Tracker"
             )
+
+
+def _trained(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 @contextmanager

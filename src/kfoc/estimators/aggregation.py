@@ -70,6 +70,14 @@ class Term:
 class Aggregation(ABC):
     """The state of one layer: how batches add up to an estimate."""
 
+    # All that a state holds, and may hold where it is read from a file; so in the classes below.
+    config: KFOC
+    report: Report
+    like: Tensor
+    shape: tuple[int, int]
+    right_shape: tuple[int, ...]
+    found: tuple[Tensor, Tensor] | None
+
     def __init__(self, config: KFOC, samples: Samples) -> None:
         self.config = config
         self.report = Report()
@@ -77,7 +85,7 @@ class Aggregation(ABC):
         self.like = samples.grads.new_empty(0)
         self.shape = samples.shape
         self.right_shape = samples.right_shape
-        self.found: tuple[Tensor, Tensor] | None = None  # the result, where it is known at once
+        self.found = None  # the result, where it is known at once
 
     # Formed when first needed: a single batch that is solved at once does without sums.
     @cached_property
@@ -168,7 +176,7 @@ class Approx(Aggregation):
     would make every average exact, where the paper reports an error of 0.29 for batches of one.
     """
 
-    unit = 0.0  # the scale of `left`, which may leave the range of its dtype
+    unit: float = 0.0  # the scale of `left`, which may leave the range of its dtype
 
     def add(self, samples: Samples, alone: bool) -> None:
         if alone:
@@ -208,6 +216,9 @@ class Running(Aggregation):
     Both are means over samples, weighted by their counts. The estimate is kept as factors of unit
     norm and their sigma; the batch's factors are added to it without being formed.
     """
+
+    count: float
+    sigma: float
 
     def __init__(self, config: KFOC, samples: Samples) -> None:
         super().__init__(config, samples)

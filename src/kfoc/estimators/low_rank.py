@@ -152,6 +152,18 @@ def numbers_held(config: Config, samples: Samples) -> int:
 class LowRank:
     """The state of one layer."""
 
+    # All that a state holds, and may hold where it is read from a file.
+    config: Config
+    shape: tuple[int, int]
+    report: Report
+    like: Tensor
+    unit: float
+    pending: Pending
+    fisher: Tensor | None
+    found: Singular | None
+    fixed: list[Fixed]
+    norms: list[float]
+
     def __init__(self, config: Config, samples: Samples) -> None:
         self.config = config
         self.shape = o, i = samples.shape
@@ -159,12 +171,12 @@ class LowRank:
         self.like = samples.grads.new_zeros(())
         self.unit = 0.0  # the scale of all sums, see `Samples.rescaled`
         self.pending = Pending(config.buffer)
-        self.fisher: Tensor | None = None
+        self.fisher = None
         if (o * i) ** 2 <= config.buffer:
             self.fisher = samples.grads.new_zeros(o * i, o * i)
-        self.found: Singular | None = None  # of the sums, in `unit`
-        self.fixed: list[Fixed] = []
-        self.norms: list[float] = []
+        self.found = None  # of the sums, in `unit`
+        self.fixed = []
+        self.norms = []
 
     @property
     def count(self) -> int:

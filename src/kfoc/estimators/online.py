@@ -51,6 +51,19 @@ class Online(Aggregation):
     that of either sum alone is so to first order.
     """
 
+    core: float
+    norms: tuple[float, float]
+    weight: float
+    unit: float
+    buffer: int
+    pending: Pending
+    single: KroneckerFit | None
+    waits: bool
+    taken: int
+    until: int
+    _latest: int
+    fisher: Tensor | None
+
     def __init__(self, config: KFOC, samples: Samples) -> None:
         super().__init__(config, samples)
         self.core = 0.0
@@ -59,11 +72,11 @@ class Online(Aggregation):
         self.unit = 0.0  # the scale of all sums: they would overflow at extreme gradients
         self.buffer = 0 if config.decay else config.buffer
         self.pending = Pending(self.buffer)
-        self.single: KroneckerFit | None = None
+        self.single = None
         self.waits = False  # with what is pending, until all ranks begin together (`over_ranks`)
         self.taken, self.until = 0, 0  # buffers since sums were exchanged, and when to do it again
         self._latest = 0  # numbers of the last batch
-        self.fisher: Tensor | None = None  # of layers small enough: F itself
+        self.fisher = None  # of layers small enough: F itself
         if not samples.diagonal and sums_densely(Size.of(samples), config.buffer):
             o, i = samples.shape
             self.fisher = samples.grads.new_zeros(o * i, o * i)
@@ -229,10 +242,13 @@ def _started(contraction: Contraction) -> tuple[Tensor, Tensor]:
 class Exact(Online):
     """The power iteration over the whole data set, one half step per pass, after an online pass."""
 
+    side: Side | None
+    sigmas: list[float]
+
     def __init__(self, config: KFOC, samples: Samples) -> None:
         super().__init__(config, samples)
-        self.side: Side | None = None  # of the factor that is held fixed in this pass
-        self.sigmas: list[float] = []
+        self.side = None  # of the factor that is held fixed in this pass
+        self.sigmas = []
 
     def absorb(self, samples: Samples) -> None:
         if self.side is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from kfoc.buffers import buffers_kept
 from kfoc.curvature import Curvature
 from kfoc.estimators import KFAC, Estimator
 from kfoc.fit import fit
@@ -99,7 +100,7 @@ class KFOCBackend(CurvatureInterface):
                 f"kron takes no further options, found {', '.join(kwargs)}: give them as "
                 "backend_kwargs"
             )
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(self.model.modules()):
             loss = self.factor * self.lossfunc(self.model(x), y)
         if self.curvature is None:
             return loss, self._of_batch(x, y)
