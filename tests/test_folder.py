@@ -28,6 +28,10 @@ def test_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "run" / name).symlink_to(precious)
     monkeypatch.setattr("uuid.UUID.hex", "0")  # the very name that will be taken
     kfoc.fit(model, batches(x, y, 4), checkpoint=tmp_path / "run")
+    # And where the directory was not swept before.
+    (tmp_path / "fit.checkpoint.0.kfoc-tmp").symlink_to(precious)
+    with pytest.raises(FileExistsError):
+        checkpoints.write(tmp_path / "fit.checkpoint", {})
     monkeypatch.undo()
     (tmp_path / "link").symlink_to(precious)
     checkpoints.write(tmp_path / "link", {})  # takes the link's place
