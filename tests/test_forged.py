@@ -86,7 +86,7 @@ def test_values_of_another_type_are_named(
     [
         (("run", "items", 0, 0), "finished", "no 'states', found 'finished'"),
         (("run", "items", 0, 0), "estimator", "no 'states', found 'estimator'"),
-        (("run", "items", 4, 1), -1, "negative number"),
+        (("run", "items", 5, 1), -1, "negative number"),
         (("run", "items", 0, 1, "items", 0, 0), "other", "a layer 'other', which this fit does"),
         (("selection", "modules"), ["other"], "a layer 'other', which this fit does not have"),
         (("selection", "loose"), {"3": ["other"]}, "a parameter 'other', which"),
