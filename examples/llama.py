@@ -1,4 +1,4 @@
-"""Llama (transformers): no biases, and a normalisation layer that kfoc is told about here."""
+"""Llama (transformers): no biases, rotary positions, root-mean-square normalisation."""
 
 from __future__ import annotations
 
@@ -8,26 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import kfoc
 from common import Example, Row, report, run, tokens, train
 
 IGNORED = -100
-
-
-@kfoc.register(LlamaRMSNorm)
-def rms_norm(module: LlamaRMSNorm) -> kfoc.Treatment:
-    """y = weight * x / rms(x): the gradient by the weight is a sum over positions of g * y / w."""
-
-    def direct(value: Tensor, grad: Tensor) -> Tensor:
-        scale = (value.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
-        return (grad * value * scale).flatten(1, -2).sum(1)[..., None]  # (N, features, 1)
-
-    def unused(values: Tensor) -> Any:
-        raise NotImplementedError("per-sample gradients come from `direct`")
-
-    return kfoc.Treatment(unused, unused, ("weight",), layout="stacked", direct=direct)
 
 
 def predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,19 @@ import sys
 
 from common import Row, run
 
-EXAMPLES = ("gpt2", "bert", "vit", "resnet", "llama", "unet", "mobilenet", "autoencoder")
+EXAMPLES = (
+    "gpt2",
+    "bert",
+    "vit",
+    "swin",
+    "resnet",
+    "llama",
+    "moe",
+    "unet",
+    "mobilenet",
+    "video",
+    "autoencoder",
+)
 HEADER = (
     "model",
     "parameters",
@@ -50,11 +62,12 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main(small: bool = False) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for name in EXAMPLES:
         print(name, file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
-            rows.append(importlib.import_module(name).main(small))
+            found = importlib.import_module(name).main(small)
+            rows += found if isinstance(found, list) else [found]
     print(markdown(rows))
     return rows
 

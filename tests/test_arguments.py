@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import kfoc
 import oracle
+from models import FEW_PASSES
 
 Call = Callable[[Any], Any]
 
@@ -108,6 +109,7 @@ COUNTS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
+@FEW_PASSES
 def test_counts(name: str) -> None:
     call = COUNTS[name]
     bad = [1.5, True, "2", [2]] + (
@@ -223,6 +225,7 @@ def test_empty_batches_are_passed_over(estimator: kfoc.Estimator, tmp_path: Any)
         kfoc.fit(model, [EMPTY], estimator=estimator)
 
 
+@pytest.mark.filterwarnings("ignore:the best prior precision is the")
 def test_empty_batches_elsewhere() -> None:
     model, batch = linear(), data()
     tracker, plain = kfoc.Tracker(model), kfoc.Tracker(model)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kfoc
+import kfoc.tracker as tracker_module
 from models import batches, convolutional, images
 from test_checkpoint import ESTIMATORS, MODELS, StopError
 
@@ -135,6 +136,7 @@ def test_a_resumed_fit(
     model, data, options = MODELS[model_name]()
     data = data[:3]
     options["estimator"] = ESTIMATORS[name](model)
+    options["verify"] = False  # which goes before the first batch that is taken in, whichever
     expected = logged(model, lambda: kfoc.fit(model, data, **options))
     for number in (2, 5)[: min(2, options["estimator"].pass_limit)]:
         directory = tmp_path / str(number)
@@ -145,6 +147,19 @@ def test_a_resumed_fit(
         found = logged(model, lambda: kfoc.fit(model, data, resume=True, **options))
         del options["checkpoint"]
         assert found.since(len(found.calls)) == expected.since(len(found.calls))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check goes before the first batch of a tracker, and comes again when it is loaded."""
+    begin = tracker_module.streaming
+
+    def streaming(*arguments: Any) -> Any:
+        run = begin(*arguments)
+        run.verify = False
+        return run
+
+    monkeypatch.setattr(tracker_module, "streaming", streaming)
 
 
 def through_a_file(state: dict) -> dict:
@@ -162,6 +177,7 @@ DECAYING = ["online", "running", "approx", "kfac", "diagonal", "block diagonal"]
     [(name, 0.9) for name in DECAYING]
     + [(name, 1.0) for name in (*DECAYING, "small buffer", "streamed", "rank 2", "per parameter")],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_loaded_tracker(name: str, decay: float) -> None:
     model, data, options = MODELS["mixed"]()
     options.pop("probes")
@@ -180,6 +196,7 @@ def test_a_loaded_tracker(name: str, decay: float) -> None:
     assert logs[1].operations == logs[0].operations
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_loaded_optimizer() -> None:
     model, (x, y) = convolutional(), images(20)
     data = batches(x, y, 5)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import kfoc
 from kfoc.samples import Rows, Samples
+from models import FEW_PASSES
 
 EXTREMES = (1e-30, 1e-25, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30)
 
@@ -103,6 +104,7 @@ def check(found: kfoc.Curvature, expected: kfoc.Curvature, a: float, g: float) -
         assert block.relative_error == pytest.approx(expected[name].relative_error, abs=5e-3)
 
 
+@FEW_PASSES
 @pytest.mark.parametrize("estimator", ROOTS, ids=repr)
 def test_kronecker_products_are_right_at_every_scale(estimator: kfoc.KFOC) -> None:
     expected = fitted(estimator, FACTORED, 1.0, 1.0, torch.float64)

@@ -38,7 +38,8 @@ from kfoc.ownership import (
     rows_shape,
 )
 from kfoc.record import Call, Record, accumulable, coarsest, problem, tolerance
-from kfoc.samples import Grouped, LayerSamples, Samples
+from kfoc.samples import Grouped, LayerSamples, Samples, magnitude
+from kfoc.scales import power_of_two
 from kfoc.selection import Selection
 from kfoc.tokens import OneHot
 
@@ -324,15 +325,17 @@ def _adds_up(
             columns.append(given[layout.names[1]].to(vector))
         expected = torch.stack(columns, -1)
     if _sums_rows(samples):
-        found, sizes = _images(samples, vectors)[0], _images(samples, vectors, squared=True)[0]
-        scale = (found.double().square() + sizes.double()).sum(0).sqrt()
+        found, sizes = _images(samples, vectors)[0], _images(samples, vectors, sizes=True)[0]
+        scale = torch.hypot(found.double().norm(dim=0), sizes.norm(dim=0))
     else:
         every = _images(samples_with(_WEIGHTINGS), vectors)
         found, scale = every[0], every.double().square().sum(1).mean(0).sqrt()
     off = (found - expected).double().norm(dim=0)
     kinds = [kind for call in calls for kind in (call.value.dtype, call.output_dtype)]
     precision = coarsest([*kinds, *(parameter.dtype for parameter in parameters.values())])
-    return bool((off <= tolerance(precision, expected.device) * scale).all())
+    allowed = tolerance(precision, expected.device) * scale
+    # Below the range of a type, nothing is known of its numbers' digits.
+    return bool((off <= allowed + len(found) * torch.finfo(expected.dtype).tiny).all())
 
 
 def _scrambled(grad: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -353,15 +356,15 @@ def _sums_rows(samples: LayerSamples) -> bool:
     return isinstance(samples, Samples)
 
 
-def _images(samples: LayerSamples, vectors: Tensor, *, squared: bool = False) -> Tensor:
+def _images(samples: LayerSamples, vectors: Tensor, *, sizes: bool = False) -> Tensor:
     """The per-sample gradients' sum over all samples, (S, o, i), times `vectors` (i, c).
 
     Args:
-        squared: the squares of all terms of that sum over rows instead, added up: its size, were
-            there no cancellation between them.
+        sizes: the root of the sum of squares of that sum's terms, the rows, in its place: its size,
+            were there no cancellation between them.
     """
     if isinstance(samples, Grouped):
-        return torch.cat([_images(g, vectors, squared=squared) for g in samples.groups], 1)
+        return torch.cat([_images(g, vectors, sizes=sizes) for g in samples.groups], 1)
     if not isinstance(samples, Samples):
         return samples.gradients(0, samples.num_samples).sum(1) @ vectors
     inputs, grads = samples.inputs, samples.grads
@@ -370,6 +373,9 @@ def _images(samples: LayerSamples, vectors: Tensor, *, squared: bool = False) ->
         seen = vectors[inputs.tokens.long().clamp_min(0)] * known * inputs.scale
     else:
         seen = inputs.rows(0, samples.num_samples).to(vectors) @ vectors
-    if squared:
-        seen, grads = seen.square(), grads.square()
-    return torch.matmul(grads.flatten(1, 2).mT, seen.flatten(0, 1))
+    grads, seen = grads.flatten(1, 2).mT, seen.flatten(0, 1)
+    if not sizes:
+        return torch.matmul(grads, seen)
+    scales = power_of_two(magnitude(grads)), power_of_two(magnitude(seen))
+    squares = torch.matmul((grads / scales[0]).square(), (seen / scales[1]).square())
+    return squares.double().sqrt() * scales[0] * scales[1]
