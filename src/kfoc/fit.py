@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfoc.agreement import check_same, pool, sharded, synchronise, unwrapped
+from kfoc.ambient import as_called, callers, plainly
 from kfoc.batches import (
     Mark,
     Predict,
@@ -47,6 +48,7 @@ from kfoc.selection import Selection, select
 from kfoc.threads import random_state_kept, seeded, uncompiled
 
 
+@plainly
 def fit(
     model: nn.Module,
     data: Iterable[Any],
@@ -260,10 +262,8 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     if torch.cuda.is_initialized():  # or no parameter can be there
         held = [p for module in modules for p in own_parameters(module).values()]
         gpus = {p.device.index or 0 for p in held if p.device.type == "cuda"}
-    inference = torch.is_inference_mode_enabled()
     with (
         random_state_kept(sorted(gpus)),
-        torch.inference_mode(False) if inference else nullcontext(),
         torch.enable_grad(),
         uncompiled(),
     ):
@@ -335,7 +335,7 @@ class _Run:
         """Take in all batches, or those that a checkpoint had not; returns the number of all."""
         if self.ranks:
             self.ranks.start()
-        batches = iter(data)
+        batches = as_called(data)
         index, number = keeper.begun(batches)
         meter = self._meter(data, report, keeper.spent) if report else None
         batch = next(batches, _END)
@@ -482,7 +482,7 @@ class _Run:
         if self.ranks:  # which take turns, were it one process
             number = number * self.ranks.world + self.ranks.rank
         seed = (self.seed * 1_000_003 + number) % 2**63
-        with seeded(seed, cuda=device.type == "cuda"):
+        with seeded(seed, cuda=device.type == "cuda"), callers():
             outputs = (self.predict or called)(self.model, moved(inputs, device))
         return checked_outputs(outputs, inputs)
 

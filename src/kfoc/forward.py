@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from kfoc.ambient import as_called, callers
 from kfoc.batches import Predict, called, mapped, moved, unpacked
 
 
@@ -45,7 +46,8 @@ class Forward:
     def outputs(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
         """(N, ...), with `parameters` in place of the model's own of the same names."""
         swapped = {f"model.{name}": value for name, value in parameters.items()}
-        outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
+        with callers():
+            outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
         outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
             raise ValueError(
@@ -112,4 +114,4 @@ def batches(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     Raises:
         ValueError: anything else.
     """
-    return map(unpacked, data)
+    return map(unpacked, as_called(data))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.ambient import plainly
 from kfoc.batches import Predict
 from kfoc.curvature import Curvature
 from kfoc.damped import DampedCurvature, Dampings
@@ -47,6 +48,7 @@ class Influence:
     scores: Tensor | None = None
 
 
+@plainly
 def influence(
     model: nn.Module,
     curvature: Curvature,

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfoc.ambient import plainly
+
 Side = Literal["left", "right"]
 
 
@@ -306,6 +308,7 @@ class _Terms(Contraction):
         return ((left @ left.mT) * (right @ right.mT)).sum().item()
 
 
+@plainly
 def nearest_kronecker(
     lefts: Tensor, rights: Tensor, *, rtol: float = 1e-6, max_steps: int = 1000
 ) -> KroneckerFit:

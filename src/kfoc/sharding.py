@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.vectors import Vector
@@ -34,7 +35,7 @@ def owners(curvature: Curvature, world: int) -> dict[str, int]:
     return {name: found[name] for name in curvature}
 
 
-class ShardedCurvature:
+class ShardedCurvature(Plain):
     """This rank's blocks of a curvature that all ranks of a group have, or had.
 
     Every method is called by all ranks, with the same arguments, and gives all the same result.

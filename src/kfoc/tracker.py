@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfoc.ambient import Plain
 from kfoc.curvature import Curvature
 from kfoc.encoding import decoded, encoded
 from kfoc.estimators import KFOC, Estimator
@@ -18,7 +19,7 @@ from kfoc.fit import Predict, check_independent, streaming
 from kfoc.likelihoods import Likelihood
 
 
-class Tracker:
+class Tracker(Plain):
     """The curvature of a stream of batches: `fit`, one batch at a time.
 
     Between calls the model carries no hooks, and each call leaves it, its gradients and the global

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
 from kfoc.blocks.spectrum import Spectrum
 
@@ -37,7 +38,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Block(ABC):
+class Block(Plain, ABC):
     """A symmetric matrix of size o * i, in one of several structures.
 
     All are positive semi-definite but `LowRankBlock`, which says so.

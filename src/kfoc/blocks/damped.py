@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.blocks.spectrum import Spectrum
 
 METHODS = ("exact", "pi")
@@ -51,7 +52,7 @@ class Damping:
         return (left * scale + root / pi)[:, None] * (right * scale + pi * root)
 
 
-class DampedBlock(ABC):
+class DampedBlock(Plain, ABC):
     """`B = scale * F + damping * identity` for one layer, ready to be solved with."""
 
     @property

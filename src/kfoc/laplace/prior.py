@@ -36,7 +36,8 @@ def positive(what: str, value: Number) -> Tensor:
     Raises:
         ValueError: anything but one finite positive number.
     """
-    found = torch.as_tensor(value).to(device="cpu", dtype=torch.float64)
+    # Numbers at once in float64, not by way of the default dtype.
+    found = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if found.numel() != 1 or not 0 < found.item() < math.inf:
         raise ValueError(f"{what} must be one finite and positive number, found {value}")
     return found.reshape(())
