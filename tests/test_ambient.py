@@ -300,3 +300,46 @@ def test_casts_of_other_passes_are_forgotten() -> None:
         assert torch.equal(outputs, model(X))
     outputs.float().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_products_are_in_full_precision(one_by_one: bool) -> None:
+    """But for the model's own, as far as the machine has cheaper ones."""
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    if one_by_one and not hasattr(backend, "fp32_precision"):
+        pytest.skip("this torch has one precision for all")
+
+    def precision() -> str:
+        return backend.fp32_precision if one_by_one else torch.get_float32_matmul_precision()
+
+    def choose(value: str) -> None:
+        if one_by_one:
+            backend.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision(value)
+
+    def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+        seen.append(precision())
+        return outputs[: len(inputs)] + 0 * model(inputs)
+
+    seen: list[str] = []
+    low, before = "bf16" if one_by_one else "medium", precision()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 64)).float(), torch.randn(300, 256)
+    x, outputs = x.float(), 0.0 * model(x.float()) + torch.randn(300, 64).float()
+    vector = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def found() -> list[Any]:
+        curvature = kfoc.fit(model, [(x, None)], "gaussian", predict=predict)
+        return numbers([curvature, curvature.solve(vector), curvature.logdet()])
+
+    expected = found()
+    try:
+        choose(low)
+        again = found()
+        seen.append(precision())
+    finally:
+        choose(before)
+    assert seen == [before, low, low]
+    for one, other in zip(again, expected, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other

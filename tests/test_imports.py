@@ -10,7 +10,7 @@ import kfoc
 SOURCE = Path(kfoc.__file__).parent
 # What each module may import from the package; names are relative to it.
 ALLOWED = {
-    "ambient": set(),  # which all may: what callers set for all of torch reaches everywhere
+    "ambient": {"threads"},  # which all may: what callers set for all of torch reaches everywhere
     "kronecker": set(),
     # What estimators ask of other ranks, and how it is sent.
     "pooling": {"kronecker"},

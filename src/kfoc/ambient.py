@@ -1,7 +1,7 @@
-"""What a caller sets for the models in reach: autocast, a default device, inference mode.
+"""What a caller sets for the models in reach: autocast, the precision of products, and more.
 
-They are meant for the model's own forward pass. The library's algebra is done without them, in the
-dtypes and on the devices of its tensors.
+Autocast, TF32, default devices and inference mode are meant for the model's own forward pass. The
+library's algebra is done without them, in the dtypes and on the devices of its tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
+
+from kfoc.threads import FULL_PRODUCTS
 
 # torch.autocast's; asking for one that a build of torch lacks does no harm.
 _TYPES = ("cpu", "cuda", "xpu", "mps")
@@ -36,7 +38,8 @@ _LIFTED = _Lifted()
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """The caller's autocast, default device and inference mode are out of force.
+    """The caller's autocast, precision of products, default device and inference mode are out of
+    force.
 
     Results are tensors that autograd can use later on. No gradients are recorded, in place of
     inference mode.
@@ -50,13 +53,14 @@ def plain() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+        stack.enter_context(FULL_PRODUCTS)
         stack.enter_context(_set((types, device), on=False))
         yield
 
 
 @contextmanager
 def callers() -> Iterator[None]:
-    """Inside `plain`: autocast and default device as the caller has them, for what is the caller's.
+    """Inside `plain`: all but inference mode as the caller has it, for what is the caller's.
 
     Autocast keeps the weights it has cast. Those of other forward passes are forgotten, before and
     after: they may be without a graph, or of other values.
@@ -66,10 +70,12 @@ def callers() -> Iterator[None]:
         yield
         return
     torch.clear_autocast_cache()
+    FULL_PRODUCTS.__exit__()
     try:
         with _set(found, on=True):
             yield
     finally:
+        FULL_PRODUCTS.__enter__()
         torch.clear_autocast_cache()
 
 

@@ -45,7 +45,7 @@ from kfoc.progress import Meter, Progress, length, reporter
 from kfoc.record import Record
 from kfoc.samples import LayerSamples, finite
 from kfoc.selection import Selection, select
-from kfoc.threads import random_state_kept, seeded, uncompiled
+from kfoc.threads import UNCOMPILED, random_state_kept, seeded
 
 
 @plainly
@@ -265,7 +265,7 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     with (
         random_state_kept(sorted(gpus)),
         torch.enable_grad(),
-        uncompiled(),
+        UNCOMPILED,
     ):
         try:
             yield
