@@ -14,7 +14,7 @@ from torch import nn
 import kfoc
 from kfoc.capture import captured
 from kfoc.selection import select
-from kfoc.threads import seeded, uncompiled
+from kfoc.threads import UNCOMPILED, seeded
 from models import batches, convolutional, images
 
 
@@ -146,7 +146,7 @@ def test_compilation_is_back_in_force_after_the_last_of_overlapping_fits() -> No
     from torch._dynamo import eval_frame
 
     before = eval_frame._stance.stance
-    first, second = uncompiled(), uncompiled()
+    first = second = UNCOMPILED
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kfoc.ambient import Plain
 from kfoc.curvature import Curvature
 from kfoc.files import checksum, read_index, read_tensors, saving, write_index, write_tensors
 from kfoc.vectors import Vector
@@ -38,7 +39,7 @@ class Task:
         return self.curvature.num_samples * self.curvature.quadratic_form(apart)
 
 
-class Consolidation:
+class Consolidation(Plain):
     """A quadratic penalty that holds what earlier tasks have taught (Kirkpatrick et al. 2017).
 
     With Kronecker-factored blocks this is the online Laplace approximation of Ritter, Botev &
@@ -93,8 +94,7 @@ class Consolidation:
         Raises:
             ValueError: parameters that are missing, of another shape, or not finite.
         """
-        device = next(model.parameters()).device
-        total = torch.zeros((), device=device)
+        total = next(model.parameters()).new_zeros(())
         for task in self.tasks:
             parameters = _parameters(model, task.curvature)
             total = total + 0.5 * self.strength * task.penalty(parameters)

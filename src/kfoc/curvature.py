@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.blocks import Block, placed
 from kfoc.coverage import Coverage, ParameterCount, coverage
 from kfoc.damped import DampedCurvature, Dampings, dampings
@@ -21,7 +22,7 @@ from kfoc.vectors import Vector, applied, naming, quadratic
 
 
 @dataclass(frozen=True, repr=False)
-class Curvature(Mapping[str, Block]):
+class Curvature(Plain, Mapping[str, Block]):
     """Layer name -> block of the mean Fisher, in the order of the model's modules.
 
     Vectors, as `matvec` and the like take them, are dicts of exactly the parameters that the

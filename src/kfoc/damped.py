@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.arguments import whole
 from kfoc.blocks import DampedBlock, Damping
 from kfoc.flat import flattened, scipy_operator, unflattened
@@ -40,7 +41,7 @@ def dampings(
 
 
 @dataclass(frozen=True, repr=False)
-class DampedCurvature:
+class DampedCurvature(Plain):
     """`B = scale * F + damping * I`, block by block; made by `Curvature.damped`.
 
     Vectors are dicts parameter name -> tensor, with any leading dimensions that all share. They

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfoc.agreement import check_same, pool, sharded, synchronise, unwrapped
+from kfoc.ambient import as_called, callers, plainly
 from kfoc.arguments import check_model, whole
 from kfoc.batches import (
     Mark,
@@ -69,11 +70,12 @@ from kfoc.record import Call, Record
 from kfoc.samples import Direct, LayerSamples, finite, magnitude
 from kfoc.scales import beyond, check_representable, squared
 from kfoc.selection import Selection, select
-from kfoc.threads import random_state_kept, seeded, uncompiled
+from kfoc.threads import UNCOMPILED, random_state_kept, seeded
 from kfoc.uncovered import UNSUMMED, Batch, Uncovered, check_size
 from kfoc.vectors import naming
 
 
+@plainly
 def fit(
     model: nn.Module,
     data: Iterable[Any],
@@ -327,12 +329,10 @@ def _undisturbed(modules: Collection[nn.Module]) -> Iterator[None]:
     if torch.cuda.is_initialized():  # or no parameter can be there
         held = [p for module in modules for p in own_parameters(module).values()]
         gpus = {p.device.index or 0 for p in held if p.device.type == "cuda"}
-    inference = torch.is_inference_mode_enabled()
     with (
         random_state_kept(sorted(gpus)),
-        torch.inference_mode(False) if inference else nullcontext(),
         torch.enable_grad(),
-        uncompiled(),
+        UNCOMPILED,
         buffers_kept(modules),
     ):
         yield
@@ -432,7 +432,7 @@ class _Run:
         """Take in all batches, or those that a checkpoint had not; returns the number of all."""
         if self.ranks:
             self.ranks.start()
-        batches = iter(data)
+        batches = as_called(data)
         index, number = keeper.begun(batches)
         meter = self._meter(data, report, keeper.spent) if report else None
         batch = next(batches, _END)
@@ -733,7 +733,7 @@ class _Run:
             number = number * self.ranks.world + self.ranks.rank
         seed = (self.seed * 1_000_003 + number) % 2**63
         device = next(self.model.parameters()).device
-        with seeded(seed, cuda=device.type == "cuda"):
+        with seeded(seed, cuda=device.type == "cuda"), callers():
             outputs = (self.predict or called)(self.model, inputs)
         return checked_outputs(outputs, inputs)
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from kfoc.ambient import as_called, callers
 from kfoc.arguments import check_model
 from kfoc.batches import Predict, called, mapped, moved, present, unpacked
 from kfoc.buffers import buffers_kept
@@ -61,7 +62,8 @@ class Forward:
     def transformed(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
         """As `outputs`, for transforms of `torch.func` inside of `kept`, which they cannot do."""
         swapped = {f"model.{name}": value for name, value in parameters.items()}
-        outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
+        with callers():
+            outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
         outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
             raise ValueError(
@@ -181,4 +183,4 @@ def batches(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     Raises:
         ValueError: anything else.
     """
-    return map(unpacked, present(data))
+    return map(unpacked, present(as_called(data)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.ambient import plainly
 from kfoc.arguments import whole
 from kfoc.batches import Predict, empty
 from kfoc.curvature import Curvature
@@ -48,6 +49,7 @@ class Influence:
     scores: Tensor | None = None
 
 
+@plainly
 def influence(
     model: nn.Module,
     curvature: Curvature,

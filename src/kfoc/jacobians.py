@@ -102,17 +102,16 @@ def _either(
     Such are models whose control flow depends on values. An error of the model's own comes back
     from the second way.
     """
-    with torch.inference_mode(False):
-        try:
-            with torch.no_grad():  # torch.func differentiates all the same; nothing else needs to
-                found = vectorised()
-        except (RuntimeError, ValueError):
-            pass
-        else:
-            return _finite(found)
-        with torch.enable_grad():
-            leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-            rows = [one(leaves, number) for number in range(count)]
+    try:
+        with torch.no_grad():  # torch.func differentiates all the same; nothing else needs to
+            found = vectorised()
+    except (RuntimeError, ValueError):
+        pass
+    else:
+        return _finite(found)
+    with torch.enable_grad():
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+        rows = [one(leaves, number) for number in range(count)]
     return _finite({name: torch.stack([row[name] for row in rows]) for name in parameters})
 
 

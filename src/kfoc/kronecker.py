@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfoc.ambient import plainly
 from kfoc.scales import beyond, check_representable
 
 Side = Literal["left", "right"]
@@ -308,6 +309,7 @@ class _Terms(Contraction):
         return ((left @ left.mT) * (right @ right.mT)).sum().item()
 
 
+@plainly
 def nearest_kronecker(
     lefts: Tensor, rights: Tensor, *, rtol: float = 1e-6, max_steps: int = 1000
 ) -> KroneckerFit:

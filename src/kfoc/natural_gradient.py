@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.ambient import Plain, callers
 from kfoc.arguments import check_model, whole
 from kfoc.batches import mapped
 from kfoc.blocks import METHODS, Damping
@@ -29,7 +30,7 @@ _STATE = {
 }
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(Plain, torch.optim.Optimizer):
     """Natural gradient descent by K-FOC, or any other estimator of one pass.
 
     Parameters of layers that the curvature covers move along `d = (scale * F + damping * I)^-1 g`,
@@ -147,7 +148,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
+            with callers(), torch.enable_grad():
                 loss = closure()
         owners = self._owners()
         gradients = {name: _gradient(name, p) for name, (p, _) in owners.items()}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.curvature import Curvature
 from kfoc.distributed import Ranks
 from kfoc.files import read_index, saving, write_index
@@ -36,7 +37,7 @@ def owners(curvature: Curvature, world: int) -> dict[str, int]:
     return {name: found[name] for name in curvature}
 
 
-class ShardedCurvature:
+class ShardedCurvature(Plain):
     """This rank's blocks of a curvature that all ranks of a group have, or had.
 
     Every method is called by all ranks, with the same arguments, and gives all the same result.

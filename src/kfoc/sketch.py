@@ -136,9 +136,8 @@ def truncated(contraction: Positions | Gradients, width: int, rank: int) -> tupl
     Returns:
         The samples, and an estimate of the share of the gradients' squares that they lack.
     """
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(width, rank, generator=generator)
-    found = contraction.carried(directions.to(contraction.like), "right")
+    directions = _normal(width, rank, seed=0, like=contraction.like)
+    found = contraction.carried(directions, "right")
     whole = found.square().sum().item() / rank
     # Steps of subspace iteration: gradients' singular values fall slowly, and a second step is
     # worth its time where there are few gradients.
@@ -166,8 +165,7 @@ def _root(factor: Tensor, basis: Tensor | None) -> Tensor:
 def _nystrom(contraction: Positions, representation: Tensor, side: Side) -> Tensor:
     """Rows R, at most `ROWS`, such that `R^T R` is nearly the factor."""
     width = contraction.width(side)
-    generator = torch.Generator().manual_seed(1)
-    probes = torch.randn(width, min(ROWS, width), generator=generator).to(contraction.like)
+    probes = _normal(width, min(ROWS, width), seed=1, like=contraction.like)
     image = contraction.times_factor(representation, side, probes)
     core = probes.mT @ image
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
@@ -230,10 +228,9 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
         return None
     # What another half step would change in the first factor, relative to it: E, of which the
     # entries of Z^T E Z off the diagonal have the mean square ||E||^2 for Gaussian Z.
-    generator = torch.Generator().manual_seed(2)
     # Where each sample has one position, probes cost next to nothing.
     count = 4 * PROBES if isinstance(contraction, Primal) else PROBES
-    probes = torch.randn(first.shape[0], count, generator=generator).to(first)
+    probes = _normal(first.shape[0], count, seed=2, like=first)
     image, step = contraction.quadratic(second, side, probes)
     change = image / sigma**2 - probes.mT @ first @ probes
     change = change - change.diagonal().diag()
@@ -267,3 +264,9 @@ def _start(
         coefficients, steps = contraction.advance(coefficients, "right"), steps + 1
     norm = math.sqrt(max(contraction.inner(coefficients, coefficients, "left").item(), 0.0))
     return Start(coefficients / norm, steps, damping) if norm else None
+
+
+def _normal(*shape: int, seed: int, like: Tensor) -> Tensor:
+    """The same draws wherever they are used: not in the dtype that is the default there."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)

@@ -157,7 +157,7 @@ def _indices(size: int, sign: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _weights(rows: Tensor, columns: Tensor, like: Tensor) -> Tensor:
-    return torch.where(rows == columns, 1.0, 2.0**0.5).to(like)
+    return torch.where(rows == columns, 1.0, 2.0).to(like).sqrt()
 
 
 def dimension(size: int, sign: int) -> int:

@@ -1,4 +1,4 @@
-"""State that all threads share: the global generators, and whether torch.compile is in force.
+"""State that all threads share: global generators, torch.compile, and how products are rounded.
 
 Fits in several threads must not see each other's, so whoever changes it holds a lock meanwhile.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 # Reentrant: a model's forward may fit another model.
-_RANDOM, _COMPILER = threading.RLock(), threading.RLock()
+_RANDOM = threading.RLock()
 
 
 class random_state_kept:  # noqa: N801  (a context, used as contextlib's are)
@@ -57,37 +58,65 @@ def seeded(seed: int, cuda: bool) -> Iterator[None]:
             generator.set_state(state)
 
 
-class _Eager:
-    """torch.compile out of force from the first of its users' entry to the last one's exit."""
+Undo = Callable[[], object]
 
-    def __init__(self) -> None:
+
+class _Shared:
+    """Something set for all threads, from the first of its users' entry to the last one's exit.
+
+    Args:
+        begin: sets it, and returns what undoes that; None where there is nothing to set.
+    """
+
+    def __init__(self, begin: Callable[[], Undo | None]) -> None:
+        self.begin = begin
+        self.lock = threading.RLock()
         self.users = 0
-        self.stance: AbstractContextManager[Any] | None = None
-
-    def enter(self) -> None:
-        with _COMPILER:
-            self.users += 1
-            # Only where anything may have been compiled, and torch can do that.
-            loaded = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
-            if self.stance is None and loaded:
-                self.stance = torch.compiler.set_stance("force_eager")  # from here on
-
-    def exit(self) -> None:
-        with _COMPILER:
-            self.users -= 1
-            if not self.users and self.stance is not None:
-                stance, self.stance = self.stance, None
-                stance.__exit__(None, None, None)
-
-
-_EAGER = _Eager()
-
-
-class uncompiled:  # noqa: N801  (a context, used as contextlib's are)
-    """Compiled modules run as they were written: a compiled region has no layers to watch."""
+        self.undo: Undo | None = None
 
     def __enter__(self) -> None:
-        _EAGER.enter()
+        with self.lock:
+            self.users += 1
+            if self.undo is None:
+                self.undo = self.begin()
 
     def __exit__(self, *error: object) -> None:
-        _EAGER.exit()
+        with self.lock:
+            self.users -= 1
+            if not self.users and self.undo is not None:
+                undo, self.undo = self.undo, None
+                undo()
+
+
+def _force_eager() -> Undo | None:
+    # Only where anything may have been compiled, and torch can do that.
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return None
+    stance = torch.compiler.set_stance("force_eager")  # from here on
+    return partial(stance.__exit__, None, None, None)
+
+
+def _multiply_in_full() -> Undo | None:
+    try:
+        found = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they are set one by one
+        backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+        backends = [each.matmul for each in backends]
+        before = [each.fp32_precision for each in backends]
+        _set_precisions(backends, ["ieee"] * len(backends))
+        return partial(_set_precisions, backends, before)
+    if found == "highest":
+        return None
+    torch.set_float32_matmul_precision("highest")
+    return partial(torch.set_float32_matmul_precision, found)
+
+
+def _set_precisions(backends: Sequence[Any], values: Sequence[str]) -> None:
+    for each, value in zip(backends, values, strict=True):
+        each.fp32_precision = value
+
+
+# Compiled modules run as they were written: a compiled region has no layers to watch.
+UNCOMPILED = _Shared(_force_eager)
+# Products of float32 matrices are not of TF32 or bfloat16 numbers.
+FULL_PRODUCTS = _Shared(_multiply_in_full)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfoc.ambient import Plain
 from kfoc.batches import empty
 from kfoc.curvature import Curvature
 from kfoc.encoding import decoded, encoded
@@ -34,7 +35,7 @@ _STATE = {
 }
 
 
-class Tracker:
+class Tracker(Plain):
     """The curvature of a stream of batches: `fit`, one batch at a time.
 
     Between calls the model carries no hooks, and each call leaves it, its gradients and the global

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
 from kfoc.blocks.spectrum import Spectrum
 
@@ -66,7 +67,7 @@ def placed(
 
 
 @dataclass(frozen=True)
-class Block(ABC):
+class Block(Plain, ABC):
     """A symmetric matrix of size o * i, in one of several structures.
 
     All are positive semi-definite but `LowRankBlock`, which says so.
@@ -115,7 +116,7 @@ class Block(ABC):
             (p, q).
         """
 
-    def check(self) -> None:  # noqa: B027  (for kinds that are read from files)
+    def check(self) -> None:
         """Raise ValueError where what the block holds makes none of its kind."""
 
     @abstractmethod

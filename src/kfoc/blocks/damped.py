@@ -11,6 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from kfoc.ambient import Plain
 from kfoc.blocks.spectrum import Spectrum
 
 METHODS = ("exact", "pi")
@@ -56,7 +57,7 @@ class Damping:
         return (left * scale + root / pi)[:, None] * (right * scale + pi * root)
 
 
-class DampedBlock(ABC):
+class DampedBlock(Plain, ABC):
     """`B = scale * F + damping * identity` for one layer, ready to be solved with."""
 
     @property

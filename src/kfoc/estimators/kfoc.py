@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from kfoc.ambient import plainly
 from kfoc.arguments import whole
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators import single_output
@@ -269,6 +270,7 @@ _STRATEGIES: dict[str, Callable[[KFOC, Samples], Aggregation]] = {
 }
 
 
+@plainly
 def nearest_kronecker_of_samples(
     inputs: Tensor,
     grads: Tensor,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.ambient import Plain
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfoc.buffers import buffers_kept
 from kfoc.curvature import Curvature
@@ -146,7 +147,7 @@ class KFOCBackend(CurvatureInterface):
         return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
 
 
-class MergingKron(Kron):
+class MergingKron(Plain, Kron):
     """Kronecker factors that know how to be added: factor by factor is wrong but for K-FAC.
 
     Every product is of a sum over samples.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfoc.ambient import Plain
 from kfoc.arguments import check_model, whole
 from kfoc.batches import Predict
 from kfoc.curvature import Curvature
@@ -31,7 +32,7 @@ CANDIDATES = tuple(10 ** (k / 2) for k in range(-4, 9))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Laplace:
+class Laplace(Plain):
     """A Gaussian over the parameters, around the trained ones, of precision
 
         num_samples / (temperature * sigma_noise^2) * F + prior_precision * I

@@ -36,8 +36,8 @@ class OutputGaussian(NamedTuple):
 
     def with_noise(self, sigma: float) -> OutputGaussian:
         """With independent noise of standard deviation `sigma` on every output."""
-        eye = torch.eye(self.covariance.shape[-1]).to(self.covariance)
-        return OutputGaussian(self.mean, self.covariance + sigma**2 * eye)
+        noise = torch.full_like(self.covariance[0, 0], sigma**2).diag()
+        return OutputGaussian(self.mean, self.covariance + noise)
 
 
 def linearised(

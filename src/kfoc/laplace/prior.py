@@ -39,7 +39,8 @@ def positive(what: str, value: Number) -> Tensor:
     try:
         if isinstance(value, (bool, complex)):
             raise TypeError
-        found = torch.as_tensor(value).to(device="cpu", dtype=torch.float64)
+        # Numbers at once in float64, not by way of the default dtype.
+        found = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, RuntimeError):
         raise ValueError(f"{what} must be a number, found {value!r}") from None
     if found.numel() != 1 or not 0 < found.item() < math.inf:
