@@ -324,6 +324,7 @@ def sharded_models_are_fitted_as_they_are(rank: int, world: int) -> None:
         expected = kfoc.fit(plain, data[:8], **options)
         assert curvature.layouts == expected.layouts
         assert_same(curvature, expected)
+        assert {block.report.unchecked for block in curvature.values()} == {"sums"}
     error = error_of(lambda: fitted(model.train(rank != 1), data[:8][rank::world]))
     assert "modes of the modules" in str(error), error
     model.train()

@@ -300,6 +300,8 @@ class Curvature(Plain, Mapping[str, Block]):
             o, i = block.shape
             error = block.relative_error
             known = "" if error is None else f"  relative error {error:.4f}"
+            if block.report.unchecked:
+                known += f"  ({block.report.unchecked} not checked)"
             lines.append(f"  {name or '(the model)'}: {type(block).__name__} {o} x {i}{known}")
         lines += [
             f"  {name or '(the model)'}: skipped, {why}" for name, why in self.skipped.items()

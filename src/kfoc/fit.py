@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -590,6 +590,8 @@ class _Run:
         self._look(outputs, record)
         names = [name for name in record.calls if not only or name in only]
         findings = check(outputs, record, self.selection, names)
+        if self.is_sharded:  # passes for owners would have to be the same on all ranks
+            findings.refuse_scattered()
         assert self.proof is not None
         self.proof.take(findings, record, len(outputs))
         fresh = self.selection.watched.keys() - self.selection.modules.keys()
@@ -842,6 +844,8 @@ class _Run:
         for name in [name for name in self.selection.blocks if name not in self.shapes]:
             loose = name in self.selection.loose
             reason = "no output depends on it" if loose else "its forward was never called"
+            if loose and self.is_sharded:
+                reason = "there are no per-sample gradients of sharded parameters one by one"
             self.selection.skip(name, reason)
         if not self.shapes:
             raise ValueError(f"no layer can be treated: {self.selection.skipped}")
@@ -868,9 +872,18 @@ class _Run:
         if not block.report.converged and block.report.plan != "merged":
             self.unsettled[name] = change
         _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
-        return (
-            self.probes.pop(name).certified(block, self.num_samples) if self.num_probes else block
-        )
+        if self.num_probes:
+            block = self.probes.pop(name).certified(block, self.num_samples)
+        unchecked = self._unchecked(name)
+        if not unchecked:
+            return block
+        return replace(block, report=replace(block.report, unchecked=unchecked))
+
+    def _unchecked(self, name: str) -> str:
+        """What of a layer's samples was taken on trust, see `Report`."""
+        if not self.verify:
+            return "rows and sums"
+        return "sums" if self.proof is not None and name in self.proof.unsummed else ""
 
 
 def _largest(block: Block) -> list[float]:

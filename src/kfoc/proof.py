@@ -54,6 +54,7 @@ UNSUMMED = (
     "its calls do not add up to the gradient of its parameters (are they used outside of it as "
     "well, or does a hook or a replaced forward change what it puts out?)"
 )
+UNORDERED = "its rows are the samples' in no order, which sharded models cannot be asked for"
 UNSURE = "no gradient reached some of its rows when they were checked, and one does now"
 # What a layer's calls must have in common with those that were checked.
 Signature = tuple[object, ...]
@@ -162,6 +163,12 @@ class Findings:
     rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     unsummed: set[str] = field(default_factory=set)
+
+    def refuse_scattered(self) -> None:
+        """Leave out layers whose rows' owners would have to be found in every batch."""
+        for name in [name for name, rules in self.rules.items() if any(map(is_scattered, rules))]:
+            del self.rules[name]
+            self.reasons[name] = UNORDERED
 
 
 def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable[str]) -> Findings:

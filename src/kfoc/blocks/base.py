@@ -28,6 +28,8 @@ class Report:
         steps: half steps of the power iteration in the last solve (0: none).
         converged: False where an iteration ended at its step or pass limit.
         plan: the contraction used last, with what it was chosen by; "" where there is no choice.
+        unchecked: what of docs/proof.md was not checked of its samples: "sums", where parameters
+            are sharded, or "rows and sums", with `fit(..., verify=False)`.
     """
 
     relative_error: float | None = None
@@ -35,6 +37,7 @@ class Report:
     steps: int = 0
     converged: bool = True
     plan: str = ""
+    unchecked: str = ""
 
 
 def placed(
