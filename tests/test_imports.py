@@ -55,9 +55,10 @@ ALLOWED = {
     # Whose rows a call's are, the samples made of them, and how both are proved.
     "ownership": {"record"},
     "assembly": {"embedding", "layers", "ownership", "record", "samples", "tokens"},
-    "proof": {
-        "assembly", "ownership", "record", "samples", "scales", "selection", "tokens",
+    "sums": {
+        "assembly", "layout", "ownership", "record", "samples", "scales", "selection", "tokens",
     },
+    "proof": {"assembly", "ownership", "record", "selection", "sums"},
     "uncovered": {"batches", "forward", "jacobians", "layers", "record"},
     "capture": {
         "assembly", "attention", "layers", "ownership", "proof", "record", "samples", "selection",

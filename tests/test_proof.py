@@ -354,8 +354,8 @@ def test_gradients_that_are_no_derivatives_are_found() -> None:
 @pytest.mark.parametrize("size", [6, 8])
 def test_an_expert_with_as_many_rows_as_samples(size: int) -> None:
     """In any order: a rule by shapes would take them for the samples."""
-    model = Experts("choice", experts=1)
-    check(model, (torch.randn(size, 4),))
+    found = check(Experts("choice", experts=1), (torch.randn(size, 3, 4),))
+    assert found.layouts["experts.0"].kind == "rows"
 
 
 def test_gradients_that_cancel_are_no_fault() -> None:

@@ -17,14 +17,14 @@ entry of g show: the gradient of a bias under a softmax is exactly zero, and rig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfoc.assembly import CHANGED, samples_of
+from kfoc.assembly import CHANGED
 from kfoc.ownership import (
     Directions,
     InOrder,
@@ -37,17 +37,13 @@ from kfoc.ownership import (
     owners,
     rows_shape,
 )
-from kfoc.record import Call, Record, accumulable, coarsest, problem, tolerance
-from kfoc.samples import Grouped, LayerSamples, Samples, magnitude
-from kfoc.scales import power_of_two
+from kfoc.record import Call, Record, problem
 from kfoc.selection import Selection
-from kfoc.tokens import OneHot
+from kfoc.sums import Evidence, adds_up
 
 # Samples of a batch that the check runs on: few, as each costs what it costs in the batch, and no
 # number that dimensions usually have.
 FEW = 6
-# Random weightings of a layer's sum that show its size before cancellation.
-_WEIGHTINGS = 4
 
 MIXED = "its rows mix samples, or belong to none (batch_first? a layer over the batch?)"
 UNSUMMED = (
@@ -178,57 +174,79 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
         outputs: of that pass, samples first.
         record: of that pass.
         names: the layers to check, of those that it called.
+
+    Raises:
+        ValueError: an input that was changed in place after a layer had used it.
     """
-    count, names = len(outputs), [name for name in names if name in record.calls]
-    calls = {name: record.calls[name] for name in names}
-    edges = [call.edge for each in calls.values() for call in each if call.edge]
-    held = {name: list(selection.layer_parameters(name).values()) for name in names}
+    calls = {name: record.calls[name] for name in names if name in record.calls}
     for name, each in calls.items():  # with which autograd has no gradients of the weight
         if any(call.value._version != call.version for call in each):
             raise problem(name, CHANGED)
+    held = {name: list(selection.layer_parameters(name).values()) for name in calls}
     # Those of `fully_shard` are no leaves of the graph: what is used comes from all ranks.
-    whole = {
-        name: not any(hasattr(parameter, "device_mesh") for parameter in each)
-        for name, each in held.items()
-    }
-    leaves: list[Any] = [p for name in names if whole[name] for p in held[name]]
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    found = Findings(count, unsummed={name for name in names if not whole[name]})
-    if not edges:
-        return found
-    first = torch.autograd.grad(
-        outputs, [*edges, *leaves], cotangent, retain_graph=True, allow_unused=True
-    )
-    grads: Iterator[Tensor | None] = iter(first[: len(edges)])
-    sums: Iterator[Tensor | None] = iter(first[len(edges) :])
+    sharded = {n for n, each in held.items() if any(hasattr(p, "device_mesh") for p in each)}
     kinds = [outputs.dtype, *(call.output_dtype for each in calls.values() for call in each)]
-    weights = Weights.of(count, kinds)
-    passes: list[Iterator[Tensor | None]] = [
-        iter(torch.autograd.grad(outputs, edges, each, retain_graph=True, allow_unused=True))
+    weights = Weights.of(len(outputs), kinds)
+    generator = torch.Generator().manual_seed(0)
+    found = Findings(len(outputs), unsummed=sharded)
+    for name, evidence in _evidence(outputs, calls, held, sharded, weights, generator).items():
+        try:
+            rules = _rules(evidence, weights)
+            if rules is None:
+                found.reasons[name] = MIXED
+            elif adds_up(evidence, rules, selection, name, len(outputs), generator):
+                found.rules[name] = tuple(rules)
+            else:
+                found.reasons[name] = UNSUMMED
+        except ValueError as error:  # of a treatment, at what it was not made for
+            found.reasons[name] = str(error)
+    return found
+
+
+def _evidence(
+    outputs: Tensor,
+    calls: dict[str, list[Call]],
+    held: dict[str, list[Any]],
+    sharded: set[str],
+    weights: Weights,
+    generator: torch.Generator,
+) -> dict[str, Evidence]:
+    """A backward pass to calls and parameters, and those by weighted cotangents to calls alone."""
+    edges = [call.edge for each in calls.values() for call in each if call.edge]
+    if not edges:
+        return {}
+    leaves: list[Any] = [p for name in calls if name not in sharded for p in held[name]]
+    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    first = torch.autograd.grad(outputs, [*edges, *leaves], cotangent, **options)
+    grads, sums = iter(first[: len(edges)]), iter(first[len(edges) :])
+    passes = [
+        iter(torch.autograd.grad(outputs, edges, each, **options))
         for each in weights.cotangents(cotangent)
     ]
-    for name, each in calls.items():
-        own = [call.own(next(grads)) for call in each]
-        tagged = [[call.own(next(single)) for single in passes] for call in each]
-        totals = [next(sums) for _ in held[name]] if whole[name] else None
-        try:
-            rules = [_rule(*parts, weights) for parts in zip(each, own, tagged, strict=True)]
-            if any(rule is None for rule in rules):
-                found.reasons[name] = MIXED
-                continue
-            sound = [rule for rule in rules if rule is not None]
-            if any(map(is_scattered, sound)):
-                sound = [_spread(rule, call, count) for rule, call in zip(sound, each, strict=True)]
-            summed = _adds_up(name, each, own, sound, totals, selection, count, generator)
-        except ValueError as error:
-            found.reasons[name] = str(error)
-            continue
-        if not summed:
-            found.reasons[name] = UNSUMMED
-            continue
-        found.rules[name] = tuple(sound)
-    return found
+    return {
+        name: Evidence(
+            each,
+            [call.own(next(grads)) for call in each],
+            [[call.own(next(single)) for single in passes] for call in each],
+            None if name in sharded else [next(sums) for _ in held[name]],
+        )
+        for name, each in calls.items()
+    }
+
+
+def _rules(evidence: Evidence, weights: Weights) -> list[Rule] | None:
+    """How the rows of a layer's calls belong to samples; None where they are mixed."""
+    rules = []
+    for call, grad, tagged in zip(evidence.calls, evidence.grads, evidence.tagged, strict=True):
+        rule = _rule(call, grad, tagged, weights)
+        if rule is None:
+            return None
+        rules.append(rule)
+    if any(map(is_scattered, rules)):
+        each = zip(rules, evidence.calls, strict=True)
+        return [_spread(rule, call, weights.count) for rule, call in each]
+    return rules
 
 
 def _rule(
@@ -277,112 +295,3 @@ def _in_order(shape: Sequence[int], axis: int, count: int, device: torch.device)
     """The owner of every row where samples lie in order along an axis: (M,)."""
     number = torch.arange(shape[axis], device=device) // (shape[axis] // count)
     return number.view(-1, *[1] * (len(shape) - axis - 1)).expand(*shape).reshape(-1)
-
-
-def _adds_up(
-    name: str,
-    calls: list[Call],
-    grads: list[Tensor | None],
-    rules: list[Rule],
-    totals: list[Tensor | None] | None,
-    selection: Selection,
-    count: int,
-    generator: torch.Generator,
-) -> bool:
-    """Whether the samples' gradients add up to those of autograd, relative to what cancels."""
-    cut = [replace(call, rows=None) for call in calls]  # as the derivatives are by now
-
-    def samples_with(count_of: int) -> LayerSamples:
-        directions: Directions = []
-        for grad in grads:
-            wide = None if grad is None else accumulable(grad)
-            random = [_scrambled(wide, generator) for _ in range(count_of)]
-            directions.append([wide, *random])
-        return samples_of(cut, directions, count, rules)
-
-    samples = samples_with(0)
-    if totals is None:
-        return True
-    layout, parameters = selection.layout(name), selection.layer_parameters(name)
-    named = dict(zip(layout.names, parameters.values(), strict=True))
-    given = {
-        key: torch.zeros_like(parameter) if total is None else total.to_dense()
-        for (key, parameter), total in zip(named.items(), totals, strict=True)
-    }
-    if samples.shape != layout.shape:
-        raise ValueError(
-            f"its treatment makes gradients of the shape {samples.shape}, and its parameters "
-            f"{', '.join(layout.names)} lie as {layout.shape} (layout={layout.kind!r}?)"
-        )
-    separate = layout.kind == "stacked"
-    bias = len(layout.names) > 1 and not separate
-    size = samples.shape[1]
-    vector = torch.randn(size - bias, generator=generator, dtype=torch.float64).to(samples.grads)
-    # A column for the weight, summed up at random, and one for every other parameter.
-    if separate:
-        vectors = torch.eye(size).to(vector)
-        expected = layout.join(given).to(vector)
-    else:
-        vectors = vector.new_zeros(size, 1 + bias)
-        vectors[: size - bias, 0] = vector
-        weight = replace(layout, names=layout.names[:1], shapes=layout.shapes[:1]).join(given)
-        columns = [weight.to(vector) @ vector]
-        if bias:
-            vectors[-1, 1] = 1.0
-            columns.append(given[layout.names[1]].to(vector))
-        expected = torch.stack(columns, -1)
-    if _sums_rows(samples):
-        found, sizes = _images(samples, vectors)[0], _images(samples, vectors, sizes=True)[0]
-        scale = torch.hypot(found.double().norm(dim=0), sizes.norm(dim=0))
-    else:
-        every = _images(samples_with(_WEIGHTINGS), vectors)
-        found, scale = every[0], every.double().square().sum(1).mean(0).sqrt()
-    off = (found - expected).double().norm(dim=0)
-    kinds = [kind for call in calls for kind in (call.value.dtype, call.output_dtype)]
-    precision = coarsest([*kinds, *(parameter.dtype for parameter in parameters.values())])
-    allowed = tolerance(precision, expected.device) * scale
-    # Below the range of a type, nothing is known of its numbers' digits.
-    return bool((off <= allowed + len(found) * torch.finfo(expected.dtype).tiny).all())
-
-
-def _scrambled(grad: Tensor | None, generator: torch.Generator) -> Tensor | None:
-    """A derivative with random weights along every dimension, so that nothing in it cancels."""
-    if grad is None:
-        return None
-    for axis, size in enumerate(grad.shape):
-        weights = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
-        weights *= torch.randint(2, (size,), generator=generator) * 2 - 1
-        grad = grad * weights.to(grad).view(-1, *[1] * (grad.ndim - axis - 1))
-    return grad
-
-
-def _sums_rows(samples: LayerSamples) -> bool:
-    """Whether per-sample gradients are sums of outer products, of which each can be seen."""
-    if isinstance(samples, Grouped):
-        return all(map(_sums_rows, samples.groups))
-    return isinstance(samples, Samples)
-
-
-def _images(samples: LayerSamples, vectors: Tensor, *, sizes: bool = False) -> Tensor:
-    """The per-sample gradients' sum over all samples, (S, o, i), times `vectors` (i, c).
-
-    Args:
-        sizes: the root of the sum of squares of that sum's terms, the rows, in its place: its size,
-            were there no cancellation between them.
-    """
-    if isinstance(samples, Grouped):
-        return torch.cat([_images(g, vectors, sizes=sizes) for g in samples.groups], 1)
-    if not isinstance(samples, Samples):
-        return samples.gradients(0, samples.num_samples).sum(1) @ vectors
-    inputs, grads = samples.inputs, samples.grads
-    if isinstance(inputs, OneHot):  # without its rows, as long as the vocabulary
-        known = (inputs.tokens >= 0)[..., None].to(vectors)
-        seen = vectors[inputs.tokens.long().clamp_min(0)] * known * inputs.scale
-    else:
-        seen = inputs.rows(0, samples.num_samples).to(vectors) @ vectors
-    grads, seen = grads.flatten(1, 2).mT, seen.flatten(0, 1)
-    if not sizes:
-        return torch.matmul(grads, seen)
-    scales = power_of_two(magnitude(grads)), power_of_two(magnitude(seen))
-    squares = torch.matmul((grads / scales[0]).square(), (seen / scales[1]).square())
-    return squares.double().sqrt() * scales[0] * scales[1]
