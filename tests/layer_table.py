@@ -111,8 +111,30 @@ ROWS = (
         ("test_every_layer_of_gpt2", "test_frozen_bias_of_conv1d"),
     ),
     Row(
-        "`LSTM`, `GRU`, `RNN`, cells; raw parameters; parametrised weights; adapters; layers with "
-        "the sequence first; weights used outside of their layer",
+        "transformers' `...RMSNorm`",
+        "exact block; exact diagonal beyond 1,024 parameters",
+        ("test_every_treated_layer_is_exact[llama]", "test_every_treated_layer_is_exact[moe]"),
+    ),
+    Row(
+        "layers over windows, frames or patches folded into the batch; with the sequence first; of "
+        "packed or ragged sequences; experts of any routing; samples in a loop",
+        "as where the rows are the samples: a sample's rows are its positions",
+        ("test_rows_with_owners_are_layers", "test_beyond_the_limit_of_single_gradients"),
+    ),
+    Row(
+        "routers, experts in one tensor, by `functional.linear` or `grouped_mm`",
+        "one Kronecker product; one for each expert",
+        ("test_rows_with_owners_are_layers[fused", "test_owners_in_other_precisions[Fused"),
+    ),
+    Row(
+        "layers whose rows mix samples (logits of a batch, graphs over it); outputs that are "
+        "gradients; hooks and replaced forwards that change an output",
+        LOOSE,
+        ("test_what_is_no_layer_is_exact_or_left_out", "test_a_global_hook_is_found"),
+    ),
+    Row(
+        "`LSTM`, `GRU`, `RNN`, cells; raw parameters; parametrised weights; adapters; weights used "
+        "outside of their layer",
         LOOSE,
         ("test_exact_sample_by_sample",),
     ),

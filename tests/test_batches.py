@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import kfoc
 from kfoc.batches import moved
-from models import batches, convolutional, images
+from models import FEW_PASSES, batches, convolutional, images
 
 
 class Scaled(nn.Module):
@@ -247,6 +247,7 @@ class Augmented(Dataset):
         return x, torch.randint(3, ()) if self.label_noise else self.y[index]
 
 
+@FEW_PASSES
 def test_random_augmentation_is_detected() -> None:
     model, (x, y) = convolutional(), images(12)
     exact = kfoc.KFOC("exact", rtol=0, buffer=0)
