@@ -562,7 +562,8 @@ class _Run:
             record.uses[name] = tuple(graph.uses(parameter) for parameter in held)
         loose = self.selection.loose
         record.loose = {name: loose[name] for name in loose if name not in self.settled}
-        record.find_precision(outputs, graph)
+        if record.loose:
+            record.find_precision(outputs, graph)
         record.find_passed(graph)
 
     def _drop(self, name: str, reason: str) -> None:
