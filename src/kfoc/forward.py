@@ -44,7 +44,10 @@ class Forward:
         return {name: known[name].detach() for name in names}
 
     def outputs(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
-        """(N, ...), with `parameters` in place of the model's own of the same names."""
+        """(N, ...), with `parameters` in place of the model's own of the same names.
+
+        In float32 at least: what is made of them is too coarse in half precision.
+        """
         swapped = {f"model.{name}": value for name, value in parameters.items()}
         with callers():
             outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
@@ -54,7 +57,7 @@ class Forward:
                 f"the model returned a {type(outputs).__name__}, not a tensor: pass "
                 "predict=lambda model, inputs: ... that returns the outputs"
             )
-        return outputs
+        return wide(outputs)
 
     def moved(self, value: Any) -> Any:
         """Tensors, however nested, on the model's device."""
@@ -68,6 +71,11 @@ class Forward:
                     f"layer {name!r} ({type(module).__name__}) is in train mode, where a sample's "
                     "outputs depend on others or on chance: call model.eval()"
                 )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, where it is in half precision."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 class _Called(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from kfoc.batches import mapped
-from kfoc.forward import Forward, count_samples, sliced
+from kfoc.forward import Forward, count_samples, sliced, wide
 
 Parameters = Mapping[str, Tensor]
 # Numbers that one chunk of gradients may take: 128 MiB in float32.
@@ -25,7 +25,7 @@ def jacobians(forward: Forward, parameters: Parameters, inputs: Any) -> dict[str
         inputs: of N samples with K outputs each, in all their dimensions.
 
     Returns:
-        name -> (N, K, *the parameter's shape).
+        name -> (N, K, *the parameter's shape), in float32 at least.
     """
 
     def outputs(parameters: Parameters, sample: Any) -> Tensor:
@@ -51,7 +51,7 @@ def gradients(
         cotangents: of the shape (N, ...) of the outputs.
 
     Returns:
-        name -> (N, *the parameter's shape).
+        name -> (N, *the parameter's shape), in float32 at least.
     """
 
     def inner(parameters: Parameters, sample: Any, cotangent: Tensor) -> Tensor:
@@ -102,13 +102,13 @@ def _either(
     """
     try:
         with torch.no_grad():  # torch.func differentiates all the same; nothing else needs to
-            return vectorised()
+            return {name: wide(rows) for name, rows in vectorised().items()}
     except (RuntimeError, ValueError):
         pass
     with torch.enable_grad():
         leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
         rows = [one(leaves, number) for number in range(count)]
-    return {name: torch.stack([row[name] for row in rows]) for name in parameters}
+    return {name: wide(torch.stack([row[name] for row in rows])) for name in parameters}
 
 
 def _gradient(value: Tensor, leaves: Parameters) -> dict[str, Tensor]:
