@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 import warnings
@@ -204,8 +205,47 @@ def test_saved_and_loaded_states_predict_the_same() -> None:
     other.load_state_dict(found.state_dict())
     x = torch.randn(4, 5)
     torch.testing.assert_close(other(x), found(x))
-    with pytest.raises(ValueError, match="of another origin"):
-        other.fit(data, override=False)
+
+
+@pytest.mark.parametrize("estimator", [kfoc.KFAC(), ESTIMATOR])
+def test_loaded_states_go_on(estimator: Any) -> None:
+    model, first = network(), loader("classification", 20, 20)
+    data = loader("classification", 15, 5, seed=1)
+    whole, other = (fitted(model, first, estimator=estimator) for _ in range(2))
+    state = copy.deepcopy(whole.state_dict())
+    other.fit(data)
+    other.load_state_dict(state)
+    for each in (whole, other):
+        each.fit(data, override=False)
+    torch.testing.assert_close(other.H_facs.to_matrix(), whole.H_facs.to_matrix())
+    assert other.H_facs.num_samples == whole.H_facs.num_samples == other.n_data == 35
+    torch.testing.assert_close(other(torch.ones(1, 5)), whole(torch.ones(1, 5)))
+
+
+def test_what_would_make_no_difference_is_refused() -> None:
+    model, data = network(), loader("classification")
+    options = ({"passes": 3}, {"decay": 0.9}, {"buffer": 7})
+    estimators = [kfoc.KFOC("exact"), kfoc.KFOC("approx"), *(kfoc.KFOC(**o) for o in options)]
+    for estimator in estimators:
+        with pytest.raises(ValueError, match="each batch is fitted alone"):
+            fitted(model, data, estimator=estimator)
+    fitted(model, data, estimator=kfoc.KFOC("running", rtol=1e-3))
+    curvature = kfoc.fit(model, data)
+    with pytest.raises(ValueError, match="leave out one of them"):
+        fitted(model, data, estimator=kfoc.KFAC(), curvature=curvature)
+
+
+@pytest.mark.parametrize("weights", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_other_structures_say_what_to_do(structure: str, weights: str) -> None:
+    with pytest.raises(ValueError, match=f'"{structure}" asks for another form: use'):
+        fitted(network(), loader("classification"), weights=weights, structure=structure)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused_before_the_fit(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"'0.weight' is torch\..*float16, .*model.float\(\)"):
+        KFOCBackend(network().to(dtype), "classification")
 
 
 def test_a_single_layer_and_normalisation() -> None:

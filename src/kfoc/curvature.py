@@ -18,7 +18,7 @@ from kfoc.flat import flattened, scipy_operator, unflattened
 from kfoc.layout import Layout
 from kfoc.merge import Comparison, compared, merged
 from kfoc.storage import Stored, read, write
-from kfoc.vectors import Vector, applied, naming, quadratic
+from kfoc.vectors import Places, Vector, applied, naming, quadratic
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +27,8 @@ class Curvature(Plain, Mapping[str, Block]):
 
     Vectors, as `matvec` and the like take them, are dicts of exactly the parameters that the
     curvature covers, name -> tensor of the parameter's shape, or of any leading dimensions before
-    it that all share. They are computed with in the blocks' dtype and come back in their own.
+    it that all share. They are computed with as the blocks are, and come back in their own
+    dtypes, on their own devices.
 
     Attributes:
         blocks: the blocks by layer name, as in `model.named_modules()`.
@@ -68,12 +69,12 @@ class Curvature(Plain, Mapping[str, Block]):
     def matvec(self, vector: Vector) -> dict[str, Tensor]:
         """`F v`."""
         operators = {layer: block.matvec for layer, block in self.blocks.items()}
-        return applied(vector, self.layouts, operators, self._dtypes)
+        return applied(vector, self.layouts, operators, self._places)
 
     def quadratic_form(self, vector: Vector) -> Tensor:
         """`v^T F v`, of the leading dimensions of v."""
         operators = {layer: block.matvec for layer, block in self.blocks.items()}
-        return quadratic(vector, self.layouts, operators, self._dtypes)
+        return quadratic(vector, self.layouts, operators, self._places)
 
     def trace(self) -> float:
         """`tr F`."""
@@ -221,8 +222,9 @@ class Curvature(Plain, Mapping[str, Block]):
 
         It takes and gives NumPy arrays, and works in the blocks' dtype (`pip install scipy`).
         """
-        device = next(next(iter(self.blocks.values())).tensors()).device
-        return scipy_operator(self.matvec, self.layouts, self._dtypes, device)
+        dtypes = {layer: block.dtype for layer, block in self.blocks.items()}
+        device = next(iter(self.blocks.values())).device
+        return scipy_operator(self.matvec, self.layouts, dtypes, device)
 
     def to(self, *args: Any, **kwargs: Any) -> Curvature:
         """The blocks on another device or in another floating-point dtype.
@@ -309,8 +311,8 @@ class Curvature(Plain, Mapping[str, Block]):
         return "\n".join(lines)
 
     @property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        return {layer: block.dtype for layer, block in self.blocks.items()}
+    def _places(self) -> Places:
+        return {layer: (block.device, block.dtype) for layer, block in self.blocks.items()}
 
     def _check_same_layers(self, other: Curvature) -> None:
         if self.layouts != other.layouts:

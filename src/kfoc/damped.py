@@ -15,7 +15,7 @@ from kfoc.arguments import whole
 from kfoc.blocks import DampedBlock, Damping
 from kfoc.flat import flattened, scipy_operator, unflattened
 from kfoc.layout import Layout
-from kfoc.vectors import Vector, applied, joined, naming, quadratic
+from kfoc.vectors import Places, Vector, applied, joined, naming, quadratic
 
 Dampings = float | Mapping[str, float]
 
@@ -45,7 +45,7 @@ class DampedCurvature(Plain):
     """`B = scale * F + damping * I`, block by block; made by `Curvature.damped`.
 
     Vectors are dicts parameter name -> tensor, with any leading dimensions that all share. They
-    are computed with in the blocks' dtype, and come back in their own.
+    are computed with as the blocks are, and come back in their own dtypes, on their own devices.
 
     Attributes:
         blocks: the factorised blocks by layer name.
@@ -142,24 +142,25 @@ class DampedCurvature(Plain):
         if exponent not in (1, 0.5, -0.5, -1):
             raise ValueError(f"exponent must be one of 1, 0.5, -0.5, -1, found {exponent}")
         power = partial(self._power, exponent=exponent)
+        dtypes = {layer: block.dtype for layer, block in self.blocks.items()}
         device = next(iter(self.blocks.values())).device
-        return scipy_operator(power, self.layouts, self._dtypes, device)
+        return scipy_operator(power, self.layouts, dtypes, device)
 
     def __repr__(self) -> str:
         return f"DampedCurvature of {len(self.blocks)} layers: {', '.join(self.blocks)}"
 
     def _power(self, vector: Vector, exponent: float) -> dict[str, Tensor]:
-        return applied(vector, self.layouts, self._operators(exponent), self._dtypes)
+        return applied(vector, self.layouts, self._operators(exponent), self._places)
 
     def _quadratic(self, vector: Vector, exponent: float) -> Tensor:
-        return quadratic(vector, self.layouts, self._operators(exponent), self._dtypes)
+        return quadratic(vector, self.layouts, self._operators(exponent), self._places)
 
     def _operators(self, exponent: float) -> dict[str, _Power]:
         return {layer: _Power(block, exponent) for layer, block in self.blocks.items()}
 
     @property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        return {layer: block.dtype for layer, block in self.blocks.items()}
+    def _places(self) -> Places:
+        return {layer: (block.device, block.dtype) for layer, block in self.blocks.items()}
 
 
 @dataclass(frozen=True)

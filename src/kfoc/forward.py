@@ -51,7 +51,10 @@ class Forward:
         return {name: known[name].detach() for name in names}
 
     def outputs(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
-        """(N, ...), with `parameters` in place of the model's own of the same names."""
+        """(N, ...), with `parameters` in place of the model's own of the same names.
+
+        In float32 at least: what is made of them is too coarse in half precision.
+        """
         with self.kept():
             return self.transformed(inputs, parameters)
 
@@ -72,7 +75,7 @@ class Forward:
             )
         if outputs.is_complex():
             raise ValueError(f"the model's outputs are complex ({outputs.dtype}): pass predict=...")
-        return outputs
+        return wide(outputs)
 
     def trained(self, inputs: Any) -> Tensor:
         """(N, ...), at the trained parameters, and without derivatives.
@@ -126,6 +129,11 @@ def concerning(what: str) -> Iterator[None]:
         if type(error) is not ValueError:  # the user's own
             raise
         raise ValueError(f"{what}: {error}") from error
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, where it is in half precision."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 class _Called(nn.Module):

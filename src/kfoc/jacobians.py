@@ -11,7 +11,7 @@ from torch.func import grad, jacrev, vmap
 
 from kfoc.arguments import whole
 from kfoc.batches import mapped
-from kfoc.forward import Forward, count_samples, sliced
+from kfoc.forward import Forward, count_samples, sliced, wide
 
 Parameters = Mapping[str, Tensor]
 # Numbers that one chunk of gradients may take: 128 MiB in float32.
@@ -26,7 +26,7 @@ def jacobians(forward: Forward, parameters: Parameters, inputs: Any) -> dict[str
         inputs: of N samples with K outputs each, in all their dimensions.
 
     Returns:
-        name -> (N, K, *the parameter's shape).
+        name -> (N, K, *the parameter's shape), in float32 at least.
     """
 
     def outputs(parameters: Parameters, sample: Any) -> Tensor:
@@ -53,7 +53,7 @@ def gradients(
         cotangents: of the shape (N, ...) of the outputs.
 
     Returns:
-        name -> (N, *the parameter's shape).
+        name -> (N, *the parameter's shape), in float32 at least.
     """
 
     def inner(parameters: Parameters, sample: Any, cotangent: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _either(
     """
     try:
         with torch.no_grad():  # torch.func differentiates all the same; nothing else needs to
-            found = vectorised()
+            found = {name: wide(rows) for name, rows in vectorised().items()}
     except (RuntimeError, ValueError):
         pass
     else:
@@ -112,7 +112,7 @@ def _either(
     with torch.enable_grad():
         leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
         rows = [one(leaves, number) for number in range(count)]
-    return _finite({name: torch.stack([row[name] for row in rows]) for name in parameters})
+    return _finite({name: wide(torch.stack([row[name] for row in rows])) for name in parameters})
 
 
 def _finite(derivatives: dict[str, Tensor]) -> dict[str, Tensor]:

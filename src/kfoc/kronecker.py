@@ -320,7 +320,7 @@ def nearest_kronecker(
     is chosen so that `left` has a non-negative trace.
 
     Args:
-        lefts: (K, o, o), floating point.
+        lefts: (K, o, o), floating point; the factors are in float32 at least.
         rights: (K, i, i), of the same dtype and device.
         rtol: estimated relative distance of sigma to its limit at which to stop; 0: go on until
             the factors themselves have settled to rounding.
@@ -330,6 +330,8 @@ def nearest_kronecker(
         ValueError: shapes, dtypes or devices that do not fit, or values that are not finite.
     """
     _check_terms(lefts, rights)
+    if lefts.element_size() < 4:
+        lefts, rights = lefts.float(), rights.float()
     scales = [_scale(lefts), _scale(rights)]
     terms = _Terms(lefts / scales[0], rights / scales[1])
     iterate = power_iteration(terms, terms.start(), "left", rtol, max_steps)

@@ -70,6 +70,9 @@ def merged(first: Block, second: Block, shares: tuple[float, float]) -> Block:
             f"a {_described(first)} and a {_described(second)} do not add up to either kind: fit "
             "both with the same estimator"
         )
+    # In the wider dtype, where the first is.
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    first, second = (block.to(first.device, dtype) for block in (first, second))
     report = _report(first.report, second.report)
     if isinstance(first, GroupedBlock) and isinstance(second, GroupedBlock):
         if first.sizes != second.sizes:

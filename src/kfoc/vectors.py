@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def matrices(vector: Vector, layouts: Mapping[str, Layout]) -> dict[str, Tensor]
             dimensions for all, of exactly the parameters of `layouts`.
 
     Raises:
-        ValueError: parameters that are missing or not covered, or shapes that do not fit.
+        ValueError: parameters that are missing or not covered, shapes that do not fit, or numbers
+            that are not real and floating-point.
     """
     covered = [name for layout in layouts.values() for name in layout.names]
     missing = [name for name in covered if name not in vector]
@@ -33,6 +35,13 @@ def matrices(vector: Vector, layouts: Mapping[str, Layout]) -> dict[str, Tensor]
             f"the vector must have exactly the parameters that the curvature covers "
             f"(curvature.parameters); it {' and '.join(problems)}"
         )
+    for name in covered:
+        kind = getattr(vector[name], "dtype", None) or type(vector[name]).__name__
+        if not isinstance(vector[name], Tensor) or not vector[name].is_floating_point():
+            raise ValueError(
+                f"the vector must have a real floating-point tensor for the parameter {name!r}, "
+                f"found {kind}"
+            )
     found = {layer: layout.join(vector) for layer, layout in layouts.items()}
     leading = {tuple(matrix.shape[:-2]) for matrix in found.values()}
     if len(leading) > 1:
@@ -52,34 +61,40 @@ def joined(parts: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[s
 
 
 Operators = Mapping[str, Callable[[Tensor], Tensor]]
+Places = Mapping[str, tuple[torch.device, torch.dtype]]  # of the blocks, by layer
 
 
 def applied(
     vector: Vector,
     layouts: Mapping[str, Layout],
     operators: Operators,
-    dtypes: Mapping[str, torch.dtype],
+    places: Places,
 ) -> dict[str, Tensor]:
-    """Each layer's operator on its part; computed in `dtypes`, returned in the vector's."""
+    """Each layer's operator on its part; computed at `places`, returned as each tensor came."""
     parts = {}
     for layer, matrix in matrices(vector, layouts).items():
         with naming(layer):
-            parts[layer] = operators[layer](matrix.to(dtypes[layer])).to(matrix.dtype)
-    return joined(parts, layouts)
+            parts[layer] = operators[layer](matrix.to(*places[layer]))
+    return {name: part.to(vector[name]) for name, part in joined(parts, layouts).items()}
 
 
 def quadratic(
     vector: Vector,
     layouts: Mapping[str, Layout],
     operators: Operators,
-    dtypes: Mapping[str, torch.dtype],
+    places: Places,
 ) -> Tensor:
-    """The sum over layers of `<v, operator(v)>`, of the vector's leading dimensions."""
+    """The sum over layers of `<v, operator(v)>`, of the vector's leading dimensions.
+
+    On the vector's device and in the widest of its dtypes, float32 at least.
+    """
     terms = []
+    dtype = reduce(torch.promote_types, (v.dtype for v in vector.values()), torch.float32)
+    device = next(iter(vector.values())).device
     for layer, matrix in matrices(vector, layouts).items():
         with naming(layer):
-            part = matrix.to(dtypes[layer])
-            terms.append((operators[layer](part) * part).sum((-2, -1)).to(matrix.dtype))
+            part = matrix.to(*places[layer])
+            terms.append((operators[layer](part) * part).sum((-2, -1)).to(device, dtype))
     return torch.stack(terms).sum(0)
 
 

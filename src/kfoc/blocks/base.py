@@ -78,6 +78,14 @@ class Block(Plain, ABC):
 
     report: Report = field(default_factory=Report, kw_only=True)
 
+    def __post_init__(self) -> None:
+        kinds = {f"{tensor.dtype} on {tensor.device}" for tensor in self.tensors()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the tensors of a {type(self).__name__} must share dtype and device, found "
+                f"{' and '.join(sorted(kinds))}: convert them, e.g. by .to(...)"
+            )
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
@@ -134,6 +142,10 @@ class Block(Plain, ABC):
     def dtype(self) -> torch.dtype:
         return next(self.tensors()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.tensors()).device
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that the block holds."""
         for value in self.parts().values():
@@ -183,6 +195,11 @@ class Block(Plain, ABC):
             raise ValueError(
                 f"vectors must end in the shape {self.shape} of the block's weight, found "
                 f"{tuple(vectors.shape)}"
+            )
+        if (vectors.dtype, vectors.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"vectors must be {self.dtype} on {self.device}, as the block is, found "
+                f"{vectors.dtype} on {vectors.device}: convert them, or the block by block.to(...)"
             )
 
 

@@ -295,7 +295,8 @@ def nearest_kronecker_of_samples(
         memory_limit: bytes that the contraction may keep between half steps.
 
     Returns:
-        The factors (o, o) and (i, i), symmetric and PSD, with sigma and the relative error.
+        The factors (o, o) and (i, i), symmetric and PSD, with sigma and the relative error; in
+        float32 at least.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit, or values that are not finite.
@@ -326,6 +327,8 @@ def _checked_samples(inputs: Tensor, grads: Tensor) -> Samples:
             f"inputs and grads must share a floating-point dtype, found {inputs.dtype} and "
             f"{grads.dtype}"
         )
+    if inputs.element_size() < 4:  # half precision squares to nothing
+        inputs, grads = inputs.float(), grads.float()
     samples = Samples(Rows(inputs), grads)
     for name, largest in zip(("inputs", "grads"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):

@@ -8,7 +8,8 @@ and biases get their exact block (see `kfoc.interop.per_parameter`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from kfoc.ambient import Plain
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfoc.buffers import buffers_kept
 from kfoc.curvature import Curvature
-from kfoc.estimators import KFAC, Estimator
+from kfoc.estimators import KFAC, KFOC, Estimator
 from kfoc.fit import fit
 from kfoc.interop.per_parameter import SplitBlock, per_parameter
 from kfoc.kronecker import nearest_to_pair
@@ -47,7 +48,8 @@ class KFOCBackend(CurvatureInterface):
     may come from any aggregation and number of passes: hand it in as `curvature`.
 
     Args:
-        estimator: of the weights; KFOC() by default.
+        estimator: of the weights; KFOC() by default. An aggregation over batches is refused, but
+            for `running`, as it has no say here.
         fisher: "exact" by default, which is the generalised Gauss-Newton matrix and what
             laplace-torch's own backends compute; it takes as many backward passes as there are
             outputs. "mc" takes `mc_samples`, "empirical" one.
@@ -80,6 +82,8 @@ class KFOCBackend(CurvatureInterface):
         if subnetwork_indices is not None:
             raise ValueError("a part of a layer's parameters has no Kronecker factors of its own")
         super().__init__(model, likelihood, last_layer, None, dict_key_x, dict_key_y)
+        _check_wide(self.params_dict)
+        _check_estimator(estimator, curvature)
         self.estimator, self.fisher, self.mc_samples = estimator, fisher, mc_samples
         self.seed, self.curvature = seed, curvature
         self.batches = 0
@@ -114,6 +118,18 @@ class KFOCBackend(CurvatureInterface):
         factors = per_parameter_factors(self.curvature, self._parameters(), len(y))
         return loss, MergingKron(factors, len(y), averaged)
 
+    def full(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: see `diag`."""
+        raise ValueError(_OTHER_STRUCTURE.format("full"))
+
+    def diag(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: Kronecker factors are all that this backend has."""
+        raise ValueError(_OTHER_STRUCTURE.format("diag"))
+
+    def eig_lowrank(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: see `diag`."""
+        raise ValueError(_OTHER_STRUCTURE.format("lowrank"))
+
     def _of_batch(self, x: Any, y: Tensor) -> MergingKron:
         parameters = self._parameters()
         fitted = fit(
@@ -147,6 +163,47 @@ class KFOCBackend(CurvatureInterface):
         return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
 
 
+_OTHER_STRUCTURE = (
+    'KFOCBackend has Kronecker factors, and hessian_structure="{}" asks for another form: use '
+    'hessian_structure="kron", kfoc.Laplace with a curvature of kfoc.BlockDiagonal() or '
+    "kfoc.Diagonal(), or a backend of laplace-torch's own"
+)
+
+
+def _check_wide(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.element_size() < 4:
+            raise ValueError(
+                f"the parameter {name!r} is {parameter.dtype}, in which laplace-torch cannot "
+                "predict with factors in float32: call model.float() first, or use kfoc.Laplace"
+            )
+
+
+def _check_estimator(estimator: Estimator | None, curvature: Curvature | None) -> None:
+    if estimator is None:
+        return
+    if curvature is not None:
+        raise ValueError(
+            "the curvature is used in place of fits, so that the estimator makes no difference: "
+            "leave out one of them"
+        )
+    if not isinstance(estimator, KFOC):
+        return
+    same = KFOC(
+        rtol=estimator.rtol,
+        max_steps=estimator.max_steps,
+        memory_limit=estimator.memory_limit,
+        plan=estimator.plan,
+        rank=estimator.rank,
+    )
+    if estimator not in (same, replace(same, aggregation="running")):
+        raise ValueError(
+            f"each batch is fitted alone and batches are merged, so that aggregation, passes, "
+            f"decay and buffer of {estimator} make no difference: leave them out, or fit the "
+            "curvature by kfoc.fit and pass curvature=..."
+        )
+
+
 class MergingKron(Plain, Kron):
     """Kronecker factors that know how to be added: factor by factor is wrong but for K-FAC.
 
@@ -165,6 +222,9 @@ class MergingKron(Plain, Kron):
 
     def __add__(self, other: Kron) -> MergingKron:
         if not isinstance(other, MergingKron):
+            loaded = self._loaded(other)
+            if loaded is not None:
+                return loaded + self
             if any(factor.any() for factors in other.kfacs for factor in factors):
                 raise ValueError(
                     "Kronecker factors of another origin cannot be added to those of kfoc: a sum "
@@ -187,6 +247,20 @@ class MergingKron(Plain, Kron):
         return MergingKron(kfacs, self.num_samples, self.merge)
 
     __rmul__ = __mul__
+
+    def _loaded(self, other: Kron) -> MergingKron | None:
+        """Another's factors as a sum like this one, where laplace-torch has scaled both for it.
+
+        A state that is loaded has lost all but the factors. For a second data set laplace-torch
+        multiplies every `right` by the share of its data (see `_unscaled`): by r those of the new
+        one, which are known, and so by 1 - r the others.
+        """
+        shares = [_norm(f) / norm for f, norm in zip(self.kfacs, self._norms, strict=True) if norm]
+        if not shares or not 0 < shares[0] < 1 or len(other.kfacs) != len(self.kfacs):
+            return None
+        new = shares[0]
+        kfacs = [[factors[0], *(f / (1 - new) for f in factors[1:])] for factors in other.kfacs]
+        return MergingKron(kfacs, round(self.num_samples * (1 - new) / new), self.merge)
 
     def _unscaled(self) -> list[Factors]:
         """The factors as they were made.
