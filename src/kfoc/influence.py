@@ -116,6 +116,7 @@ class _Run:
         with torch.no_grad():
             outputs = self.forward.outputs(inputs, {})
         (cotangents,) = self.likelihood.cotangents(outputs, targets, "empirical", 1, 0, 0)
+        self.forward.check_separate(inputs)
         numbers = sum(value.numel() for value in self.parameters.values())
         for part in chunks(count_samples(inputs), numbers, self.chunk_size):
             chosen = sliced(inputs, part)

@@ -121,6 +121,7 @@ class Laplace(Plain):
             raise ValueError("there are no inputs")
         with torch.no_grad():
             width = forward.outputs(sliced(inputs, slice(1)), {}).numel()
+        forward.check_separate(inputs)
         numbers = width * sum(p.numel() for p in parameters.values())
         parts = [
             predictive.linearised(forward, self.posterior, parameters, sliced(inputs, part))

@@ -34,6 +34,7 @@ def validation_losses(
         with torch.no_grad():
             mean = forward.outputs(inputs, {})
         likelihood.check(mean, targets, "empirical")
+        forward.check_separate(inputs)
         for part in chunks(count_samples(inputs), mean[0].numel() * size, chunk_size):
             rows = jacobians(forward, parameters, sliced(inputs, part))
             for k, posterior in enumerate(posteriors):
