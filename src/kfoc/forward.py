@@ -107,6 +107,34 @@ class Forward:
                     "outputs depend on others or on chance: call model.eval()"
                 )
 
+    @torch.no_grad()
+    def check_separate(self, inputs: Any) -> None:
+        """Raise where a sample's outputs are other ones beside other samples, or alone.
+
+        Seen at the first and the last of a few samples, as models may look one way in the batch.
+        """
+        few = sliced(inputs, slice(4))
+        count = count_samples(few)
+        together = self.outputs(few, {})
+        if count < 2 or len(together) != count:
+            return
+        size = together.abs().amax().item()
+        for place in (0, count - 1):
+            one = sliced(few, slice(place, place + 1))
+            same = mapped(one, lambda tensor: tensor.repeat_interleave(count, 0))
+            here = self.outputs(same, {})[place]
+            # Batches of one size are computed by the same steps; those of another may be rounded
+            # in other ways, and no one sees in which dtypes within the model.
+            moved = (together[place] - here).abs().max().item(), 1e-3
+            alone = (here - self.outputs(one, {})[0]).abs().max().item(), 5e-2
+            if any(change > share * size for change, share in (moved, alone)):
+                raise ValueError(
+                    f"sample {place} of a batch has other outputs beside other samples (they move "
+                    f"by up to {max(moved[0], alone[0]):.3g}), and each sample's derivatives are "
+                    "taken alone: the model must treat samples independently and without chance "
+                    "(does it normalise, attend or sum over the first dimension?)"
+                )
+
 
 def _not_finite(value: Any) -> bool:
     """Whether a tensor in `value`, however nested, has values that are not finite."""

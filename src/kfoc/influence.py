@@ -121,6 +121,7 @@ class _Run:
         outputs = self.forward.trained(inputs)
         self.likelihood = self.likelihood.settled(outputs, targets)
         (cotangents,) = self.likelihood.cotangents(outputs, targets, "empirical", 1, 0, 0)
+        self.forward.check_separate(inputs)
         numbers = sum(value.numel() for value in self.parameters.values())
         for part in chunks(count, numbers, self.chunk_size):
             chosen = sliced(inputs, part)

@@ -129,6 +129,7 @@ class Laplace(Plain):
         with concerning("inputs"):
             count = count_samples(inputs)
             width = forward.trained(sliced(inputs, slice(1))).numel()
+            forward.check_separate(inputs)
             numbers = width * sum(p.numel() for p in parameters.values())
             parts = [
                 predictive.linearised(forward, posterior, parameters, sliced(inputs, part))

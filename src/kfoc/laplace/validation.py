@@ -56,6 +56,7 @@ def validation_losses(
             mean = forward.trained(inputs)
             likelihood = likelihood.settled(mean, targets)
             likelihood.check(mean, targets, "empirical")
+            forward.check_separate(inputs)
             for part in chunks(count, mean[0].numel() * size, chunk_size):
                 of_chunk(
                     mean[part], jacobians(forward, parameters, sliced(inputs, part)), targets[part]
