@@ -244,7 +244,7 @@ def test_examples_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(table.EXAMPLES) == set(MAY_BE_SKIPPED)
     rows = table.main(small=True)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(rows) == 2 + len(MAY_BE_SKIPPED)
+    assert len(lines) == 2 + len(rows) > 2 + len(MAY_BE_SKIPPED)  # some have several rows
     assert {line.count("|") for line in lines} == {8}
     for row in rows:
         assert all(value > 0 for value in row.milliseconds.values())
