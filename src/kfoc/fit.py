@@ -508,9 +508,8 @@ class _Run:
             if self.proof is None:
                 self.proof = Proof()
                 if self.verify:
-                    few = None if self.is_sharded else FEW
                     with buffers_kept(self.model.modules()):
-                        self._prove(inputs, record, number, few)
+                        self._prove(inputs, record, number, whole=self.is_sharded)
                 self.selection.settle()
             outputs = self._forward(inputs, record, number)
             count = outputs.shape[0]
@@ -572,16 +571,16 @@ class _Run:
         self.selection.drop(name, reason)
 
     def _prove(
-        self, inputs: Any, record: Record, number: int, few: int | None, only: Container[str] = ()
+        self, inputs: Any, record: Record, number: int, *, whole: bool, only: Container[str] = ()
     ) -> Findings:
         """Check the layers' samples on a forward pass of their own, see `kfoc.proof`.
 
         Args:
-            few: how many samples are enough; None: the batch as it is.
+            whole: on the batch as it is; otherwise a few samples are enough.
             only: the layers to check; all of them where there are none.
         """
         outputs = None
-        part = None if few is None else first_samples(inputs, few)
+        part = None if whole else first_samples(inputs, *FEW)
         if part is not None:
             # A model may want its batch whole: graphs, fixed sizes.
             with suppress(Exception):
@@ -664,7 +663,7 @@ class _Run:
             return
         before = set(self.selection.loose)
         with buffers_kept(self.model.modules()):
-            findings = self._prove(work.inputs, record, work.number, None, late)
+            findings = self._prove(work.inputs, record, work.number, whole=True, only=late)
         for name, (calls, grads) in late.items():
             if name not in findings.rules:
                 work.reached.discard(name)

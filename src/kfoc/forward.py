@@ -181,12 +181,13 @@ def sliced(value: Any, part: slice | int) -> Any:
     return mapped(value, lambda tensor: tensor[part])
 
 
-def first_samples(inputs: Any, few: int) -> Any | None:
-    """The first few samples, or None where there are no more, or not all tensors run over them."""
+def first_samples(inputs: Any, least: int, most: int) -> Any | None:
+    """An eighth of the samples, within limits, or None where not all tensors run over them."""
     try:
         count = count_samples(inputs)
     except ValueError:
         return None
+    few = max(least, min(most, count // 8))
     return sliced(inputs, slice(few)) if count > few else None
 
 
