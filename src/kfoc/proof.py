@@ -41,8 +41,8 @@ from kfoc.record import Call, Record, problem
 from kfoc.selection import Selection
 from kfoc.sums import Evidence, adds_up
 
-# Samples of a batch that the check runs on, at least and at most: an eighth of it in between, as each
-# costs what it costs in the batch.
+# Samples of a batch that the check runs on, at least and at most: an eighth of it in between, as
+# each costs what it costs in the batch.
 FEW = 3, 6
 
 MIXED = "its rows mix samples, or belong to none (batch_first? a layer over the batch?)"
