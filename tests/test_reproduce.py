@@ -270,7 +270,7 @@ def test_table_from_end_to_end(table: Path, tmp_path: Path) -> None:
     errors = errors_of(out)
     for (layer, method, size, seed), error in errors.items():
         optimum = errors[layer, "optimum", "all", seed]
-        if method in AGAINST_EXACT:  # a single mean: only a plain draw differs from its Fisher
+        if method in AGAINST_EXACT:  # one output: only a plain draw differs from the Fisher
             expected = errors[layer, "expected", "all", seed]
             assert (abs(error - expected) < 1e-6) == (method != "plain")
             continue
@@ -323,15 +323,15 @@ def test_interrupted_run_goes_on(
         patch.setattr(kfoc, "fit", Interrupting(after=26))
         result = run(*command, "--out", out)
     assert result.exit_code == 130
-    assert "24 of 44 fits are finished" in result.output
+    assert "25 of 44 fits are finished" in result.output
     kept = records(out)
-    assert len(kept) == 2 * 24
+    assert len(kept) == 2 * 25
 
     counting = Interrupting(after=10**9)
     monkeypatch.setattr(kfoc, "fit", counting)
     assert run(*command, "--out", out).exit_code == 0
     # What was missing, and the exact blocks: of the draw again, and of the expectation.
-    assert next(counting.calls) - 1 == 20 + 2
+    assert next(counting.calls) - 1 == 18 + 2
     assert records(out)[: len(kept)] == kept
     assert run(*command, "--out", whole).exit_code == 0
     assert errors_of(out) == pytest.approx(errors_of(whole), rel=1e-9, abs=1e-12)

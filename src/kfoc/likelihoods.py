@@ -307,21 +307,21 @@ class Categorical(Likelihood):
         """`s r / |r| sqrt(1 - |p|^2)` with r = e_c - p, the class c drawn by p_c |r|^2."""
         p, counts, dim = self._probabilities(outputs.double(), targets)
         count, places, _ = p.shape
-        top = p.argmax(-1, keepdim=True)
-        others, likeliest = p.scatter(-1, top, 0), p.gather(-1, top)
-        # 1 - p and |p|^2 - p_c^2, for the likeliest class as sums: differences lose all digits.
-        rest = (1 - p).scatter_(-1, top, others.sum(-1, keepdim=True))
-        squares = others.square_().sum(-1, keepdim=True)
-        norms = (squares + likeliest.square() - p.square()).scatter_(-1, top, squares)
-        norms += rest.square()  # |e_c - p|^2
-        size = (p * rest).sum(-1, keepdim=True)  # 1 - |p|^2
+        likeliest, top = p.max(-1, keepdim=True)
+        others = p.scatter(-1, top, 0)
+        # 1 - p of the likeliest class and what follows from it as sums: 1 - p loses all digits.
+        rest, squares = others.sum(-1, keepdim=True), others.square_().sum(-1, keepdim=True)
+        norms = torch.sub(1 + likeliest.square() + squares, p, alpha=2)  # |e_c - p|^2
+        norms.scatter_(-1, top, rest.square() + squares)
+        size = rest * (1 + likeliest) - squares  # 1 - |p|^2
         points = draws.spread(count, places, outputs.device)[..., None]
-        cumulative = torch.cumsum(p * norms, -1)
+        cumulative = norms.mul_(p).cumsum_(-1)  # in place: (N, P, C) is large for a vocabulary
         labels = torch.searchsorted(cumulative, points * cumulative[..., -1:])
+        cotangent = _residuals(p, labels)
+        length = cotangent.norm(dim=-1, keepdim=True)
         signs = draws.signs(count, places, outputs.device) * counts
-        scale = (size / norms.gather(-1, labels)).sqrt() * signs[..., None]
-        # Where p is one-hot there is nothing to draw.
-        cotangent = _residuals(p, labels) * torch.where(size > 0, scale, 0)
+        # Where p is one-hot both may be zero, and there is nothing to draw.
+        cotangent *= size.sqrt() / length.clamp_min(torch.finfo(p.dtype).tiny) * signs[..., None]
         return self._shaped(cotangent.to(outputs), outputs, dim)
 
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:

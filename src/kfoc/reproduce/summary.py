@@ -80,8 +80,8 @@ class Summary:
         each = [self.errors[Key(layer, kind, self.batch_sizes[-1])] for kind in AGAINST_EXACT]
         plain, weighted, expected = each
         return (
-            f"{layer.capitalize()}, against the exact Fisher: K-FOC of this plain draw "
-            f"{plain}, of a weighted draw {weighted}, of the exact Fisher {expected}"
+            f"{layer.capitalize()}, against the exact Fisher: K-FOC of the plain draw "
+            f"{plain}, of a weighted draw {weighted}; optimum {expected}"
         )
 
 
