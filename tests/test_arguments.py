@@ -158,6 +158,7 @@ def test_fisher_types_by_other_names() -> None:
         ("type-1", "exact"),
         ("type-2", "exact"),
         ("MC", "mc"),
+        ("mc_plain", "mc-plain"),
         ("emp", "empirical"),
         ("forward-only", "has no equivalent"),
     ):

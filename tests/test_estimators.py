@@ -74,7 +74,7 @@ def test_a_single_batch_gets_its_optimum(aggregation: str) -> None:
 
 
 def test_drawn_labels_are_an_inverse_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With known uniforms, the label of "mc" is where the cumulative sum passes them."""
+    """With known uniforms, the label of "mc-plain" is where the cumulative sum passes them."""
     model, (x, y) = convolutional(), images(12)
     uniforms = torch.rand(12, 1)
 
@@ -82,7 +82,7 @@ def test_drawn_labels_are_an_inverse_of_the_distribution(monkeypatch: pytest.Mon
         return uniforms[self.first_index : self.first_index + count]
 
     monkeypatch.setattr(Draws, "uniform", uniform)
-    curvature = kfoc.fit(model, batches(x, y, 5), estimator=kfoc.BlockDiagonal())
+    curvature = kfoc.fit(model, batches(x, y, 5), fisher="mc-plain", estimator=kfoc.BlockDiagonal())
     outputs = model(x).detach()
     p = outputs.softmax(-1)
     labels = torch.tensor(

@@ -271,7 +271,7 @@ MESSAGES = {
     "outputs": r"batch 0: 4 inputs gave outputs of shape \(12,\)",
     "no such layer": r"'fc\*' matches no layer with parameters; there are '0', '3', '5'",
     "likelihood": "likelihood must be one of categorical, gaussian, bernoulli",
-    "fisher": "fisher must be one of mc, exact, empirical, found 'true'",
+    "fisher": "fisher must be one of mc, mc-plain, exact, empirical, found 'true'",
     "mc_samples": "mc_samples must be at least 1",
     "probes": "probes must be at least 0, found -1",
     "estimator": "estimator must be an instance",

@@ -62,7 +62,7 @@ def test_exact_fisher_is_the_hessian_of_the_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_draws_have_the_exact_covariance_and_mean_zero(name: str) -> None:
+def test_plain_draws_have_the_exact_covariance_and_mean_zero(name: str) -> None:
     outputs = torch.randn(OUTPUTS[name][0])
     likelihood = {
         "categorical": kfoc.Categorical(),
@@ -70,7 +70,7 @@ def test_draws_have_the_exact_covariance_and_mean_zero(name: str) -> None:
         "bernoulli": kfoc.Bernoulli(),
     }[name]
     count = 3_000
-    drawn = directions(likelihood, outputs, None, "mc", count)
+    drawn = directions(likelihood, outputs, None, "mc-plain", count)
     exact = covariance(directions(likelihood, outputs, None, "exact"))
     flat = drawn.flatten(2) * count**0.5
     products = torch.einsum("snp,snq->snpq", flat, flat)

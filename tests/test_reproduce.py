@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import kfoc
 from kfoc.reproduce import cli, data, networks, store, summary
-from kfoc.reproduce.experiment import ESTIMATORS, BatchSize, Record
+from kfoc.reproduce.experiment import AGAINST_EXACT, ESTIMATORS, BatchSize, Record
 from kfoc.reproduce.measure import ExactBlock
 
 FIELDS = {"dataset", "layer", "method", "batch_size", "seed", "relative_error", "seconds"}
@@ -260,7 +260,7 @@ def test_table_from_end_to_end(table: Path, tmp_path: Path) -> None:
     result = run("--csv", table, "--target", "price", "--seeds", 2, "--out", out)
     assert result.exit_code == 0, result.output
     found = records(out)
-    assert len(found) == 2 * 2 * (1 + 3 * len(ESTIMATORS))  # layers, seeds, fits
+    assert len(found) == 2 * 2 * (1 + 3 * len(ESTIMATORS) + 3)  # layers, seeds, fits
     for record in found:
         assert set(record) == FIELDS
         assert 0 <= record["relative_error"] <= 1.5
@@ -270,6 +270,10 @@ def test_table_from_end_to_end(table: Path, tmp_path: Path) -> None:
     errors = errors_of(out)
     for (layer, method, size, seed), error in errors.items():
         optimum = errors[layer, "optimum", "all", seed]
+        if method in AGAINST_EXACT:  # one output: only a plain draw differs from the Fisher
+            expected = errors[layer, "expected", "all", seed]
+            assert (abs(error - expected) < 1e-6) == (method != "plain")
+            continue
         assert error >= optimum - 1e-9
         if method == "kfoc_exact" or (method.startswith("kfoc") and size == "all"):
             assert error == pytest.approx(optimum, abs=1e-3)
@@ -279,11 +283,12 @@ def test_table_from_end_to_end(table: Path, tmp_path: Path) -> None:
 
     with open(out / "runtime.csv", newline="") as file:
         times = list(csv.DictReader(file))
-    assert len(times) == 1 + 3 * len(ESTIMATORS)
+    assert len(times) == 1 + 3 * len(ESTIMATORS) + 3
     assert {row["ratio_to_kfac"] for row in times if row["method"] == "kfac"} == {"1.000"}
     assert (out / "fully_connected.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (out / "fully_connected.svg").read_text()
     assert "optimum of the whole set" in (out / "summary.md").read_text()
+    assert "of a weighted draw" in (out / "summary.md").read_text()
     assert "paper" not in (out / "summary.md").read_text().split("## ", 1)[1]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
@@ -318,14 +323,15 @@ def test_interrupted_run_goes_on(
         patch.setattr(kfoc, "fit", Interrupting(after=26))
         result = run(*command, "--out", out)
     assert result.exit_code == 130
-    assert "25 of 38 fits are finished" in result.output
+    assert "25 of 44 fits are finished" in result.output
     kept = records(out)
     assert len(kept) == 2 * 25
 
     counting = Interrupting(after=10**9)
     monkeypatch.setattr(kfoc, "fit", counting)
     assert run(*command, "--out", out).exit_code == 0
-    assert next(counting.calls) - 1 == 13 + 1  # what was missing, and the exact block again
+    # What was missing, and the exact blocks: of the draw again, and of the expectation.
+    assert next(counting.calls) - 1 == 18 + 2
     assert records(out)[: len(kept)] == kept
     assert run(*command, "--out", whole).exit_code == 0
     assert errors_of(out) == pytest.approx(errors_of(whole), rel=1e-9, abs=1e-12)
@@ -420,6 +426,9 @@ GOOD = {
     "kfoc_running": 0.01,
     "kfoc_online": 0.005,
     "kfoc_exact": 0.0,
+    "plain": 0.2,
+    "weighted": 0.1,
+    "expected": 0.1,
 }
 
 

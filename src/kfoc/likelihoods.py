@@ -3,36 +3,46 @@
 A cotangent is a derivative of `ln p(y | x)` by the outputs, per sample and not reduced, so the
 reduction of the user's loss never enters. Draws are a function of the seed and of the sample's
 index in the data set, so they do not depend on batch size, pass, rank or the global generator.
+
+Of a sure model nearly all of the Fisher comes from labels that are hardly ever drawn. "mc" draws
+by what a label contributes and weights it for that (docs/draws.md); "mc-plain" from the model.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-FISHER_TYPES = ("mc", "exact", "empirical")
+FISHER_TYPES = ("mc", "mc-plain", "exact", "empirical")
 
 Integers = TypeVar("Integers", Tensor, "np.ndarray[Any, Any]")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Uniform numbers in (0, 1) that depend on (seed, sample index, direction, place) alone."""
+    """Random numbers that depend on (seed, sample index, direction, place) alone.
+
+    Attributes:
+        seed: of the draws.
+        first_index: the first sample's position in the data set.
+        direction: which of the draws of a sample.
+        total: the draws of a sample, `mc_samples`.
+    """
 
     seed: int
     first_index: int
     direction: int = 0
+    total: int = 1
 
     def uniform(self, count: int, places: int, device: torch.device) -> Tensor:
-        """(count, places), float64, for the samples from `first_index` on."""
+        """(count, places), float64 in (0, 1), for the samples from `first_index` on."""
         key = _mix(_mix(self.seed) + self.direction)
         first, last = self.first_index, self.first_index + count
         # In the middle of their interval: never 0, never 1.
@@ -45,6 +55,21 @@ class Draws:
         indices = torch.arange(first, last, device=device)
         bits = _bits(indices, torch.arange(places, device=device), key)
         return bits.double().add_(0.5).div_(2**53)
+
+    def signs(self, count: int, places: int, device: torch.device) -> Tensor:
+        """(count, places), float64: 1 or -1, by the halves of `uniform`."""
+        return 1 - 2 * self.uniform(count, places, device).mul_(2).floor_().clamp_(max=1)
+
+    def spread(self, count: int, places: int, device: torch.device) -> Tensor:
+        """(count, places), float64 in (0, 1]: this direction's point of systematic sampling.
+
+        The points of a place are `1 / total` apart. Where they begin is in the bits of the first
+        direction's `uniform` that its sign leaves over: independent of all signs.
+        """
+        step = self.direction % self.total
+        first = replace(self, direction=self.direction - step).uniform(count, places, device)
+        # Not 0, where a search finds the first class whatever its probability.
+        return first.mul_(2).remainder_(1).neg_().add_(1 + step).div_(self.total)
 
 
 # SplitMix64 (Steele, Lea & Flood 2014): a counter in steps of gamma, through a finaliser that
@@ -114,6 +139,13 @@ class Likelihood(ABC):
     def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
         """The cotangent at labels drawn from the model."""
 
+    def weighted(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """A random cotangent of mean zero and of the covariance of `drawn`, for less variance.
+
+        `drawn` where a likelihood has no better one.
+        """
+        return self.drawn(outputs, targets, draws)
+
     @abstractmethod
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         """Cotangents whose outer products add up to the expectation over the model's labels."""
@@ -133,21 +165,27 @@ class Likelihood(ABC):
 
         Args:
             outputs: (N, ...), detached.
-            targets: the batch's labels; may be None for "mc" and "exact".
-            fisher: "mc", "exact" or "empirical".
-            mc_samples: directions of "mc", each scaled by `1 / sqrt(mc_samples)`.
+            targets: the batch's labels; may be None but for "empirical".
+            fisher: "mc" (of `weighted`), "mc-plain" (of `drawn`), "exact" or "empirical".
+            mc_samples: directions of the first two, each scaled by `1 / sqrt(mc_samples)`.
             seed: of the draws.
             index: of the draws: the first sample's position in the data set.
         """
         self.check(outputs, targets, fisher)
-        if fisher == "mc":
+        if fisher in ("mc", "mc-plain"):
+            draw = self._weighted() if fisher == "mc" else self.drawn
             for direction in range(mc_samples):
-                cotangent = self.drawn(outputs, targets, Draws(seed, index, direction))
+                cotangent = draw(outputs, targets, Draws(seed, index, direction, mc_samples))
                 yield cotangent if mc_samples == 1 else cotangent / math.sqrt(mc_samples)
         elif fisher == "exact":
             yield from self.exact(outputs, targets)
         else:
             yield self.observed(outputs, targets)
+
+    def _weighted(self) -> Callable[[Tensor, object, Draws], Tensor]:
+        """`weighted`; of a subclass that has only `drawn` anew, that: it may mean other labels."""
+        own = next(c for c in type(self).__mro__ if {"weighted", "drawn"} & vars(c).keys())
+        return self.weighted if "weighted" in vars(own) else self.drawn
 
 
 @dataclass(frozen=True)
@@ -262,8 +300,29 @@ class Categorical(Likelihood):
         count, places, _ = probabilities.shape
         uniform = draws.uniform(count, places, outputs.device)[..., None]
         labels = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
-        cotangent = functional.one_hot(labels[..., 0], probabilities.shape[-1]) - probabilities
+        cotangent = _residuals(probabilities, labels)
         return self._shaped(cotangent * counts[..., None], outputs, dim)
+
+    def weighted(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """`s r / |r| sqrt(1 - |p|^2)` with r = e_c - p, the class c drawn by p_c |r|^2."""
+        p, counts, dim = self._probabilities(outputs.double(), targets)
+        count, places, _ = p.shape
+        likeliest, top = p.max(-1, keepdim=True)
+        others = p.scatter(-1, top, 0)
+        # 1 - p of the likeliest class and what follows from it as sums: 1 - p loses all digits.
+        rest, squares = others.sum(-1, keepdim=True), others.square_().sum(-1, keepdim=True)
+        norms = torch.sub(1 + likeliest.square() + squares, p, alpha=2)  # |e_c - p|^2
+        norms.scatter_(-1, top, rest.square() + squares)
+        size = rest * (1 + likeliest) - squares  # 1 - |p|^2
+        points = draws.spread(count, places, outputs.device)[..., None]
+        cumulative = norms.mul_(p).cumsum_(-1)  # in place: (N, P, C) is large for a vocabulary
+        labels = torch.searchsorted(cumulative, points * cumulative[..., -1:])
+        cotangent = _residuals(p, labels)
+        length = cotangent.norm(dim=-1, keepdim=True)
+        signs = draws.signs(count, places, outputs.device) * counts
+        # Where p is one-hot both may be zero, and there is nothing to draw.
+        cotangent *= size.sqrt() / length.clamp_min(torch.finfo(p.dtype).tiny) * signs[..., None]
+        return self._shaped(cotangent.to(outputs), outputs, dim)
 
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         probabilities, counts, dim = self._probabilities(outputs, targets)
@@ -271,8 +330,7 @@ class Categorical(Likelihood):
         for place in range(places):
             for c in range(classes):
                 p = probabilities[:, place]
-                direction = -p
-                direction[:, c] += 1
+                direction = _residuals(p, torch.full_like(p[:, :1], c, dtype=torch.long))
                 cotangent = torch.zeros_like(probabilities)
                 weight = p[:, c].sqrt() * counts[:, place]
                 cotangent[:, place] = direction * weight[:, None]
@@ -284,8 +342,14 @@ class Categorical(Likelihood):
         assert labels is not None
         chosen = labels.reshape(len(outputs), -1).long().clamp_min(0)
         chosen = torch.where(counts.bool(), chosen, 0)
-        cotangent = functional.one_hot(chosen, probabilities.shape[-1]) - probabilities
+        cotangent = _residuals(probabilities, chosen[..., None])
         return self._shaped(cotangent * counts[..., None], outputs, dim)
+
+
+def _residuals(p: Tensor, labels: Tensor) -> Tensor:
+    """e_c - p (..., C) at the labels c (..., 1); its 1 - p_c, as a sum, keeps its digits."""
+    others = p.scatter(-1, labels, 0)
+    return others.neg().scatter_(-1, labels, others.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -303,6 +367,11 @@ class Gaussian(Likelihood):
         count = outputs.shape[0]
         uniform = draws.uniform(count, outputs.numel() // count, outputs.device)
         return torch.special.ndtri(uniform).to(outputs).view(outputs.shape)
+
+    def weighted(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """A random sign for each output: the size of normal draws is all they vary in."""
+        signs = draws.signs(len(outputs), outputs[0].numel(), outputs.device)
+        return signs.to(outputs).view(outputs.shape)
 
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         return _unit_directions(outputs, torch.ones_like(outputs))
@@ -331,15 +400,24 @@ class Bernoulli(Likelihood):
         uniform = draws.uniform(len(outputs), outputs[0].numel(), outputs.device)
         probabilities = outputs.sigmoid()
         labels = uniform.view(outputs.shape) < probabilities
-        return labels.to(outputs) - probabilities
+        return torch.where(labels, (-outputs).sigmoid(), -probabilities)
+
+    def weighted(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """A random sign for each output, times its standard deviation."""
+        signs = draws.signs(len(outputs), outputs[0].numel(), outputs.device)
+        return signs.to(outputs).view(outputs.shape) * self._deviations(outputs)
 
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
-        probabilities = outputs.sigmoid()
-        return _unit_directions(outputs, (probabilities * (1 - probabilities)).sqrt())
+        return _unit_directions(outputs, self._deviations(outputs))
+
+    def _deviations(self, outputs: Tensor) -> Tensor:
+        """sqrt(p (1 - p)); 1 - sigmoid(z) is sigmoid(-z), which keeps its digits."""
+        return outputs.sigmoid().sqrt() * (-outputs).sigmoid().sqrt()
 
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
-        return targets.to(outputs) - outputs.sigmoid()
+        labels = targets.to(outputs)  # y - p, with p near 1 too
+        return labels * (-outputs).sigmoid() - (1 - labels) * outputs.sigmoid()
 
 
 def _unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
@@ -396,7 +474,8 @@ _OTHER_NAMES = {
     "binarycrossentropywithlogits logistic",
 }
 _OTHER_FISHERS = {
-    "mc": "mc montecarlo sampled",
+    "mc": "mc montecarlo sampled weighted mcweighted",
+    "mc-plain": "mcplain plain plainmc",
     "exact": "typei typeii type true expected ggn exact",
     "empirical": "ef emp observed empirical",
 }

@@ -49,8 +49,8 @@ class Tracker(Plain):
         estimator: KFOC() by default; any that takes one pass. `KFOC(decay=d)` means `decay=d`.
         decay: what all batches so far count before each new one, in (0, 1]. 1 weighs all samples
             alike, as `fit` does; the parameters change in training, and old batches mislead.
-        fisher: "mc", "exact" or "empirical".
-        mc_samples: draws per sample, for "mc".
+        fisher: "mc", "mc-plain", "exact" or "empirical".
+        mc_samples: draws per sample, for "mc" and "mc-plain".
         layers: names or patterns of the layers to treat; None: all that can be.
         predict: `(model, inputs) -> outputs`.
         seed: of the draws; they depend on it and on the number of samples seen so far.

@@ -26,6 +26,9 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
     "kfoc_online": lambda: kfoc.KFOC(aggregation="online"),
     "kfoc_exact": lambda: kfoc.KFOC(aggregation="exact"),
 }
+# Beside the paper's: K-FOC of two kinds of draws, and the optimum, against the exact Fisher.
+DRAWS = {"plain": "mc-plain", "weighted": "mc"}
+AGAINST_EXACT = (*DRAWS, "expected")
 # A layer of more parameters has an exact block (float64) of more than 800 MB.
 LARGEST_BLOCK = 10_000
 
@@ -88,7 +91,7 @@ class Experiment:
             "comparable with the paper": self.comparable,
             "training": asdict(self.training),
             "likelihood": self.likelihood,
-            "fisher": "mc, 1 sample, float64",
+            "fisher": "mc-plain, 1 sample, float64",
             "torch": torch.__version__,
             "kfoc": importlib.metadata.version("kfoc"),
         }
@@ -96,6 +99,7 @@ class Experiment:
     def units(self, seeds: int) -> list[Unit]:
         """Every unit, in the order in which they run."""
         fits = [(method, size) for method in ESTIMATORS for size in self.batch_sizes]
+        fits += [(kind, self.batch_sizes[-1]) for kind in AGAINST_EXACT]
         return [
             Unit(self.name, seed, method, size)
             for seed in range(seeds)
@@ -161,15 +165,19 @@ def run_seed(
         experiment.build, experiment.loss, experiment.data, seed, **asdict(experiment.training)
     ).double()
     say(f"seed {seed}: the exact blocks")
-    exact, seconds_exact = _exact_blocks(experiment, network, seed)
+    exact = {"mc-plain": _exact_blocks(experiment, network, seed, "mc-plain")}
     for unit in pending:
         say(f"seed {seed}: {unit.method}, batch size {unit.batch_size}")
-        if unit.method == "optimum":
+        fisher = "exact" if unit.method in AGAINST_EXACT else "mc-plain"
+        if fisher not in exact:
+            exact[fisher] = _exact_blocks(experiment, network, seed, fisher)
+        blocks, seconds_exact = exact[fisher]
+        if unit.method in ("optimum", "expected"):
             start = time.perf_counter()
-            errors = {layer: block.optimal_error() for layer, block in exact.items()}
+            errors = {layer: block.optimal_error() for layer, block in blocks.items()}
             seconds = seconds_exact + time.perf_counter() - start
         else:
-            errors, seconds = _fit_and_measure(experiment, network, exact, unit)
+            errors, seconds = _fit_and_measure(experiment, network, blocks, unit)
         yield unit, _records(unit, errors, seconds)
 
 
@@ -189,10 +197,10 @@ def _records(unit: Unit, errors: dict[str, float], seconds: float) -> list[Recor
 
 
 def _exact_blocks(
-    experiment: Experiment, network: nn.Module, seed: int
+    experiment: Experiment, network: nn.Module, seed: int, fisher: str
 ) -> tuple[dict[str, ExactBlock], float]:
     estimator = kfoc.BlockDiagonal(max_size=LARGEST_BLOCK)
-    curvature, seconds = timed_fit(experiment, network, estimator, seed, 1000)
+    curvature, seconds = timed_fit(experiment, network, estimator, seed, 1000, fisher)
     blocks = {}
     for module, layer in experiment.layers.items():
         rows, columns = curvature[module].shape
@@ -203,8 +211,11 @@ def _exact_blocks(
 def _fit_and_measure(
     experiment: Experiment, network: nn.Module, exact: dict[str, ExactBlock], unit: Unit
 ) -> tuple[dict[str, float], float]:
-    estimator = ESTIMATORS[unit.method]()
-    curvature, seconds = timed_fit(experiment, network, estimator, unit.seed, unit.batch_size)
+    estimator = ESTIMATORS.get(unit.method, kfoc.KFOC)()
+    fisher = DRAWS.get(unit.method, "mc-plain")
+    curvature, seconds = timed_fit(
+        experiment, network, estimator, unit.seed, unit.batch_size, fisher
+    )
     errors = {}
     for module, layer in experiment.layers.items():
         block = curvature[module]
@@ -216,7 +227,12 @@ def _fit_and_measure(
 
 
 def timed_fit(
-    experiment: Experiment, network: nn.Module, estimator: Any, seed: int, batch_size: BatchSize
+    experiment: Experiment,
+    network: nn.Module,
+    estimator: Any,
+    seed: int,
+    batch_size: BatchSize,
+    fisher: str = "mc-plain",
 ) -> tuple[Any, float]:
     """The curvature of the samples, and the seconds of this one fit, no other method's hooks live.
 
@@ -232,7 +248,7 @@ def timed_fit(
         batches,
         likelihood=experiment.likelihood,
         estimator=estimator,
-        fisher="mc",
+        fisher=fisher,
         mc_samples=1,
         layers=tuple(experiment.layers),
         seed=seed,

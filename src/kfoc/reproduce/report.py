@@ -76,7 +76,7 @@ def markdown(summaries: list[Summary]) -> str:
     for summary in summaries:
         parts += [f"## {title(summary)}", ""]
         for layer in summary.layers:
-            parts += [*_markdown_table(summary, layer), ""]
+            parts += [*_markdown_table(summary, layer), "", f"{summary.of_draws(layer)}.", ""]
         parts += ["### Claims", ""]
         for claim in claims(summary):
             parts.append(f"- **{_verdict(claim)}**: {claim.text}")
@@ -115,6 +115,7 @@ def _print(summary: Summary, console: Console) -> None:
     console.print(escape(title(summary)), style="bold", soft_wrap=True)
     for layer in summary.layers:
         console.print(_table(summary, layer))
+        console.print(summary.of_draws(layer), highlight=False)
     for claim in claims(summary):
         style = "green" if claim.holds else "red"
         console.print(

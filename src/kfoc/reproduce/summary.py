@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
 
-from kfoc.reproduce.experiment import ESTIMATORS, BatchSize, Record
+from kfoc.reproduce.experiment import AGAINST_EXACT, ESTIMATORS, BatchSize, Record
 
 NAMES = {
     "diagonal": "Diagonal",
@@ -75,6 +75,15 @@ class Summary:
     def optimum(self, layer: str) -> Stat:
         return self.errors[Key(layer, "optimum", "all")]
 
+    def of_draws(self, layer: str) -> str:
+        """One line on what the draw of labels costs."""
+        each = [self.errors[Key(layer, kind, self.batch_sizes[-1])] for kind in AGAINST_EXACT]
+        plain, weighted, expected = each
+        return (
+            f"{layer.capitalize()}, against the exact Fisher: K-FOC of the plain draw "
+            f"{plain}, of a weighted draw {weighted}; optimum {expected}"
+        )
+
 
 def summarise(records: list[Record], settings: dict[str, Any]) -> list[Summary]:
     """One summary for each experiment of which at least one seed is complete.
@@ -97,7 +106,8 @@ def summarise(records: list[Record], settings: dict[str, Any]) -> list[Summary]:
 def _all_keys(by_seed: dict[int, dict[Key, float]], batch_sizes: list[BatchSize]) -> set[Key]:
     layers = {key.layer for values in by_seed.values() for key in values}
     fits = [(method, size) for method in ESTIMATORS for size in batch_sizes]
-    return {Key(layer, *fit) for layer in layers for fit in [("optimum", "all"), *fits]}
+    fits += [("optimum", "all"), *((kind, batch_sizes[-1]) for kind in AGAINST_EXACT)]
+    return {Key(layer, *fit) for layer in layers for fit in fits}
 
 
 def _summary(name: str, settings: dict[str, Any], seeds: dict[int, dict[Key, float]]) -> Summary:
