@@ -576,10 +576,12 @@ def test_values_that_are_not_finite_are_told(call: str, likelihood: str, case: s
     where, function = CALLS[call]
     if "targets" in case and (likelihood == "categorical" or where == "inputs"):
         pytest.skip("has no such targets")
+    if case == "no samples" and where.startswith("batch"):
+        pytest.skip("batches without samples are passed over")
     model, data, curvature = problem(likelihood, kfoc.Diagonal())
     laplace = kfoc.Laplace(model, curvature, likelihood=likelihood)
     data = [data[0], BROKEN[case](*data[1]), data[2]]
-    expected = {"no samples": "there are no samples"}.get(case, "not finite|out of range")
+    expected = {"no samples": "there are no samples|has no samples"}.get(case, "not finite|out of range")
     with pytest.raises(ValueError, match=f"^{where}: .*({expected})"):
         function(laplace, data)
 

@@ -252,7 +252,7 @@ def _warn_unsettled(estimator: Estimator, unsettled: dict[str, float | None]) ->
         "blocks are not yet the closest ones (report.converged is False): allow more passes, or "
         "more max_steps where batches are solved, or a larger rtol",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,  # of `plainly` too
     )
 
 

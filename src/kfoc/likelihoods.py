@@ -442,9 +442,10 @@ def _check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
             f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
             f"{tuple(outputs.shape)} of the outputs, found {_described(targets)}"
         )
-    if targets.is_complex() or not targets.isfinite().all():
-        kind = "complex" if targets.is_complex() else "values not finite"
-        raise ValueError(f"the targets of a {likelihood} likelihood must be real numbers: {kind}")
+    if targets.is_complex():
+        raise ValueError(f"the targets of a {likelihood} likelihood are complex ({targets.dtype})")
+    if not targets.isfinite().all():
+        raise ValueError("the targets have values that are not finite")
     return targets
 
 

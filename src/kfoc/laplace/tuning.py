@@ -125,7 +125,7 @@ def warn_at_bound(value: float, bounds: Bounds, what: str) -> None:
             f"the best {what} is at the bound {value:.3g} of the search: its maximum is beyond, or "
             "nowhere",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -141,7 +141,7 @@ def warn_of_candidate(candidates: list[float], best: int, loss: float, plain: fl
             f"the best prior precision is the {'largest' if chosen == bounds[1] else 'smallest'} "
             f"candidate, {chosen:.3g}: a better one may lie beyond; give more candidates",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if loss > plain and not math.isclose(loss, plain, rel_tol=1e-6):
         warnings.warn(
@@ -149,7 +149,7 @@ def warn_of_candidate(candidates: list[float], best: int, loss: float, plain: fl
             f"than the network by itself (negative log-likelihoods {loss:.4g} and {plain:.4g}): "
             "give larger candidates, or do without the posterior",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
