@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from documents import ROOT
 
@@ -52,6 +54,23 @@ def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
 
 def test_tables_of_the_page_are_those_of_the_results() -> None:
     run(str(STUDY / "report.py"), "--page", str(ROOT / "docs" / "study.md"), "--check")
+
+
+def test_draws_run_and_their_page_has_the_table_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(STUDY)  # in this process: importing takes longer than the rest
+    draws = importlib.import_module("draws")
+    torch.set_default_dtype(torch.float32)  # for this test: the networks are trained in it
+    monkeypatch.setattr(sys, "argv", ["draws.py", "--quick", "--out", str(tmp_path)])
+    draws.main()
+    assert json.loads((tmp_path / "draws.json").read_text())["complete"]
+    assert (tmp_path / "draws.png").stat().st_size > 5000
+    kept = json.loads((STUDY / "results" / "draws.json").read_text())
+    page = (ROOT / "docs" / "draws.md").read_text()
+    assert kept["complete"]
+    assert draws.table(kept["rows"]) in page
+    assert draws.on_page(page, kept["rows"]) == page
 
 
 def test_the_page_shows_every_table_and_plot_once() -> None:
