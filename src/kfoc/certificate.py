@@ -56,7 +56,7 @@ class Probes:
 
     def add(self, samples: LayerSamples) -> None:
         """Add the batch's part of `F v`: `sum_{s,n} X <X, v>`."""
-        self._add([(self.products, None)], samples)
+        self._add(self.products[None], samples, None)
 
     def add_unseen(self, samples: LayerSamples, first_index: int) -> None:
         """Add the batch's part at two other draws, one direction each.
@@ -69,11 +69,18 @@ class Probes:
         uniform = draws.uniform(samples.num_samples, _groups(count), device)
         group = torch.arange(count, device=device) % _groups(count)
         signs = uniform.sub_(0.5).sign_().to(self.vectors).mT[group]
-        weights = torch.stack([signs, -signs], 1)  # (m, 2, n)
-        self._add([(self.unseen[0], None), (self.unseen[1], weights)], samples)
+        ones = torch.ones_like(signs)
+        for draw, weights in enumerate([(ones, signs), (ones, -signs)]):
+            part = samples.of_directions(slice(draw, draw + 1))
+            self._add(self.unseen, part, torch.stack(weights))
 
-    def _add(self, sums: list[tuple[Tensor, Tensor | None]], samples: LayerSamples) -> None:
-        """Add `sum_{s,n} w X <X, v>` to every one of the sums, by its weights w (m, s, n)."""
+    def _add(self, sums: Tensor, samples: LayerSamples, weights: Tensor | None) -> None:
+        """Add `sum_{s,n} w X <X, v>` to every one of the sums.
+
+        Args:
+            sums: (k, m, o, i).
+            weights: w, (k, m, n), for a single direction; None: all 1.
+        """
         rescaled, scale = samples.rescaled()
         if not scale:
             return
@@ -83,16 +90,17 @@ class Probes:
             self.unit = scale
         alpha = scale / self.unit
         if isinstance(rescaled, Samples) and rescaled.diagonal:
-            for total, weights in sums:
-                add_products(total, self.vectors, rescaled, alpha, weights)
+            for k, total in enumerate(sums):
+                each = None if weights is None else weights[k]
+                add_products(total, self.vectors, rescaled, alpha, each)
             return
-        vectors, start = self.vectors.flatten(1), 0
+        vectors, flat, start = self.vectors.flatten(1), sums.flatten(0, 1).flatten(1), 0
         for gradients in gradient_chunks(rescaled, CHUNK):
             rows, stop = gradients.flatten(2).flatten(0, 1), start + gradients.shape[1]
             inner = vectors @ rows.mT
-            for total, weights in sums:
-                each = inner if weights is None else inner * weights[:, :, start:stop].flatten(1)
-                total.flatten(1).addmm_(each, rows, alpha=alpha)
+            if weights is not None:
+                inner = (inner * weights[..., start:stop]).flatten(0, 1)
+            flat.addmm_(inner, rows, alpha=alpha)
             start = stop
 
     def pooled(self) -> Pooling[None]:

@@ -183,7 +183,7 @@ def add_products(
     """`products += scale * sum_{s,n} w X <X, v>` for every v, both (m, d, V).
 
     Args:
-        weights: w, (m, s, n); None: all 1.
+        weights: w, (m, n); None: all 1.
     """
     start = 0
     for count, pairs in _pairs_by_chunks(samples, len(vectors) * samples.shape[0]):
@@ -192,7 +192,7 @@ def add_products(
         inner = by_pair.new_zeros(*by_pair.shape[:2], count)
         inner.index_add_(2, pairs.owners, by_pair)
         if weights is not None:
-            inner *= weights[:, :, start : start + count]
+            inner *= weights[:, None, start : start + count]
         start += count
         step = torch.einsum("msp,spd->mdp", inner[:, :, pairs.owners], pairs.vectors)
         products.index_add_(2, pairs.tokens, step, alpha=scale)
