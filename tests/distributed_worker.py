@@ -102,10 +102,16 @@ def sums_are_those_of_one_process(rank: int, world: int) -> None:
         kfoc.KFOC("exact", rank=2, rtol=1e-13, passes=60, buffer=0),
     ):
         # Draws go by the sample's number in the data of all ranks, so these are the same draws.
-        options: dict[str, Any] = {"estimator": estimator, "mc_samples": 2, "seed": 7}
+        options: dict[str, Any] = {"estimator": estimator, "mc_samples": 2, "seed": 7, "probes": 5}
         curvature = fitted(model, data[rank::world], **options)
-        assert_same(curvature, kfoc.fit(model, data, **options), 1e-7)
+        expected = kfoc.fit(model, data, **options)
+        assert_same(curvature, expected, 1e-7)
         assert_on_all_ranks(curvature, world)
+        for name, block in expected.items():
+            found = curvature[name].report
+            for key in ("fisher_error", "fisher_error_std"):
+                one, all_ranks = getattr(block.report, key), getattr(found, key)
+                assert math.isclose(one, all_ranks, rel_tol=1e-5, abs_tol=1e-5), (name, key)
 
 
 @check

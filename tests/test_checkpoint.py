@@ -65,7 +65,8 @@ def tokens() -> tuple[nn.Module, list, dict[str, Any]]:
     data = [torch.randint(1030, (size, 5)) for size in (4, 5, 4, 2, 6)]
     for number, batch in enumerate(data):
         batch[0, 0] = number // 2 % 2
-    return Tokens().train(), [(batch, None) for batch in data], {"fisher": "mc", "mc_samples": 2}
+    options = {"fisher": "mc", "mc_samples": 2, "probes": 2}
+    return Tokens().train(), [(batch, None) for batch in data], options
 
 
 def mixed() -> tuple[nn.Module, list, dict[str, Any]]:

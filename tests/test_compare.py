@@ -36,6 +36,7 @@ from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
 from kfoc.compare.report import page
 from kfoc.compare.table import show
 from kfoc.compare.timed import Timed
+from kfoc.compare.words import measured
 from kfoc.reproduce.cli import app
 
 EVERY = Options(tuple(ESTIMATORS), probes=100)
@@ -82,6 +83,32 @@ def test_errors_are_those_of_dense_matrices(study: Study) -> None:
             assert entry.error == pytest.approx(error, abs=4 * entry.standard_error + 1e-6)
         optimum = layer.entries["optimum"]
         assert optimum.error == pytest.approx(best, abs=4 * optimum.standard_error + 1e-6)
+
+
+def test_errors_against_the_fisher_itself_where_labels_are_drawn(study: Study) -> None:
+    """Noise of the draws is no part of them; without draws they are the same, and not shown."""
+    assert not study.drawn
+    out = StringIO()
+    show(study, Console(file=out, width=120))
+    assert "Fisher itself" not in out.getvalue()
+    model, (x, y) = convolutional(), images(60)
+    options = replace(EVERY, estimators=("kfac", "kfoc"), curves=False, pictures=False)
+    found = measure(Subject(model, batches(x, y, 20), {}), options)
+    cotangents = oracle.categorical_exact(model(x).detach())
+    for layer in found.layers:
+        fisher = dense_fisher(model, model[int(layer.name)], x, cotangents)
+        for name, entry in layer.entries.items():
+            estimator = ESTIMATORS[name].estimator
+            block = kfoc.fit(model, batches(x, y, 20), estimator=estimator)[layer.name]
+            error = oracle.relative_error(fisher, block.to_dense())
+            assert entry.fisher_error == pytest.approx(error, abs=3 * entry.fisher_error_std)
+            assert 0 < entry.fisher_error_std < 0.2
+    show(found, Console(file=out, width=120))
+    entry = found.layers[0].entries["kfac"]
+    shown = f"{entry.fisher_error:.3f} ± {entry.fisher_error_std:.3f}"
+    assert "Fisher itself" in out.getvalue()
+    assert shown in out.getvalue()
+    assert f"<td>{entry.fisher_error:.4f}</td><td>{entry.fisher_error_std:.4f}</td>" in page(found)
 
 
 def dense_fisher(
@@ -284,10 +311,12 @@ def test_names_are_escaped() -> None:
 
 def test_report_without_standard_error(study: Study) -> None:
     """One probe has no spread: no "nan" in a chart or table."""
-    entry = replace(study.layers[0].entries["kfac"], standard_error=math.nan)
+    unknown = dict.fromkeys(("standard_error", "fisher_error", "fisher_error_std"), math.nan)
+    entry = replace(study.layers[0].entries["kfac"], **unknown)
     layer = replace(study.layers[0], entries={"kfac": entry}, by_samples={})
     text = page(replace(study, layers=(layer,), labels={"kfac": "K-FAC"}, seconds={"kfac": 1.0}))
     assert "nan" not in text
+    assert measured(math.nan, math.nan) == "–"
 
 
 @pytest.mark.parametrize("palette", [style.LIGHT, style.DARK])

@@ -126,7 +126,8 @@ def test_methods_are_not_replaced() -> None:
     state = {"object": "kfoc.estimators.kfac:_State", "fields": {"left": 1, "add": 2}}
     with pytest.raises(ValueError, match="in which there is no 'right'"):
         decoded(state, None)
-    fields = {"vectors": torch.ones(1), "products": torch.ones(1), "unit": 1.0}
+    tensors = dict.fromkeys(("vectors", "products", "unseen"), torch.ones(1))
+    fields = {**tensors, "unit": 1.0, "seed": 0}
     for more, message in (
         ({"add": 5}, "a 'add', which is none of"),
         ({"unit": "x"}, "'unit' must"),

@@ -35,7 +35,7 @@ ALLOWED = {
     "sketch": {"kronecker", "planner", "plans", "products", "samples", "solver"},
     "token_plan": {"kronecker", "products", "samples", "tied", "tokens"},
     "planner": {"kronecker", "plans", "products", "samples", "tied", "token_plan"},
-    "certificate": {"blocks", "plans", "pooling", "samples", "token_plan"},
+    "certificate": {"blocks", "likelihoods", "plans", "pooling", "samples", "token_plan"},
     "layers": {"samples", "tokens"},
     "embedding": {"layers", "samples", "tied", "tokens"},
     "interop": {

@@ -581,7 +581,9 @@ def test_values_that_are_not_finite_are_told(call: str, likelihood: str, case: s
     model, data, curvature = problem(likelihood, kfoc.Diagonal())
     laplace = kfoc.Laplace(model, curvature, likelihood=likelihood)
     data = [data[0], BROKEN[case](*data[1]), data[2]]
-    expected = {"no samples": "there are no samples|has no samples"}.get(case, "not finite|out of range")
+    expected = {"no samples": "there are no samples|has no samples"}.get(
+        case, "not finite|out of range"
+    )
     with pytest.raises(ValueError, match=f"^{where}: .*({expected})"):
         function(laplace, data)
 

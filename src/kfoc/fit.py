@@ -418,6 +418,16 @@ class _Run:
         return sharded(self.model)
 
     @property
+    def _drawn(self) -> bool:
+        """Whether F is one of drawn labels, which others could have been."""
+        return self.fisher.startswith("mc")
+
+    @property
+    def _draws_more(self) -> bool:
+        """Whether the probes take draws of their own now."""
+        return self._drawn and bool(self.num_probes) and not self.passes
+
+    @property
     def earlier(self) -> int:
         """How many passes over the data there were before this one."""
         return self.passes + (self.sweeps.passes if self.sweeps else 0)
@@ -486,7 +496,7 @@ class _Run:
         state = self.estimator.init(name, samples)
         self.states[name] = self.estimator.shared(state) if self.ranks else state
         if self.num_probes:
-            self.probes[name] = Probes(self.num_probes, self.seed, name, samples)
+            self.probes[name] = Probes(self.num_probes, self.seed, name, samples, self._drawn)
         return True
 
     def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
@@ -653,7 +663,7 @@ class _Run:
     ) -> None:
         with advised(f"layer {name!r}", _LESS_MEMORY):
             samples = take_samples(name, calls, grads, count, rules, tagged)
-            self._update(name, samples, work.index, work.alone)
+            self._take_in(name, samples, work)
 
     def _take_late(self, late: dict[str, Late], record: Record, work: _Work) -> None:
         """Take in layers whose calls were never checked before, after a check on this batch."""
@@ -722,7 +732,17 @@ class _Run:
                 continue
             samples = Direct(torch.cat([found[key] for key in own], 2)[..., None])
             work.reached.add(name)
-            self._update(name, checked_finite(name, samples), work.index, work.alone)
+            self._take_in(name, checked_finite(name, samples), work)
+
+    def _take_in(self, name: str, samples: LayerSamples, work: _Work) -> None:
+        """Let the block see all directions, but for the draws that are for its probes alone."""
+        if not self._draws_more:
+            self._update(name, samples, work.index, work.alone)
+            return
+        own = samples.num_directions - len(_UNSEEN)
+        self._update(name, samples.of_directions(slice(own)), work.index, work.alone)
+        if name in self.probes:  # it is not where a later sweep takes the layer
+            self.probes[name].add_unseen(samples.of_directions(slice(own, None)), work.first)
 
     def _refuse(self, name: str, reason: str) -> None:
         if name in self.shapes:
@@ -743,10 +763,16 @@ class _Run:
         values = outputs.detach()
         values = values.float() if values.element_size() < 4 else values
         self.likelihood = self.likelihood.settled(values, work.targets)
-        cotangents = self.likelihood.cotangents(
-            values, work.targets, self.fisher, self.mc_samples, self.seed, work.first
+        draws = [(self.mc_samples, self.seed)]
+        if self._draws_more:
+            draws += [(1, self.seed ^ key) for key in _UNSEEN]
+        return (
+            cotangent.to(outputs)
+            for count, seed in draws
+            for cotangent in self.likelihood.cotangents(
+                values, work.targets, self.fisher, count, seed, work.first
+            )
         )
-        return (cotangent.to(outputs) for cotangent in cotangents)
 
     def _check_same(self, outputs: Tensor, targets: Any, number: int) -> None:
         """Several passes must see the same batches; their outputs tell when they do not."""
@@ -792,7 +818,8 @@ class _Run:
 
     def _footprint(self, samples: LayerSamples) -> Footprint:
         o, i = samples.shape
-        probes = 2 * self.num_probes * o * i * samples.grads.element_size()
+        each = 4 if self._drawn else 2
+        probes = each * self.num_probes * o * i * samples.grads.element_size()
         return self.estimator.footprint(samples) + Footprint(probes, 0)
 
     def _silent(self, reached: set[str], count: int) -> None:
@@ -874,10 +901,13 @@ class _Run:
         _check_range(name, block, self.scales.get(name, (0.0, 0.0)))
         if self.num_probes:
             block = self.probes.pop(name).certified(block, self.num_samples)
-        unchecked = self._unchecked(name)
-        if not unchecked:
-            return block
-        return replace(block, report=replace(block.report, unchecked=unchecked))
+        known = block.report
+        if not self._drawn:
+            known = replace(
+                known, fisher_error=known.relative_error, fisher_error_std=known.standard_error
+            )
+        known = replace(known, unchecked=self._unchecked(name))
+        return block if known == block.report else replace(block, report=known)
 
     def _unchecked(self, name: str) -> str:
         """What of a layer's samples was taken on trust, see `Report`."""
@@ -917,6 +947,8 @@ def _check_range(name: str, block: Block, scales: tuple[float, float]) -> None:
 
 
 _END = object()
+# What makes seeds of their own, far from the user's, for the two draws that no block sees.
+_UNSEEN = 0x2545F4914F6CDD1D, 0x369DEA0F31A53F85
 _LESS_MEMORY = (
     "use smaller batches, a smaller memory_limit or buffer of kfoc.KFOC, or leave the layer out by "
     "layers=..."

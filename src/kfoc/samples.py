@@ -346,6 +346,10 @@ class LayerSamples(Protocol):
         """`count` samples of the same layer without any gradient."""
         ...
 
+    def of_directions(self, chosen: slice) -> LayerSamples:
+        """The same samples in some of the directions, sharing memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -469,6 +473,9 @@ class Samples:
         grads = self.grads.new_empty(self.num_directions, count, 0, self.shape[0])
         return Samples(self.inputs.silent(count), grads)
 
+    def of_directions(self, chosen: slice) -> Samples:
+        return replace(self, grads=self.grads[chosen])
+
 
 @dataclass(frozen=True)
 class Grouped:
@@ -520,6 +527,9 @@ class Grouped:
     def silent(self, count: int) -> Grouped:
         return Grouped(tuple(group.silent(count) for group in self.groups))
 
+    def of_directions(self, chosen: slice) -> Grouped:
+        return Grouped(tuple(group.of_directions(chosen) for group in self.groups))
+
 
 @dataclass(frozen=True)
 class Direct:
@@ -562,6 +572,9 @@ class Direct:
 
     def silent(self, count: int) -> Direct:
         return Direct(self.grads.new_zeros(self.num_directions, count, *self.shape))
+
+    def of_directions(self, chosen: slice) -> Direct:
+        return Direct(self.grads[chosen])
 
 
 @dataclass(frozen=True)
@@ -638,6 +651,9 @@ class Depthwise:
         padded = zero.to(inputs.padded).expand(count, channels, *inputs.spans)
         grads = zero.expand(self.num_directions, count, 1, self.shape[0])
         return Depthwise(((inputs.with_tensor(padded), grads),))
+
+    def of_directions(self, chosen: slice) -> Depthwise:
+        return Depthwise(tuple((inputs, grads[chosen]) for inputs, grads in self.calls))
 
     def grouped(self) -> Grouped:
         """The same, group by group."""

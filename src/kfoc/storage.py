@@ -32,6 +32,8 @@ METADATA: dict[str, tuple[type, ...]] = {
 REPORT: dict[str, tuple[type, ...]] = {
     "relative_error": (float, type(None)),
     "standard_error": (float, type(None)),
+    "fisher_error": (float, type(None)),
+    "fisher_error_std": (float, type(None)),
     "steps": (int,),
     "converged": (bool,),
     "plan": (str,),

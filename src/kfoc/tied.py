@@ -96,6 +96,9 @@ class Tied:
     def silent(self, count: int) -> Tied:
         return Tied(self.head.silent(count), self.embedding.silent(count))
 
+    def of_directions(self, chosen: slice) -> Tied:
+        return Tied(self.head.of_directions(chosen), self.embedding.of_directions(chosen))
+
     def as_positions(self) -> Samples:
         """The same per-sample gradients as sums of outer products, in the rows of the head.
 

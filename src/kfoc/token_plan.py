@@ -177,13 +177,23 @@ def add_counts(total: Tensor, samples: Samples, alpha: float) -> None:
     total.index_add_(0, tokens.clamp(min=0), ones * (tokens >= 0))
 
 
-def add_products(products: Tensor, vectors: Tensor, samples: Samples, scale: float) -> None:
-    """`products += scale * sum_{s,n} X <X, v>` for every v, both (m, d, V)."""
+def add_products(
+    products: Tensor, vectors: Tensor, samples: Samples, scale: float, weights: Tensor | None = None
+) -> None:
+    """`products += scale * sum_{s,n} w X <X, v>` for every v, both (m, d, V).
+
+    Args:
+        weights: w, (m, n); None: all 1.
+    """
+    start = 0
     for count, pairs in _pairs_by_chunks(samples, len(vectors) * samples.shape[0]):
         gathered = vectors[:, :, pairs.tokens]  # (m, d, P)
         by_pair = torch.einsum("mdp,spd->msp", gathered, pairs.vectors)
         inner = by_pair.new_zeros(*by_pair.shape[:2], count)
         inner.index_add_(2, pairs.owners, by_pair)
+        if weights is not None:
+            inner *= weights[:, None, start : start + count]
+        start += count
         step = torch.einsum("msp,spd->mdp", inner[:, :, pairs.owners], pairs.vectors)
         products.index_add_(2, pairs.tokens, step, alpha=scale)
 

@@ -22,14 +22,21 @@ class Report:
     """What is known of how a block came about.
 
     Attributes:
-        relative_error: `||F - block||_F / ||F||_F` against the exact block of the data seen, or
-            None where nobody asked for it (`fit(..., probes=16)`) and it did not come for free.
+        relative_error: `||F - block||_F / ||F||_F` against the exact block of the data seen and,
+            for drawn labels (`fisher="mc"`), of the very draws that the block was fitted to, noise
+            and all; or None where nobody asked for it (`fit(..., probes=16)`) and it did not come
+            for free.
         standard_error: the standard error of `relative_error`; 0 where it is exact.
         steps: half steps of the power iteration in the last solve (0: none).
         converged: False where an iteration ended at its step or pass limit.
         plan: the contraction used last, with what it was chosen by; "" where there is no choice.
         unchecked: what of docs/proof.md was not checked of its samples: "sums", where parameters
             are sharded, or "rows and sums", with `fit(..., verify=False)`.
+        fisher_error: the same against the Fisher itself, the expectation over the model's labels,
+            estimated from draws that the block has not seen; where nothing is drawn,
+            `relative_error`. 0 where the estimate of its square is negative, NaN where that of
+            `||F||^2` is; None where nobody asked for it.
+        fisher_error_std: the standard error of `fisher_error`, by probes and draws.
     """
 
     relative_error: float | None = None
@@ -38,6 +45,8 @@ class Report:
     converged: bool = True
     plan: str = ""
     unchecked: str = ""
+    fisher_error: float | None = None
+    fisher_error_std: float | None = None
 
 
 def placed(
@@ -182,13 +191,23 @@ class Block(Plain, ABC):
 
     @property
     def relative_error(self) -> float | None:
-        """See `Report.relative_error`."""
+        """Against the F of the block's own draws, see `Report.relative_error`."""
         return self.report.relative_error
 
     @property
     def relative_error_standard_error(self) -> float | None:
         """See `Report.standard_error`."""
         return self.report.standard_error
+
+    @property
+    def fisher_error(self) -> float | None:
+        """Against the Fisher itself, see `Report.fisher_error`."""
+        return self.report.fisher_error
+
+    @property
+    def fisher_error_std(self) -> float | None:
+        """See `Report.fisher_error_std`."""
+        return self.report.fisher_error_std
 
     def _check_vectors(self, vectors: Tensor) -> None:
         if tuple(vectors.shape[-2:]) != self.shape:

@@ -66,7 +66,10 @@ class Entry:
     """One estimator at one layer.
 
     Attributes:
-        error, standard_error: `||F - block|| / ||F||` and its standard error.
+        error, standard_error: `||F - block|| / ||F||` and its standard error, with the F of the
+            draws that all estimators saw.
+        fisher_error, fisher_error_std: the same with the Fisher itself, from other draws; where
+            nothing is drawn it is the same number.
         seconds: what the estimator spent on the layer in a fit, forward and backward pass apart.
         numbers, bytes: what the block keeps.
         plan, steps, converged: of the contraction, as in `kfoc.Report`.
@@ -76,6 +79,8 @@ class Entry:
 
     error: float
     standard_error: float
+    fisher_error: float
+    fisher_error_std: float
     seconds: float
     numbers: int
     bytes: int
@@ -120,8 +125,14 @@ class Study:
     first_batch: int
 
     def closest(self, layer: Layer) -> str:
-        """The estimator of the smallest error."""
+        """The estimator of the smallest error against the F of the draws that all saw."""
         return min(layer.entries, key=lambda name: layer.entries[name].error)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether labels were drawn, so that there are two errors to show."""
+        entries = [entry for layer in self.layers for entry in layer.entries.values()]
+        return any(entry.fisher_error != entry.error for entry in entries)
 
     def numbers(self, estimator: str) -> int:
         """What the estimator's blocks keep, over all layers."""
@@ -133,8 +144,9 @@ class Study:
         for layer in content["layers"]:
             for entry in layer["entries"].values():
                 del entry["heatmaps"], entry["spectrum"]
-                if math.isnan(entry["standard_error"]):  # of one probe; JSON has no NaN
-                    entry["standard_error"] = None
+                for key, value in entry.items():
+                    if isinstance(value, float) and math.isnan(value):  # which JSON does not have
+                        entry[key] = None
         return content
 
 
@@ -305,11 +317,15 @@ def _study(
 
 def _entry(block: Block, seconds: float, pictures: bool) -> Entry:
     report, tensors = block.report, list(block.tensors())
-    if report.relative_error is None or report.standard_error is None:
+    error, deviation = report.relative_error, report.standard_error
+    itself, its_deviation = report.fisher_error, report.fisher_error_std
+    if error is None or deviation is None or itself is None or its_deviation is None:
         raise CompareError("a block came without its relative error")
     return Entry(
-        report.relative_error,
-        report.standard_error,
+        error,
+        deviation,
+        itself,
+        its_deviation,
         seconds,
         sum(map(Tensor.numel, tensors)),
         sum(t.numel() * t.element_size() for t in tensors),

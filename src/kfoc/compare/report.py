@@ -115,10 +115,11 @@ def _errors(study: Study) -> str:
         for layer in study.layers
     )
     cut = " Longer bars are cut there." if limit == 2.0 else ""
+    drawn = " F is that of the drawn labels, noise and all." if study.drawn else ""
     return (
         "<h2>Relative error of every layer</h2>"
         f"<p class='soft'>‖F − estimate‖ / ‖F‖ from 0 to {limit:.3g}, smaller is better; whiskers "
-        f"are one standard error.{cut} An estimate of zero has the error 1.</p>"
+        f"are one standard error.{drawn}{cut} An estimate of zero has the error 1.</p>"
         f"<div class='grid-of'>{figures}</div>"
     )
 
@@ -228,9 +229,11 @@ def _numbers(study: Study) -> str:
             rows.append(
                 f"<tr>{head}<td class='text'><span class='swatch {name}'></span>"
                 f"{escape(study.labels[name])}</td><td{bold}>{_figure(entry.error)}</td>"
-                f"<td>{_figure(entry.standard_error)}</td>{_costs(entry)}</tr>"
+                f"<td>{_figure(entry.standard_error)}</td><td>{_figure(entry.fisher_error)}</td>"
+                f"<td>{_figure(entry.fisher_error_std)}</td>{_costs(entry)}</tr>"
             )
-    heads = ("estimator", "error", "std. error", "time", "structure", "numbers", "bytes", "plan")
+    errors = ("error", "std. error", "to the Fisher itself", "its std. error")
+    heads = ("estimator", *errors, "time", "structure", "numbers", "bytes", "plan")
     text = ("estimator", "structure", "plan")
     columns = "".join(
         f"<th scope='col'{' class=text' if head in text else ''}>{head}</th>"
@@ -267,14 +270,21 @@ def _skipped(study: Study) -> str:
     return f"<h2>Layers without a comparison</h2><ul>{items}</ul>"
 
 
+_DRAWN = (
+    ", at the labels that were drawn: a noisy estimate of the Fisher itself, which all estimates "
+    "were fitted to. How far they are from that itself is estimated from two more draws of every "
+    "label, which no estimate has seen, and stands under “to the Fisher itself”"
+)
+
+
 def _method(study: Study) -> str:
     return (
         "<h2>How it was measured</h2>"
         "<p class='soft'>F is the mean Fisher information of the samples for the layer’s weights "
-        "and bias. Errors are estimated without forming F, from its products with Gaussian "
-        "probes, which all estimators share: differences between them are surer than the "
-        "standard errors say. A standard error of 0 means that the error is exact, but for "
-        "rounding.</p>"
+        f"and bias{_DRAWN if study.drawn else ''}. Errors are estimated without forming F, from "
+        "its products with Gaussian probes, which all estimators share: differences between them "
+        "are surer than the standard errors say. A standard error of 0 means that the error is "
+        "exact, but for rounding.</p>"
         "<p class='soft'>The time is that of one whole fit, without probes, model included, after "
         "a warm-up on the first batch: the fastest of five where fits are short, one where they "
         "are long; by layer, it is what was spent on that layer’s block, the forward and backward "

@@ -15,7 +15,9 @@ def duration(seconds: float) -> str:
 
 
 def measured(value: float, deviation: float) -> str:
-    """A value with its standard error, where there is one: a single probe has no spread."""
+    """A value with its standard error, where there are such: a single probe has no spread."""
+    if math.isnan(value):
+        return "–"
     return f"{value:.3f}" if math.isnan(deviation) else f"{value:.3f} ± {deviation:.3f}"
 
 
