@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import kfoc
 import kfoc.tracker as tracker_module
-from models import batches, convolutional, images
+from models import FEW_PASSES, batches, convolutional, images
 from test_checkpoint import ESTIMATORS, MODELS, StopError
 
 # What only moves, makes or names memory rounds nothing (and a mask is made once in a process).
@@ -124,6 +124,7 @@ class Ending:
             yield batch
 
 
+@FEW_PASSES
 @pytest.mark.parametrize(
     ("model_name", "name"),
     [*(("mixed", name) for name in ESTIMATORS)]

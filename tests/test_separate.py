@@ -51,6 +51,7 @@ def test_batches_that_are_not_of_independent_samples(across: str) -> None:
             job()
 
 
+@pytest.mark.filterwarnings("ignore:with the best prior precision")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_independent_samples(dtype: torch.dtype) -> None:
     model = Across(lambda h: h).to(dtype)

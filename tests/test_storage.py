@@ -252,7 +252,7 @@ UNSOUND: dict[str, dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]
     },
 }
 ANY = {
-    "an integer": ("floating-point", lambda t: t.long()),
+    "an integer": ("floating-point|must share dtype", lambda t: t.long()),
     "NaN": ("not finite", lambda t: t.clone().fill_(math.nan)),
     "infinity": ("not finite", lambda t: t.clone().fill_(math.inf)),
     "another shape": (
