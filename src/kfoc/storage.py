@@ -37,6 +37,7 @@ REPORT: dict[str, tuple[type, ...]] = {
     "steps": (int,),
     "converged": (bool,),
     "plan": (str,),
+    "unchecked": (str,),
 }
 
 
@@ -144,7 +145,10 @@ def _restored(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
         if not isinstance(name, str) or name in blocks:
             raise ValueError(f"layer {name!r} is there twice, or has no name")
         layouts[name] = _layout(name, layer["layout"])
-        blocks[name] = _given(layer["block"], tensors)
+        try:
+            blocks[name] = _given(layer["block"], tensors)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         _check(name, blocks[name])
         if blocks[name].shape != layouts[name].shape:
             raise ValueError(
