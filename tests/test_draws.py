@@ -147,6 +147,23 @@ def test_sure_models_keep_their_digits(exponent: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [1, 6, 7, 8, 9, 12, 18, 30])
+def test_sure_models_draw_the_sure_label_as_rarely_as_they_have_to(
+    exponent: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first class is drawn below q_0, which is some (1 - p_0)^2, and not above."""
+    p, logits = one_sure(Fraction(1, 10**exponent))
+    norms = [(1 - x) ** 2 + sum(y * y for y in p) - x * x for x in p]
+    q = float(p[0] * norms[0] / sum(x * norm for x, norm in zip(p, norms, strict=True)))
+    near = 1e-4 if dtype == torch.float32 else 1e-9
+    for point, below in ((q * (1 - near), True), (q * (1 + near), False)):
+        monkeypatch.setattr(Draws, "spread", lambda *_, point=point: torch.tensor([[point]]))
+        found = kfoc.Categorical().weighted(logits.to(dtype), None, Draws(0, 0)).double()
+        others = found[0, 1:].sign().sum().abs() == 3  # all of one sign: the first is drawn
+        assert bool(others) == below
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sure_bernoullis_keep_their_digits(dtype: torch.dtype) -> None:
     z = torch.tensor([[40.0, -40.0, 80.0, 0.0]], dtype=dtype)
     expected = (-z.double().abs()).exp() / (1 + (-z.double().abs()).exp()) ** 2  # p (1 - p)

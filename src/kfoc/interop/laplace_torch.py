@@ -52,9 +52,9 @@ class KFOCBackend(CurvatureInterface):
             for `running`, as it has no say here.
         fisher: "exact" by default, which is the generalised Gauss-Newton matrix and what
             laplace-torch's own backends compute; it takes as many backward passes as there are
-            outputs. "mc" takes `mc_samples`, "empirical" one.
-        mc_samples: draws per sample, of "mc".
-        seed: of "mc"; each batch draws anew.
+            outputs. "mc" and "mc-plain" take `mc_samples`, "empirical" one.
+        mc_samples: draws per sample, of "mc" and "mc-plain".
+        seed: of the draws; each batch draws anew.
         curvature: of the whole data set, to be used in place of fits by batch.
 
     Other arguments are laplace-torch's. All go through `Laplace(..., backend_kwargs={...})`.
