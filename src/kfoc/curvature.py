@@ -300,8 +300,11 @@ class Curvature(Plain, Mapping[str, Block]):
         lines = [f"Curvature of {len(self)} layers over {self.num_samples} samples"]
         for name, block in self.blocks.items():
             o, i = block.shape
-            error = block.relative_error
+            error, itself = block.relative_error, block.fisher_error
             known = "" if error is None else f"  relative error {error:.4f}"
+            if known and self.fisher.startswith("mc"):
+                known += " to F of the drawn labels"
+                known += "" if itself is None else f", {itself:.4f} to the Fisher itself"
             if block.report.unchecked:
                 known += f"  ({block.report.unchecked} not checked)"
             lines.append(f"  {name or '(the model)'}: {type(block).__name__} {o} x {i}{known}")
