@@ -120,16 +120,17 @@ def fit(
             get: the loss is formed here. Inputs are a tensor, a tuple or list that the model is
             called with in order, a mapping, dataclass or NamedTuple that it is called with by
             name, or whatever `predict` takes; tensors in them are moved to the model's device.
-            Targets may be missing or None for `fisher="mc"` and `"exact"`. Labels are compared
+            Targets may be missing or None but for `fisher="empirical"`. Labels are compared
             with the outputs as they stand: for a model of the next token, drop the last outputs
             in `predict` and the first labels in `data`. Batches without samples are passed over,
             and do not count.
         likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
             `Likelihood`.
         estimator: KFOC() by default; KFAC(), Diagonal(), BlockDiagonal().
-        fisher: "mc" (labels drawn from the model), "exact" (expectation over the model's labels)
-            or "empirical" (the observed labels).
-        mc_samples: draws per sample, for "mc".
+        fisher: "mc" (labels drawn by what they contribute, and weighted for it), "mc-plain" (drawn
+            from the model; noisier), "exact" (expectation over the model's labels) or "empirical"
+            (the observed labels).
+        mc_samples: draws per sample, for "mc" and "mc-plain".
         layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
             that is named and cannot be treated is an error.
         predict: `(model, inputs) -> outputs`, a tensor or an object with `.logits`. None: the

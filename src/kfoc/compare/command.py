@@ -38,8 +38,10 @@ def compare(
     likelihood: Annotated[
         str | None, typer.Option(help="categorical, gaussian or bernoulli.")
     ] = None,
-    fisher: Annotated[str | None, typer.Option(help="mc, exact or empirical.")] = None,
-    mc_samples: Annotated[int | None, typer.Option(help="Draws a sample, for mc.")] = None,
+    fisher: Annotated[str | None, typer.Option(help="mc, mc-plain, exact or empirical.")] = None,
+    mc_samples: Annotated[
+        int | None, typer.Option(help="Draws a sample, for mc and mc-plain.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Names or patterns of layers, with commas between.")
     ] = None,

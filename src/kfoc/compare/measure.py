@@ -343,9 +343,10 @@ def _settings(
 ) -> dict[str, str]:
     parameters = list(model.parameters())
     fisher = str(arguments.get("fisher", "mc"))
-    if fisher == "mc":
+    if fisher in ("mc", "mc-plain"):
         draws = arguments.get("mc_samples", 1)
-        fisher = f"Monte Carlo, {draws} draw{'s' if draws != 1 else ''} a sample"
+        kind = "weighted" if fisher == "mc" else "plain"
+        fisher = f"Monte Carlo, {draws} {kind} draw{'s' if draws != 1 else ''} a sample"
     likelihood = arguments.get("likelihood", "categorical")
     device = parameters[0].device if parameters else torch.device("cpu")
     threads = torch.get_num_threads()
