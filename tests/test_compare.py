@@ -101,7 +101,9 @@ def test_errors_against_the_fisher_itself_where_labels_are_drawn(study: Study) -
             estimator = ESTIMATORS[name].estimator
             block = kfoc.fit(model, batches(x, y, 20), estimator=estimator)[layer.name]
             error = oracle.relative_error(fisher, block.to_dense())
-            assert entry.fisher_error == pytest.approx(error, abs=3 * entry.fisher_error_std)
+            # Of 60 samples, the standard error is itself a coarse estimate.
+            close = 0.03 + 3 * entry.fisher_error_std
+            assert entry.fisher_error == pytest.approx(error, abs=close)
             assert 0 < entry.fisher_error_std < 0.2
     show(found, Console(file=out, width=120))
     entry = found.layers[0].entries["kfac"]

@@ -37,6 +37,7 @@ _FIELDS = {
     "num_samples": "int",
     "passes": "int",
     "marks": "list[Mark]",
+    "by_graph": "bool",
 }
 _SELECTION = {
     "modules": "list[str]",

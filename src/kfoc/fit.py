@@ -420,6 +420,15 @@ class _Run:
                 keeper.after_pass(self, self.num_samples, number, done)
             return self.finished()
 
+    @property
+    def by_graph(self) -> bool:
+        """What `Uncovered` has learnt: part of a state, so that a resumed fit goes the same way."""
+        return self.uncovered.by_graph
+
+    @by_graph.setter
+    def by_graph(self, found: bool) -> None:
+        self.uncovered.by_graph = found
+
     @cached_property
     def is_sharded(self) -> bool:
         return sharded(self.model)
@@ -723,7 +732,7 @@ class _Run:
             for name, parameters in wanted.items()
             for key, grads in zip(parameters, totals[name], strict=True)
         }
-        how = outputs, directions, record.precision, self.verify
+        how = outputs, directions, record.precision
         batch = Batch(self.model, self.predict, work.inputs, *how)
         parameters = {key: p for each in wanted.values() for key, p in each.items()}
         record.paused = True
@@ -918,7 +927,7 @@ class _Run:
 
     def _unchecked(self, name: str) -> str:
         """What of a layer's samples was taken on trust, see `Report`."""
-        if not self.verify:
+        if not self.verify and name not in self.selection.loose:
             return "rows and sums"
         return "sums" if self.proof is not None and name in self.proof.unsummed else ""
 

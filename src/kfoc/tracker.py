@@ -28,6 +28,7 @@ _STATE = {
     "num_samples": "int",
     "batches": "int",
     "weight": "float",
+    "by_graph": "bool",
     "states": "dict",
     "shapes": "dict",
     "loose": "list[str]",
@@ -138,6 +139,7 @@ class Tracker(Plain):
             "num_samples": run.num_samples,
             "batches": run.batches,
             "weight": run.weight,
+            "by_graph": run.by_graph,
             "states": encoded(run.states),
             "shapes": encoded(run.shapes),
             "loose": list(run.selection.loose),
@@ -183,7 +185,7 @@ class Tracker(Plain):
             if name in run.selection.blocks:
                 run.selection.skip(name, reason)
         run.num_samples, run.batches = state["num_samples"], state["batches"]
-        run.weight = state["weight"]
+        run.weight, run.by_graph = state["weight"], state["by_graph"]
         run.states, run.shapes = states, shapes
 
     def _settings(self) -> str:

@@ -42,7 +42,6 @@ class Batch:
         outputs: (N, ...), with the graph that gave them.
         directions: makes the cotangents anew, one for each direction.
         precision: the coarsest that anything in the pass was computed in.
-        verify: whether the samples' gradients are held against the batch's.
     """
 
     model: torch.nn.Module
@@ -51,7 +50,6 @@ class Batch:
     outputs: Tensor
     directions: Callable[[], Iterable[Tensor]]
     precision: float
-    verify: bool = True
 
 
 def check_size(parameters: Parameters, directions: int, count: int) -> None:
@@ -105,11 +103,11 @@ class Uncovered:
     ) -> tuple[dict[str, Tensor], set[str]]:
         if not self.by_graph:
             found = _alone(batch, parameters, cotangent)
-            if found is not None and not (batch.verify and _off(found, totals, batch)):
+            if found is not None and not _off(found, totals, batch):
                 return found, set()
             self.by_graph = True
         found = _by_graph(batch, parameters, cotangent)
-        return found, _off(found, totals, batch) if batch.verify else set()
+        return found, _off(found, totals, batch)
 
 
 def _alone(batch: Batch, parameters: Parameters, cotangent: Tensor) -> dict[str, Tensor] | None:

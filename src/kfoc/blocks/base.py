@@ -36,7 +36,8 @@ class Report:
             estimated from draws that the block has not seen; where nothing is drawn,
             `relative_error`. 0 where the estimate of its square is negative, NaN where that of
             `||F||^2` is; None where nobody asked for it.
-        fisher_error_std: the standard error of `fisher_error`, by probes and draws.
+        fisher_error_std: the standard error of `fisher_error`, by probes and draws: an estimate
+            itself, and of a few dozen samples up to half too small.
     """
 
     relative_error: float | None = None
