@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kfoc
+
 Data = list[tuple[Tensor, Tensor]]
+# An estimator of every kind, with its defaults; for tests that cross them with something else.
+ESTIMATORS: dict[str, kfoc.Estimator] = {
+    "kfoc": kfoc.KFOC(),
+    "running": kfoc.KFOC("running"),
+    "approx": kfoc.KFOC("approx"),
+    "exact": kfoc.KFOC("exact", passes=2),
+    "rank": kfoc.KFOC(rank=2),
+    "kfac": kfoc.KFAC(),
+    "diagonal": kfoc.Diagonal(),
+    "dense": kfoc.BlockDiagonal(),
+}
+
 # For tests of what holds after any number of passes, and that take few of them.
 FEW_PASSES = pytest.mark.filterwarnings("ignore:.* did not converge in:RuntimeWarning")
 

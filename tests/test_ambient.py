@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
+from models import ESTIMATORS
 
 Predict = Callable[[nn.Module, Any], Tensor]
 Job = Callable[[Predict | None], Any]
@@ -51,14 +52,7 @@ X, Y, REAL = torch.randn(12, 2, 6, 6), torch.randint(3, (12,)), torch.randn(12, 
 DATA = [(X[:7], Y[:7]), (X[7:], Y[7:])]
 MODEL = network()
 FITS = {
-    "kfoc": kfoc.KFOC(),
-    "running": kfoc.KFOC("running"),
-    "approx": kfoc.KFOC("approx"),
-    "exact": kfoc.KFOC("exact", passes=2),
-    "rank": kfoc.KFOC(rank=2),
-    "kfac": kfoc.KFAC(),
-    "diagonal": kfoc.Diagonal(),
-    "dense": kfoc.BlockDiagonal(),
+    **ESTIMATORS,
     "eigen": kfoc.EigenCorrected(),
     "eigen of kfoc": kfoc.EigenCorrected(kfoc.KFOC()),
 }

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
+import models
 
 HALF = (torch.bfloat16, torch.float16)
-ESTIMATORS = {
-    "kfoc": kfoc.KFOC(),
-    "running": kfoc.KFOC("running"),
-    "approx": kfoc.KFOC("approx"),
-    "exact": kfoc.KFOC("exact", passes=2),
-    "rank": kfoc.KFOC(rank=2),
-    "kfac": kfoc.KFAC(),
-    "diagonal": kfoc.Diagonal(),
-    "dense": kfoc.BlockDiagonal(),
-    "eigen": kfoc.EigenCorrected(kfoc.KFOC()),
-}
+ESTIMATORS = {**models.ESTIMATORS, "eigen": kfoc.EigenCorrected(kfoc.KFOC())}
 
 
 class Mixed(nn.Module):

@@ -92,7 +92,7 @@ ALLOWED = {
     },
     "sharding": {"curvature", "distributed", "files", "vectors"},
     "fingerprint": {"encoding"},
-    "folder": set(),
+    "folder": {"files"},
     "hints": set(),
     "checkpoint": {
         "attention", "batches", "buffers", "certificate", "folder", "hints",

@@ -18,10 +18,13 @@ Place = str | os.PathLike[str]
 
 
 @contextmanager
-def replacing(path: Place) -> Iterator[Path]:
+def replacing(path: Place, name: str | None = None) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place when it is complete.
 
     Until then, and where anything fails, what was there stays, and nothing beside it.
+
+    Args:
+        name: of the file beside it, which must be one that no other has.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -30,7 +33,7 @@ def replacing(path: Place) -> Iterator[Path]:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write into")
     # Beside its place, so that the move stays within one file system and is atomic.
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(name or f".{uuid.uuid4().hex}.tmp")
     open(temporary, "xb").close()  # refuses what is there, so that no planted link is followed
     try:
         yield temporary

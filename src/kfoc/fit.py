@@ -737,8 +737,7 @@ class _Run:
         parameters = {key: p for each in wanted.values() for key, p in each.items()}
         record.paused = True
         try:
-            with buffers_kept(self.model.modules()):
-                found, off = self.uncovered.samples(batch, parameters, named)
+            found, off = self.uncovered.samples(batch, parameters, named)
         finally:
             record.paused = False
         for name, own in wanted.items():

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from kfoc.files import replacing
+
 MAGIC = b"kfoc checkpoint 1\n"
 # Of directories that this process has claimed. A forked worker, which may outlive it, lets go.
 _claims: set[int] = set()
@@ -86,25 +88,13 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
     A line that says what it is, the SHA-256 of the rest, and the rest: by `torch.save`.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.kfoc-tmp")
-    try:
-        with open(temporary, "xb") as file:  # never through a link
-            file.write(MAGIC + bytes(32))
-            hashed = _Hashed(file)
-            torch.save(content, hashed)  # type: ignore[arg-type]
-            file.seek(len(MAGIC))
-            file.write(hashed.digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    name = f"{path.name}.{uuid.uuid4().hex}.kfoc-tmp"
+    with replacing(path, name) as temporary, open(temporary, "rb+") as file:
+        file.write(MAGIC + bytes(32))
+        hashed = _Hashed(file)
+        torch.save(content, hashed)  # type: ignore[arg-type]
+        file.seek(len(MAGIC))
+        file.write(hashed.digest.digest())
 
 
 def read(path: Path) -> Any:

@@ -165,6 +165,7 @@ def accumulable(tensor: Tensor) -> Tensor:
 
 def present(grad: Tensor | None, call: Call) -> Tensor:
     """The derivative by a call's output; zeros where the outputs do not depend on the call."""
-    if grad is None:
-        return accumulable(call.value.new_zeros(call.output_shape, dtype=call.output_dtype))
-    return accumulable(grad if call.rows is None else grad[call.rows])
+    own = call.own(grad)
+    if own is None:
+        own = call.value.new_zeros(call.output_shape, dtype=call.output_dtype)
+    return accumulable(own)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kfoc.batches import Predict
-from kfoc.forward import Forward, count_samples
+from kfoc.forward import Forward, count_samples, wide
 from kfoc.jacobians import gradients
 from kfoc.layers import Unsupported
 from kfoc.record import coarsest, tolerance
@@ -106,7 +106,9 @@ class Uncovered:
             if found is not None and not _off(found, totals, batch):
                 return found, set()
             self.by_graph = True
-        found = _by_graph(batch, parameters, cotangent)
+        # Checkpointed regions run forward again in each of its backward passes.
+        with Forward(batch.model, batch.predict).kept():
+            found = _by_graph(batch, parameters, cotangent)
         return found, _off(found, totals, batch)
 
 
@@ -121,7 +123,7 @@ def _alone(batch: Batch, parameters: Parameters, cotangent: Tensor) -> dict[str,
             found = gradients(forward, forward.parameters(parameters), batch.inputs, cotangent)
     except Exception:  # whatever the model raises at a single sample, it may not at the batch
         return None
-    return {name: _wide(each.detach()) for name, each in found.items()}
+    return {name: wide(each.detach()) for name, each in found.items()}
 
 
 def _by_graph(batch: Batch, parameters: Parameters, cotangent: Tensor) -> dict[str, Tensor]:
@@ -135,7 +137,7 @@ def _by_graph(batch: Batch, parameters: Parameters, cotangent: Tensor) -> dict[s
             batch.outputs, held, alone, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         for each, grad in zip(rows.values(), grads, strict=True):
-            each.append(_wide(grad))
+            each.append(wide(grad))
     return {name: torch.stack(each) for name, each in rows.items()}
 
 
@@ -151,7 +153,7 @@ def _off(
     wrong = set()
     for name, each in found.items():
         total = totals[name]
-        whole = torch.zeros_like(each[0]) if total is None else _wide(total)
+        whole = torch.zeros_like(each[0]) if total is None else wide(total)
         left, size = each.sum(0) - whole, sizes[name] + whole.double().norm().item()
         precision = max(batch.precision, coarsest([batch.model.get_parameter(name).dtype]))
         allowed = tolerance(precision, each.device) * size + 10 * precision * largest
@@ -159,8 +161,3 @@ def _off(
         if math.isfinite(off) and off > allowed:
             wrong.add(name)
     return wrong
-
-
-def _wide(grad: Tensor) -> Tensor:
-    """Half precision squares to nothing: factors are accumulated in float32 at least."""
-    return grad.float() if grad.element_size() < 4 else grad
