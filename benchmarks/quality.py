@@ -71,7 +71,7 @@ def positions(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor
 
 def batch_samples(workload: Workload, batch: Batch, index: int) -> dict[str, Samples]:
     """Every layer's samples of one batch, with the labels that the library draws for it."""
-    from kfoc.likelihoods import LIKELIHOODS
+    from kfoc.likelihoods.named import LIKELIHOODS
 
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from borrowed import borrowed
-from kfoc.files import write_text
+from kfoc.files.writing import write_text
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kfoc
 from kfoc.blocks import KINDS
-from kfoc.layout import Layout
+from kfoc.parameters.layout import Layout
 
 
 def psd(size: int, rank: int | None = None) -> Tensor:

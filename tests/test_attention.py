@@ -131,7 +131,7 @@ def test_other_attention_sample_by_sample_or_skipped(
     model, x = General(FALLBACKS[case]), torch.randn(4, 3, 4)
     found = check_every_block(model, x, size=2)
     assert {found.layouts[name].kind for name in found} == {"flat"}
-    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 0)
+    monkeypatch.setattr("kfoc.layers.selection.LOOSE_LIMIT", 0)
     model = nn.Sequential(model, nn.Linear(2, 2))
     skipped = kfoc.fit(model, [(x, None)], "gaussian").skipped
     assert "too many for per-sample gradients" in skipped["0.attention"]
@@ -139,7 +139,7 @@ def test_other_attention_sample_by_sample_or_skipped(
 
 
 def test_dropout_and_changed_outputs_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 0)
+    monkeypatch.setattr("kfoc.layers.selection.LOOSE_LIMIT", 0)
     x, y = torch.randn(5, 3, 4), torch.randn(5, 2, 4)
     model = nn.Module()
     attention = nn.MultiheadAttention(4, 2, batch_first=True, dropout=0.5)

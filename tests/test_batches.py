@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import kfoc
-from kfoc.batches import moved
+from kfoc.model.batches import moved
 from models import FEW_PASSES, batches, convolutional, images
 
 

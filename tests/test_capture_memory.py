@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 import kfoc
-from kfoc.samples import LayerSamples
+from kfoc.samples.base import LayerSamples
 
 DEPTH, WIDTH, COUNT = 8, 64, 4096
 ACTIVATION = COUNT * WIDTH * 8  # bytes, in float64

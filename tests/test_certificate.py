@@ -11,9 +11,10 @@ from torch import nn
 
 import kfoc
 import oracle
-from kfoc.certificate import Probes, _unbiased_error
-from kfoc.samples import Rows, Samples
-from kfoc.tokens import OneHot
+from kfoc.estimators.certificate import Probes, _unbiased_error
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
+from kfoc.samples.one_hot import OneHot
 from models import batches, convolutional, images, trained
 from test_estimators import ESTIMATORS
 
@@ -107,14 +108,14 @@ def test_squares_are_unbiased_over_draws_that_are_independent(
     model, x, fishers = noisy()
     off: dict[int, list[float]] = {6: [], 3: []}
     if keys is not None:
-        monkeypatch.setattr(sys.modules["kfoc.fit"], "_UNSEEN", keys)
+        monkeypatch.setattr(sys.modules["kfoc.fitting.run"], "_UNSEEN", keys)
 
     def error(mean: torch.Tensor, half: torch.Tensor, approximate: torch.Tensor) -> Any:
         squares = (mean - approximate).square() - half.square()
         off[len(mean[0])].append(squares.flatten(1).sum(1).mean().item())
         return 0.0, 0.0
 
-    monkeypatch.setattr("kfoc.certificate._unbiased_error", error)
+    monkeypatch.setattr("kfoc.estimators.certificate._unbiased_error", error)
     for seed in range(100):
         data = [(part, None) for part in x.split(10)]
         options: dict[str, Any] = {"seed": seed, "verify": False, "probes": 8}
@@ -171,7 +172,7 @@ def test_neither_batches_nor_passes_change_what_is_drawn(monkeypatch: pytest.Mon
         seen.append(torch.stack([mean, half]))
         return 0.0, 0.0
 
-    monkeypatch.setattr("kfoc.certificate._unbiased_error", error)
+    monkeypatch.setattr("kfoc.estimators.certificate._unbiased_error", error)
     for size, estimator in product((20, 7, 1), (kfoc.KFAC(), kfoc.EigenCorrected(kfoc.KFAC()))):
         kfoc.fit(model, batches(x, y, size), estimator=estimator, probes=9)
     assert len(seen) == 6 * 3
@@ -183,7 +184,11 @@ def test_neither_batches_nor_passes_change_what_is_drawn(monkeypatch: pytest.Mon
 def test_the_two_draws_change_places_by_groups(
     inputs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for small in ("certificate.CHUNK", "token_plan.CHUNK", "tokens.FULL_VOCABULARY"):
+    for small in (
+        "estimators.certificate.CHUNK",
+        "estimators.tokens.CHUNK",
+        "samples.one_hot.FULL_VOCABULARY",
+    ):
         monkeypatch.setattr(f"kfoc.{small}", 5)
     tokens = OneHot(torch.randint(6, (9, 2)), 6, torch.float64)
     kind = tokens if inputs == "tokens" else Rows(torch.randn(9, 2, 6))

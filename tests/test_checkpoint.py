@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import kfoc
 from documents import code_blocks
-from kfoc import checkpoint as checkpoints
-from kfoc.encoding import decoded, encoded
-from kfoc.fingerprint import Trail
+from kfoc.files.encoding import decoded, encoded
 from kfoc.interop.per_parameter import per_parameter
+from kfoc.running import checkpointed as checkpoints
+from kfoc.running.fingerprint import Trail
 from models import FEW_PASSES, batches, convolutional, images
 
 

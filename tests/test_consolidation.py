@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
-from kfoc import files
+from kfoc.files import writing
 from models import Data, batches, convolutional, images
 
 ESTIMATORS = {
@@ -139,7 +139,7 @@ def test_a_failed_save_leaves_the_one_before(
             raise OSError("no space left on device")
         done += 1
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         newer.save(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

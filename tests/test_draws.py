@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from kfoc.likelihoods import Draws
+from kfoc.likelihoods.draws import Draws
 from models import trained
 
 # Outputs with several label places a sample, and how a dense oracle has their Fisher.

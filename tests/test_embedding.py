@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import kfoc
 import oracle
 from every_layer import check_every_block
-from kfoc import tokens
-from kfoc.samples import Samples
-from kfoc.token_plan import TiedTokens, TokenPairs
-from kfoc.tokens import OneHot
+from kfoc.plans.tokens import TiedTokens, TokenPairs
+from kfoc.samples import one_hot as tokens
+from kfoc.samples.linear import Samples
+from kfoc.samples.one_hot import OneHot
 
 EXACT: dict[str, Any] = {"likelihood": "gaussian", "fisher": "exact"}
 
@@ -237,7 +237,7 @@ def test_probes_give_exact_products(large: None) -> None:
     x = torch.randint(-1, 7, (9, 5))
     samples = Samples(OneHot(x, 7, torch.float64), torch.randn(2, 9, 5, 3))
     dense = block_of(samples.gradients(0, 9)) * 9
-    probes = kfoc.certificate.Probes(3, 0, "layer", samples)
+    probes = kfoc.estimators.certificate.Probes(3, 0, "layer", samples)
     small = Samples(samples.inputs, samples.grads * 1e-3).part(0, 4)
     dense += 2 * block_of(small.gradients(0, 4)) * 4
     probes.add(small)  # its unit is another one
@@ -371,7 +371,7 @@ def test_what_cannot_be_treated() -> None:
         (nn.EmbeddingBag(7, 3), "bags have no position"),
     ):
         with pytest.raises(kfoc.Unsupported, match=reason):
-            kfoc.layers.checked_treatment(embedding)
+            kfoc.layers.rule.checked_treatment(embedding)
     model = nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 2))
     assert check_every_block(model, torch.randint(7, (5, 2))).layouts["0"].kind == "flat"
     with pytest.raises(ValueError, match="not floating point"):
@@ -454,7 +454,7 @@ def test_tied_directions_with_positions_of_their_own() -> None:
         OneHot(torch.randint(6, (5, 2)), 6, torch.float64), 1e-4 * torch.randn(2, 5, 2, 9)
     )
     head = Samples(kfoc.Rows(torch.randn(5, 2, 9)), 1e-4 * torch.randn(2, 5, 2, 6))
-    tied = kfoc.tied.Tied(head, embedding)
+    tied = kfoc.samples.tied.Tied(head, embedding)
     flat = tied.as_positions()
     assert flat.num_positions == 6
     onehot = nn.functional.one_hot(embedding.inputs.tensor, 6).double()
@@ -536,7 +536,7 @@ def test_tied_weights_of_large_vocabularies(
 def test_the_norm_of_large_tied_weights(large: None) -> None:
     head = Samples(kfoc.Rows(torch.randn(5, 2, 3)), torch.randn(2, 5, 2, 6))
     tokens = OneHot(torch.randint(6, (5, 2)), 6, torch.float64)
-    tied = kfoc.tied.Tied(head, Samples(tokens, torch.randn(2, 5, 2, 3)))
+    tied = kfoc.samples.tied.Tied(head, Samples(tokens, torch.randn(2, 5, 2, 3)))
     whole = block_of(tied.gradients(0, 5)) * 5
     assert TiedTokens(tied).squared_norm() == pytest.approx(whole.norm().item() ** 2)
 
@@ -551,7 +551,7 @@ def test_ties_are_named_by_their_first_module() -> None:
     model.head = nn.Linear(3, 6)
     model.head.weight = model.embedding.weight
     with pytest.raises(kfoc.Unsupported, match="has a bias of its own"):
-        kfoc.embedding.tied_treatment(model.embedding, model.head)
+        kfoc.layers.tied.tied_treatment(model.embedding, model.head)
     assert check_every_block(model, x).layouts["embedding"].kind == "flat"
 
 
@@ -591,10 +591,10 @@ def test_one_use_of_a_tied_weight(use: str) -> None:
 
 def test_layers_with_enormous_factors_are_left_out_unless_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 50_257, device="meta"))
-    chosen = kfoc.selection.select(model, None, kfoc.KFOC().largest_factor)
+    chosen = kfoc.layers.selection.select(model, None, kfoc.KFOC().largest_factor)
     assert "left factor would have 50257^2 entries" in chosen.skipped["1"]
-    assert "1" in kfoc.selection.select(model, ["1"], kfoc.KFAC().largest_factor).modules
-    assert "1" in kfoc.selection.select(model, None, kfoc.Diagonal().largest_factor).modules
+    assert "1" in kfoc.layers.selection.select(model, ["1"], kfoc.KFAC().largest_factor).modules
+    assert "1" in kfoc.layers.selection.select(model, None, kfoc.Diagonal().largest_factor).modules
     wide = nn.Sequential(nn.Linear(2**14, 1), nn.Flatten())
     with pytest.raises(ValueError, match="right factor would have 16385"):
         kfoc.fit(wide, [(torch.randn(2, 2**14), None)], "gaussian")

@@ -15,7 +15,7 @@ from torch.nn import functional
 import kfoc
 import oracle
 from kfoc.estimators import aggregation
-from kfoc.likelihoods import Draws
+from kfoc.likelihoods.draws import Draws
 from models import FEW_PASSES, batches, convolutional, images, trained
 
 ESTIMATORS = {

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from kfoc.errors import OutOfMemory, out_of_memory
 from kfoc.estimators.kfoc import AGGREGATIONS
-from kfoc.memory import OutOfMemory, out_of_memory
-from kfoc.samples import Rows, Samples, gradient_chunks
+from kfoc.samples.base import gradient_chunks
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 from models import FEW_PASSES, Data, batches, convolutional, images
 
 
@@ -175,7 +177,7 @@ def test_a_solve_falls_back_on_a_plan_that_keeps_nothing(monkeypatch: pytest.Mon
     def exhausted(*_: object) -> Tensor:
         raise EXHAUSTED[0]
 
-    monkeypatch.setattr("kfoc.plans.Gram._whole", exhausted)
+    monkeypatch.setattr("kfoc.plans.single.Gram._whole", exhausted)
     found = kfoc.nearest_kronecker_of_samples(inputs, grads)
     assert found.plan == "primal"
     assert torch.equal(found.left, expected.left)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import kfoc
-from kfoc import checkpoint as checkpoints
-from kfoc.folder import claimed
+from kfoc.files.folder import claimed
+from kfoc.running import checkpointed as checkpoints
 from models import batches, convolutional, images
 from test_checkpoint import StopError, cut, same
 

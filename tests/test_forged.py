@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import kfoc
-from kfoc import checkpoint as checkpoints
-from kfoc.encoding import decoded
+from kfoc.files.encoding import decoded
+from kfoc.running import checkpointed as checkpoints
 from test_checkpoint import ESTIMATORS, MODELS, Cut, StopError, interrupted
 
 
@@ -133,4 +133,4 @@ def test_methods_are_not_replaced() -> None:
         ({"unit": "x"}, "'unit' must"),
     ):
         with pytest.raises(ValueError, match=f"a Probes in which .*{message}"):
-            decoded({"object": "kfoc.certificate:Probes", "fields": fields | more}, None)
+            decoded({"object": "kfoc.estimators.certificate:Probes", "fields": fields | more}, None)

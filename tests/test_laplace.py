@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import kfoc
-from kfoc import jacobians as per_sample_jacobians
-from kfoc.forward import Forward
-from kfoc.laplace import predictive
+from kfoc.applications.laplace import predictive
+from kfoc.model import sample_gradients as per_sample_jacobians
+from kfoc.model.functional import Forward
 from models import batches
 
 KINDS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import kfoc
 import oracle
 from every_layer import check_every_block
-from kfoc.layers import linear
+from kfoc.layers.linear import linear
 
 
 class Wrapped(nn.Module):
@@ -474,7 +474,7 @@ CANNOT = {
 def test_untreatable_layers_are_skipped_or_refused_by_name(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 0)
+    monkeypatch.setattr("kfoc.layers.selection.LOOSE_LIMIT", 0)
     build, layer, reason = CANNOT[case]
     model = build()
     x = torch.randn(3, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfoc.layout import Layout
+from kfoc.parameters.layout import Layout
 
 CASES = [
     Layout(("w", "b"), ((4, 3), (4,))),

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import kfoc
 import oracle
-from kfoc.likelihoods import Draws, _bits, _mix
+from kfoc.likelihoods.draws import Draws, _bits, _mix
 
 
 def directions(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from kfoc.samples import Rows, Samples
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 from kfoc.subspace import Matrix, coordinates, leading, matrices, recompressed
 from models import batches, convolutional, images, trained
 

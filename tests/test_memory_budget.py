@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
-from kfoc import embedding, offload, tokens
+from kfoc.errors import Footprint
 from kfoc.estimators import Estimator
-from kfoc.memory import Footprint
+from kfoc.layers import embedding
+from kfoc.running import by_layers
+from kfoc.samples import one_hot as tokens
 from models import FEW_PASSES, batches, convolutional, images
 
 ESTIMATORS = [
@@ -120,10 +122,10 @@ class Watch:
         self.footprints: dict[str, Footprint] = {}
         self.worst: dict[str, int] = {}
         self.blocks: dict[str, int] = {}
-        from kfoc.fit import _Run
+        from kfoc.fitting.run import Run
 
-        one_batch, finished = _Run._batch, _Run.finished
-        takes, one = offload.Sweeps.takes, _Run._finished
+        one_batch, finished = Run._batch, Run.finished
+        takes, one = by_layers.Sweeps.takes, Run._finished
 
         def batch(run: Any, *args: Any) -> int:
             count = one_batch(run, *args)
@@ -146,10 +148,10 @@ class Watch:
             self.blocks[name] = size_of(list(found.tensors()))
             return found
 
-        monkeypatch.setattr(_Run, "_batch", batch)
-        monkeypatch.setattr(_Run, "finished", ended)
-        monkeypatch.setattr(_Run, "_finished", block)
-        monkeypatch.setattr(offload.Sweeps, "takes", asked)
+        monkeypatch.setattr(Run, "_batch", batch)
+        monkeypatch.setattr(Run, "finished", ended)
+        monkeypatch.setattr(Run, "_finished", block)
+        monkeypatch.setattr(by_layers.Sweeps, "takes", asked)
 
 
 @pytest.fixture

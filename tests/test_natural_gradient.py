@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from kfoc.preconditioner import Preconditioner
+from kfoc.applications.preconditioner import Preconditioner
 from models import convolutional, images
 
 LAYERS = ("0", "3", "5")

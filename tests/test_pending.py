@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from kfoc.encoding import decoded, encoded
+from kfoc.files.encoding import decoded, encoded
 from kfoc.pending import Pending, joined
-from kfoc.samples import Rows, Samples
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 
 
 def batch(count: int, *, positions: int = 1, directions: int = 1) -> Samples:

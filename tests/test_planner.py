@@ -5,19 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfoc
-from kfoc.planner import (
-    COSTS,
-    PLANS,
-    SINGLE_POSITION,
-    SKETCHING,
-    Size,
-    choose,
-    reduced_rank,
-    sketch_cost,
-)
-from kfoc.products import add_symmetric, blocks, gram, halves, mirrored, share, times_half
-from kfoc.samples import Rows, Samples
-from kfoc.sketch import fit_from_sketch
+from kfoc.linalg.products import add_symmetric, blocks, gram, halves, mirrored, share, times_half
+from kfoc.plans.choose import PLANS, SINGLE_POSITION, choose
+from kfoc.plans.cost import COSTS, SKETCHING, Size, reduced_rank, sketch_cost
+from kfoc.plans.sketch import fit_from_sketch
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 
 SIZES = {
     "plain": Size(S=1, N=60, T=1, i=50, o=30),

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import kfoc
-from kfoc.progress import Printer, length
+from kfoc.running.progress import Printer, length
 from models import FEW_PASSES, batches, convolutional, images
 
 
@@ -100,7 +100,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_gets_one_line_that_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfoc.progress.TERMINAL_INTERVAL", 0.0)
+    monkeypatch.setattr("kfoc.running.progress.TERMINAL_INTERVAL", 0.0)
     monkeypatch.setattr(sys, "stderr", Terminal())
     printer = Printer()
     for batch in (1, 2):

@@ -34,7 +34,7 @@ def rows(model: nn.Module, names: tuple[str, ...], inputs: tuple[Tensor, ...]) -
     return [torch.stack(g).unflatten(0, shape).transpose(0, 1) for g in zip(*found, strict=True)]
 
 
-def expected_of(model: nn.Module, block: kfoc.layout.Layout, batches: list) -> Tensor:
+def expected_of(model: nn.Module, block: kfoc.parameters.layout.Layout, batches: list) -> Tensor:
     """The exact block of all batches."""
     total, count = torch.zeros(()), sum(len(batch[0]) for batch in batches)
     for batch in batches:
@@ -316,7 +316,7 @@ def test_what_is_no_layer_is_exact_or_left_out(case: str, monkeypatch: pytest.Mo
     model, batch = build(), tuple(torch.randn(8, size) for size in shapes)
     found = check(model, batch)
     assert {name for name in found if found.layouts[name].kind == "flat"} == none
-    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 0)
+    monkeypatch.setattr("kfoc.layers.selection.LOOSE_LIMIT", 0)
     if none == set(found):
         with pytest.raises(ValueError, match="no layer can be treated"):
             kfoc.fit(model, [(batch, None)], **OPTIONS)
@@ -402,7 +402,7 @@ WIDE = {
 @pytest.mark.parametrize("case", WIDE)
 def test_beyond_the_limit_of_single_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """90,000 parameters: a stationary point, by the gradients of single rows."""
-    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 1000)
+    monkeypatch.setattr("kfoc.layers.selection.LOOSE_LIMIT", 1000)
     build, name = WIDE[case]
     model, x = build(), torch.randn(7, 3, 300) / 5
     found = kfoc.fit(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import kfoc
 import oracle
 from kfoc.estimators.kfoc import AGGREGATIONS
-from kfoc.planner import PLANS, SINGLE_POSITION
+from kfoc.plans.choose import PLANS, SINGLE_POSITION
 from random_models import Drawn, models
 
 Draw = Callable[..., Any]

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import kfoc
-from kfoc.planner import PLANS, contract
-from kfoc.samples import Patches, Rows, Samples
+from kfoc.plans.choose import PLANS, contract
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
+from kfoc.samples.patches import Patches
 from oracle import assert_psd_and_symmetric, optimum, rearranged
 
 SHAPES = {  # (S, N, T, i, o)

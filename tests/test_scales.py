@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
-from kfoc.samples import Rows, Samples
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 from models import FEW_PASSES
 
 EXTREMES = (1e-30, 1e-25, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30)

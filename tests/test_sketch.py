@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 import kfoc
-from kfoc.kronecker import Side, opposite
-from kfoc.planner import PLANS, Size, contract, sketch_rank
-from kfoc.plans import Gradients, Positions, Primal
-from kfoc.samples import Rows, Samples
-from kfoc.sketch import CLOSEST, Sketchable, fit_from_sketch, formed, sketched
+from kfoc.nearest.contraction import Side, opposite
+from kfoc.plans.choose import PLANS, contract, sketch_rank
+from kfoc.plans.cost import Size
+from kfoc.plans.explicit import Gradients
+from kfoc.plans.positions import Positions
+from kfoc.plans.single import Primal
+from kfoc.plans.sketch import CLOSEST, Sketchable, fit_from_sketch, formed, sketched
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 from oracle import assert_psd_and_symmetric, rearranged
 
 NAMES = ["primal", "positions", "position_gram", "gradients"]

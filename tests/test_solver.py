@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 import kfoc
-from kfoc import kronecker, solver
-from kfoc.planner import contract
-from kfoc.samples import Rows, Samples
-from kfoc.solver import fit_contraction, leading_pair
+from kfoc.nearest import accelerated
+from kfoc.nearest.accelerated import fit_contraction, leading_pair
+from kfoc.nearest.contraction import positive
+from kfoc.nearest.power import power_iteration
+from kfoc.plans.choose import contract
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
 from oracle import assert_psd_and_symmetric, rearranged
 
 PLANS = ["primal", "positions", "position_gram", "gradients"]  # whose half steps are worth saving
@@ -50,7 +53,7 @@ def test_takes_fewer_half_steps_than_the_power_iteration(plan: str) -> None:
         contraction = contract(slow(plan, seed)[0], plan=plan)
         ours += leading_pair(contraction, 1e-9, 5000).steps
         start = contraction.start()
-        theirs += kronecker.power_iteration(contraction, start, "left", 1e-9, 5000).steps
+        theirs += power_iteration(contraction, start, "left", 1e-9, 5000).steps
     assert ours < 0.6 * theirs
 
 
@@ -62,7 +65,7 @@ def test_a_result_outside_the_cone_is_not_returned(
     monkeypatch.setattr(contraction, "positive", lambda representation, side: False)
     found = leading_pair(contraction, 1e-9, 5000)
     start = contraction.start()
-    plain = kronecker.power_iteration(contraction, start, "left", 1e-9, 5000)
+    plain = power_iteration(contraction, start, "left", 1e-9, 5000)
     assert (found.sigma, found.steps) == (plain.sigma, plain.steps)
 
 
@@ -70,8 +73,8 @@ def test_a_result_outside_the_cone_is_not_returned(
 def test_large_factors_do_without_a_basis(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     contraction = contract(slow(plan, 2)[0], plan=plan)
     start = contraction.start()
-    plain = kronecker.power_iteration(contraction, start, "left", 1e-9, 5000)
-    monkeypatch.setattr(solver, "BASIS_LIMIT", 1)
+    plain = power_iteration(contraction, start, "left", 1e-9, 5000)
+    monkeypatch.setattr(accelerated, "BASIS_LIMIT", 1)
     found = leading_pair(contraction, 1e-9, 5000)
     assert found.steps == plain.steps
     assert found.sigma == pytest.approx(plain.sigma, rel=1e-12)
@@ -87,11 +90,11 @@ def test_keeps_to_the_step_limit(plan: str, limit: int) -> None:
 
 
 def test_psd_check() -> None:
-    assert kronecker.positive(torch.eye(3))
-    assert kronecker.positive(torch.zeros(2, 3, 3))
-    assert kronecker.positive(torch.ones(3, 3))
-    assert not kronecker.positive(torch.diag(torch.tensor([1.0, -1e-6, 1.0])))
-    assert not kronecker.positive(torch.stack([torch.eye(3), -torch.eye(3)]))
+    assert positive(torch.eye(3))
+    assert positive(torch.zeros(2, 3, 3))
+    assert positive(torch.ones(3, 3))
+    assert not positive(torch.diag(torch.tensor([1.0, -1e-6, 1.0])))
+    assert not positive(torch.stack([torch.eye(3), -torch.eye(3)]))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import torch
 
 import kfoc
 from curvatures import block, curvature, psd
-from kfoc import files, storage
 from kfoc.blocks import KINDS
-from kfoc.files import checksum
+from kfoc.curvature import file as storage
+from kfoc.files import writing
+from kfoc.files.tensors import checksum
 from models import batches, convolutional, images
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -337,7 +338,7 @@ def test_a_planted_link_is_not_followed(path: Path, monkeypatch: pytest.MonkeyPa
     victim = path.with_name("victim")
     victim.write_text("mine")
     same_name = uuid.UUID(int=1)
-    monkeypatch.setattr(files.uuid, "uuid4", lambda: same_name)
+    monkeypatch.setattr(writing.uuid, "uuid4", lambda: same_name)
     planted = path.with_name(f".{same_name.hex}.tmp")
     planted.symlink_to(victim)
     with pytest.raises(FileExistsError):
@@ -346,7 +347,7 @@ def test_a_planted_link_is_not_followed(path: Path, monkeypatch: pytest.MonkeyPa
     planted.unlink()
     path.symlink_to(victim)
     everything().save(path)
-    files.write_text(path.with_name("text"), "new")
+    writing.write_text(path.with_name("text"), "new")
     assert not path.is_symlink()
     assert victim.read_text() == "mine"
     assert sorted(p.name for p in path.parent.iterdir()) == ["c.safetensors", "text", "victim"]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import kfoc
-from kfoc.capture import captured
-from kfoc.selection import select
-from kfoc.threads import UNCOMPILED, seeded
+from kfoc.common.threads import UNCOMPILED, seeded
+from kfoc.layers.selection import select
+from kfoc.model.hooks import captured
 from models import batches, convolutional, images
 
 

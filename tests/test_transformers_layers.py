@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kfoc
 import oracle
 from every_layer import check_every_block
-from kfoc import tokens
+from kfoc.samples import one_hot as tokens
 
 transformers = pytest.importorskip("transformers")
 

@@ -285,7 +285,7 @@ def test_exact_fisher_of_a_classifier_with_several_directions() -> None:
 def test_too_many_parameters_are_skipped_or_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kfoc.selection.LOOSE_LIMIT", 24)
+    monkeypatch.setattr("kfoc.layers.selection.LOOSE_LIMIT", 24)
     model, data = Vision(), [(torch.randn(5, 3, 3), None)]
     found = kfoc.fit(model, data, "gaussian")
     assert found.layers == ("embed", "head")
@@ -297,7 +297,7 @@ def test_too_many_parameters_are_skipped_or_refused_by_name(
 def test_too_many_directions_are_skipped_at_first_and_an_error_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kfoc.uncovered.NUMBERS_LIMIT", 3 * 3 * 25)
+    monkeypatch.setattr("kfoc.model.uncovered.NUMBERS_LIMIT", 3 * 3 * 25)
     model, x = Vision(), torch.randn(7, 3, 3)
     found = kfoc.fit(model, [(x[:4], None), (x[4:], None)], fisher="exact")
     assert "3 per-sample gradients for each of 4 samples" in found.skipped[""]

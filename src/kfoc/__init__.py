@@ -1,5 +1,9 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
+from kfoc.applications.consolidation import Consolidation
+from kfoc.applications.influence import Influence, Ranking, influence
+from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian
+from kfoc.applications.natural_gradient import NaturalGradient
 from kfoc.blocks import (
     Block,
     DenseBlock,
@@ -11,11 +15,9 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
-from kfoc.checkpoint import Checkpoint
-from kfoc.consolidation import Consolidation
-from kfoc.coverage import Coverage, LayerCoverage, ParameterCount
-from kfoc.curvature import Curvature
-from kfoc.damped import DampedCurvature
+from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.damped import DampedCurvature
+from kfoc.distributed.sharded import ShardedCurvature
 from kfoc.estimators import (
     KFAC,
     KFOC,
@@ -26,17 +28,18 @@ from kfoc.estimators import (
     nearest_kronecker_of_samples,
 )
 from kfoc.fit import fit
-from kfoc.influence import Influence, Ranking, influence
-from kfoc.interop import transformers as _transformers  # noqa: F401  (registers its layers)
-from kfoc.kronecker import KroneckerFit, nearest_kronecker
-from kfoc.laplace import DataFit, Laplace, OutputGaussian
-from kfoc.layers import Treatment, Unsupported, register
-from kfoc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfoc.layers.rule import Treatment, Unsupported, register
+from kfoc.likelihoods.base import Likelihood
+from kfoc.likelihoods.bernoulli import Bernoulli
+from kfoc.likelihoods.categorical import Categorical
+from kfoc.likelihoods.gaussian import Gaussian
 from kfoc.merge import Comparison
-from kfoc.natural_gradient import NaturalGradient
-from kfoc.progress import Progress
-from kfoc.samples import Rows
-from kfoc.sharding import ShardedCurvature
+from kfoc.nearest.power import KroneckerFit
+from kfoc.nearest.terms import nearest_kronecker
+from kfoc.parameters.coverage import Coverage, LayerCoverage, ParameterCount
+from kfoc.running.checkpointed import Checkpoint
+from kfoc.running.progress import Progress
+from kfoc.samples.inputs import Rows
 from kfoc.tracker import Tracker
 
 __all__ = [

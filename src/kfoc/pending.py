@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfoc.samples import Samples
+from kfoc.samples.linear import Samples
 
 
 @dataclass

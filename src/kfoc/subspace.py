@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import settled
+from kfoc.nearest.power import settled
 
 
 class HalfSteps(ABC):

@@ -11,16 +11,17 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.ambient import Plain
-from kfoc.batches import empty
-from kfoc.curvature import Curvature
-from kfoc.encoding import decoded, encoded
+from kfoc.common.ambient import Plain
+from kfoc.curvature.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
-from kfoc.fit import Predict, check_independent, streaming
-from kfoc.hints import check_all, check_states
-from kfoc.layers import own_parameters
-from kfoc.likelihoods import Likelihood
-from kfoc.samples import LayerSamples
+from kfoc.files.encoding import decoded, encoded
+from kfoc.files.hints import check_all, check_states
+from kfoc.fitting.options import check_independent
+from kfoc.fitting.run import streaming
+from kfoc.layers.rule import own_parameters
+from kfoc.likelihoods.base import Likelihood
+from kfoc.model.batches import Predict, empty
+from kfoc.samples.base import LayerSamples
 
 # What a state is made of.
 _STATE = {

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kfoc.ambient import Plain
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
 from kfoc.blocks.spectrum import Spectrum
+from kfoc.common.ambient import Plain
 
 AnyBlock = TypeVar("AnyBlock", bound="Block")
 

@@ -11,8 +11,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from kfoc.ambient import Plain
 from kfoc.blocks.spectrum import Spectrum
+from kfoc.common.ambient import Plain
 
 METHODS = ("exact", "pi")
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kfoc.blocks import sound
 from kfoc.blocks.base import Block, SpectralBlock
-from kfoc.blocks.spectrum import DenseBasis, Spectrum, eigh
+from kfoc.blocks.spectrum import DenseBasis, Spectrum
+from kfoc.linalg.eigen import eigh
 
 
 @dataclass(frozen=True)

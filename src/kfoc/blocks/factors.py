@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kfoc.blocks.spectrum import eigh
+from kfoc.linalg.eigen import eigh
 
 
 def diagonal(factor: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from kfoc.blocks import iterative, sound
 from kfoc.blocks.base import Block
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
 from kfoc.blocks.kronecker import KroneckerBlock
-from kfoc.blocks.spectrum import DenseBasis, Spectrum, symmetric_eigh
+from kfoc.blocks.spectrum import DenseBasis, Spectrum
+from kfoc.linalg.eigen import symmetric_eigh
 
 # Up to so many parameters a block is solved with by its dense eigendecomposition, and up to so
 # many its determinant comes from a dense Cholesky factor.

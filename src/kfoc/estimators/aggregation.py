@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import Report
-from kfoc.kronecker import Contraction, KroneckerFit, Side, balance, norm_of, opposite
-from kfoc.pooling import Optimum, Pooling, Sum, optimum, summed
-from kfoc.pooling import largest as largest_of
-from kfoc.products import mirrored
-from kfoc.samples import Samples
+from kfoc.estimators.pooling import Optimum, Pooling, Sum, optimum, summed
+from kfoc.estimators.pooling import largest as largest_of
+from kfoc.linalg.products import mirrored
+from kfoc.linalg.scaling import balance, norm_of
+from kfoc.nearest.contraction import Contraction, Side, opposite
+from kfoc.nearest.power import KroneckerFit
+from kfoc.samples.linear import Samples
 
 if TYPE_CHECKING:
     from kfoc.estimators.kfoc import KFOC

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from kfoc.blocks import Block
-from kfoc.memory import Footprint
-from kfoc.pooling import Pooling, unpooled
-from kfoc.samples import LayerSamples
+from kfoc.errors import Footprint
+from kfoc.estimators.pooling import Pooling, unpooled
+from kfoc.samples.base import LayerSamples
 
 
 class Estimator(ABC):

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfoc.blocks import DenseBlock
+from kfoc.errors import Footprint
 from kfoc.estimators.base import Estimator
-from kfoc.memory import Footprint
-from kfoc.plans import add_fisher
-from kfoc.pooling import Pooling, Sum
-from kfoc.products import mirrored
-from kfoc.samples import LayerSamples
+from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.linalg.products import mirrored
+from kfoc.plans.explicit import add_fisher
+from kfoc.samples.base import LayerSamples
 
 
 class _State(NamedTuple):

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import DiagonalBlock
+from kfoc.errors import Footprint
 from kfoc.estimators.base import Estimator
-from kfoc.memory import Footprint
-from kfoc.plans import CHUNK
-from kfoc.pooling import Pooling, Sum
-from kfoc.samples import LayerSamples, Samples, gradient_chunks
-from kfoc.token_plan import add_squares
-from kfoc.tokens import OneHot
+from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.estimators.tokens import add_squares
+from kfoc.plans.base import CHUNK
+from kfoc.samples.base import LayerSamples, gradient_chunks
+from kfoc.samples.linear import Samples
+from kfoc.samples.one_hot import OneHot
 
 
 @dataclass(frozen=True)

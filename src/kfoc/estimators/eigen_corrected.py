@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, EigenBlock, KroneckerBlock, Report
-from kfoc.blocks.spectrum import eigh
+from kfoc.errors import Footprint
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.kfoc import KFOC
-from kfoc.memory import Footprint
-from kfoc.plans import CHUNK
-from kfoc.pooling import Pooling, Sum, summed
-from kfoc.samples import Samples, gradient_chunks, magnitude
-from kfoc.scales import beyond, check_representable
+from kfoc.estimators.pooling import Pooling, Sum, summed
+from kfoc.linalg.eigen import eigh
+from kfoc.linalg.scaling import beyond, check_representable, magnitude
+from kfoc.plans.base import CHUNK
+from kfoc.samples.base import gradient_chunks
+from kfoc.samples.linear import Samples
 
 
 @dataclass

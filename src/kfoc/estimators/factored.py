@@ -9,15 +9,18 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock, Report
+from kfoc.errors import Footprint
 from kfoc.estimators.base import Estimator
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
-from kfoc.kronecker import balanced
-from kfoc.memory import Footprint
-from kfoc.plans import CHUNK
-from kfoc.pooling import Pooling, Sum, largest, together, unpooled
-from kfoc.samples import Depthwise, Direct, Grouped, LayerSamples, Samples, gradient_chunks
-from kfoc.tied import Tied
+from kfoc.estimators.pooling import Pooling, Sum, largest, together, unpooled
+from kfoc.linalg.scaling import balanced
+from kfoc.plans.base import CHUNK
+from kfoc.samples.base import LayerSamples, gradient_chunks
+from kfoc.samples.direct import Direct
+from kfoc.samples.grouped import Depthwise, Grouped
+from kfoc.samples.linear import Samples
+from kfoc.samples.tied import Tied
 
 # A factor of this many rows takes 1 GiB in float32; layers with larger ones are left out unless
 # they are named.

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
+from kfoc.errors import Footprint
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
-from kfoc.kronecker import nearest_to_pair
-from kfoc.memory import Footprint
-from kfoc.plans import CHUNK, single_rows
-from kfoc.pooling import Pooling, Sum, summed, together
-from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import Samples, chunks
-from kfoc.tied import Tied
-from kfoc.token_plan import add_counts
+from kfoc.estimators.pooling import Pooling, Sum, summed, together
+from kfoc.estimators.tokens import add_counts
+from kfoc.linalg.products import add_symmetric, mirrored
+from kfoc.nearest.pair import nearest_to_pair
+from kfoc.plans.base import CHUNK
+from kfoc.plans.single import single_rows
+from kfoc.samples.base import chunks
+from kfoc.samples.linear import Samples
+from kfoc.samples.tied import Tied
 
 
 class _State(NamedTuple):

@@ -9,24 +9,27 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from kfoc.ambient import plainly
-from kfoc.arguments import whole
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
+from kfoc.common.ambient import plainly
+from kfoc.common.arguments import whole
+from kfoc.errors import Footprint, out_of_memory
 from kfoc.estimators import single_output
 from kfoc.estimators.aggregation import Aggregation, Approx, Running, Term
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.low_rank import LowRank, numbers_held
 from kfoc.estimators.online import Exact, Online
 from kfoc.estimators.over_ranks import synchronised
-from kfoc.kronecker import Contraction, KroneckerFit, Side, balance
-from kfoc.memory import Footprint, out_of_memory
-from kfoc.planner import PLANS, SINGLE_POSITION, Size, contract, sketch_rank
-from kfoc.pooling import Pooling
-from kfoc.samples import Rows, Samples
-from kfoc.scales import check_representable
-from kfoc.sketch import Sketchable, fit_from_sketch
-from kfoc.solver import fit_contraction, leading_pair
-from kfoc.tied import Tied
+from kfoc.estimators.pooling import Pooling
+from kfoc.linalg.scaling import balance, check_representable
+from kfoc.nearest.accelerated import fit_contraction, leading_pair
+from kfoc.nearest.contraction import Contraction, Side
+from kfoc.nearest.power import KroneckerFit
+from kfoc.plans.choose import PLANS, SINGLE_POSITION, contract, sketch_rank
+from kfoc.plans.cost import Size
+from kfoc.plans.sketch import Sketchable, fit_from_sketch
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
+from kfoc.samples.tied import Tied
 
 T = TypeVar("T")
 
@@ -63,7 +66,7 @@ class KFOC(FactoredEstimator):
             several positions whose F has no more numbers than this is summed as F, and gets the
             optimum of any data set. 0 turns both off.
         memory_limit: bytes that a contraction may take for what it keeps between half steps.
-        plan: the contraction to use (see `kfoc.planner`); None chooses the cheapest.
+        plan: the contraction to use (see `kfoc.plans.choose`); None chooses the cheapest.
         rank: how many Kronecker products to add up. With more than one the blocks are
             `LowRankBlock`s, closer to F and possibly indefinite; see `kfoc.estimators.low_rank`.
             For `"online"` and `"exact"`, without `decay` and `plan`.

@@ -20,22 +20,16 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import LowRankBlock, Report
-from kfoc.kronecker import Side, opposite, settled
+from kfoc.estimators.pooling import Gather, Pooling, Sum, largest
+from kfoc.linalg.products import mirrored
+from kfoc.nearest.contraction import Side, opposite
+from kfoc.nearest.power import settled
 from kfoc.pending import Pending
-from kfoc.plans import CHUNK, add_fisher
-from kfoc.pooling import Gather, Pooling, Sum, largest
-from kfoc.products import mirrored
-from kfoc.samples import Samples, gradient_chunks
-from kfoc.subspace import (
-    HalfSteps,
-    Matrix,
-    Singular,
-    Terms,
-    Weighted,
-    combined,
-    leading,
-    refined,
-)
+from kfoc.plans.base import CHUNK
+from kfoc.plans.explicit import add_fisher
+from kfoc.samples.base import gradient_chunks
+from kfoc.samples.linear import Samples
+from kfoc.subspace import HalfSteps, Matrix, Singular, Terms, Weighted, combined, leading, refined
 
 # Half steps of a merge, and its tolerance: what is dropped then costs more than their errors.
 MERGE_STEPS = 12

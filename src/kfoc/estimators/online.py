@@ -12,22 +12,17 @@ from torch import Tensor
 from kfoc.blocks import Report
 from kfoc.estimators import over_ranks
 from kfoc.estimators.aggregation import Aggregation
-from kfoc.kronecker import (
-    Contraction,
-    KroneckerFit,
-    Side,
-    balance,
-    norm_of,
-    opposite,
-    settled,
-)
+from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.linalg.products import mirrored
+from kfoc.linalg.scaling import balance, norm_of
+from kfoc.nearest.accelerated import fit_contraction
+from kfoc.nearest.contraction import Contraction, Side, opposite
+from kfoc.nearest.power import KroneckerFit, settled
 from kfoc.pending import Pending
-from kfoc.planner import Size, sums_densely
-from kfoc.plans import Dense, add_fisher
-from kfoc.pooling import Pooling, Sum
-from kfoc.products import mirrored
-from kfoc.samples import Samples
-from kfoc.solver import fit_contraction
+from kfoc.plans.choose import sums_densely
+from kfoc.plans.cost import Size
+from kfoc.plans.explicit import Dense, add_fisher
+from kfoc.samples.linear import Samples
 
 if TYPE_CHECKING:
     from kfoc.estimators.kfoc import KFOC

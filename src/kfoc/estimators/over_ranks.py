@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Contraction, KroneckerFit, Side, norm_of, opposite
-from kfoc.plans import Dense
-from kfoc.pooling import Pooling, Sum, optimum, summed
-from kfoc.pooling import largest as largest_of
-from kfoc.products import mirrored
+from kfoc.estimators.pooling import Pooling, Sum, optimum, summed
+from kfoc.estimators.pooling import largest as largest_of
+from kfoc.linalg.products import mirrored
+from kfoc.linalg.scaling import norm_of
+from kfoc.nearest.contraction import Contraction, Side, opposite
+from kfoc.nearest.power import KroneckerFit
+from kfoc.plans.explicit import Dense
 
 if TYPE_CHECKING:
     from kfoc.estimators.online import Online

@@ -6,10 +6,13 @@ import math
 
 from torch import Tensor
 
-from kfoc.kronecker import KroneckerFit, norm_of
-from kfoc.plans import CHUNK, single_rows
-from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import Samples, gradient_chunks
+from kfoc.linalg.products import add_symmetric, mirrored
+from kfoc.linalg.scaling import norm_of
+from kfoc.nearest.power import KroneckerFit
+from kfoc.plans.base import CHUNK
+from kfoc.plans.single import single_rows
+from kfoc.samples.base import gradient_chunks
+from kfoc.samples.linear import Samples
 
 
 def solved(samples: Samples) -> KroneckerFit:

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfoc.ambient import Plain
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
-from kfoc.buffers import buffers_kept
-from kfoc.curvature import Curvature
+from kfoc.common.ambient import Plain
+from kfoc.curvature.curvature import Curvature
 from kfoc.estimators import KFAC, KFOC, Estimator
 from kfoc.fit import fit
 from kfoc.interop.per_parameter import SplitBlock, per_parameter
-from kfoc.kronecker import nearest_to_pair
-from kfoc.layout import Layout
+from kfoc.model.buffers import buffers_kept
+from kfoc.nearest.pair import nearest_to_pair
+from kfoc.parameters.layout import Layout
 
 try:
     from laplace.curvature import CurvatureInterface

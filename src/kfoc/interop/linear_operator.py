@@ -18,8 +18,8 @@ from kfoc.blocks import (
     KroneckerBlock,
     LowRankBlock,
 )
-from kfoc.curvature import Curvature
-from kfoc.vectors import Vector, joined, matrices
+from kfoc.curvature.curvature import Curvature
+from kfoc.parameters.vectors import Vector, joined, matrices
 
 try:
     from linear_operator import operators

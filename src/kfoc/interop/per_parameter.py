@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from kfoc.blocks import Block, DampedBlock, Damping, DenseBlock
 from kfoc.estimators import KFOC, Estimator
-from kfoc.layers import Unsupported, checked_treatment
-from kfoc.products import add_symmetric, mirrored
-from kfoc.samples import LayerSamples, Patches, Rows, Samples
+from kfoc.layers.rule import Unsupported, checked_treatment
+from kfoc.linalg.products import add_symmetric, mirrored
+from kfoc.samples.base import LayerSamples
+from kfoc.samples.inputs import Rows
+from kfoc.samples.linear import Samples
+from kfoc.samples.patches import Patches
 
 
 def per_parameter(model: nn.Module, base: Estimator | None = None) -> PerParameter:

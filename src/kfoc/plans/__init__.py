@@ -13,17 +13,3 @@ differ in multiply-adds and memory, by factors of a hundred.
 | gradients | the factors | through the per-sample gradients X |
 | dense | the factors | through F itself |
 """
-
-from kfoc.plans.coefficients import CHUNK as CHUNK
-from kfoc.plans.explicit import Dense as Dense
-from kfoc.plans.explicit import Gradients as Gradients
-from kfoc.plans.explicit import add_fisher as add_fisher
-from kfoc.plans.positions import PositionGram as PositionGram
-from kfoc.plans.positions import Positions as Positions
-from kfoc.plans.positions import by_factor as by_factor
-from kfoc.plans.positions import by_products as by_products
-from kfoc.plans.positions import of_pairs as of_pairs
-from kfoc.plans.positions import through_products as through_products
-from kfoc.plans.single import Gram as Gram
-from kfoc.plans.single import Primal as Primal
-from kfoc.plans.single import single_rows as single_rows

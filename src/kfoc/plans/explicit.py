@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Contraction, Side, opposite
-from kfoc.plans.coefficients import CHUNK, Scratch, quadratic_sum
-from kfoc.products import add_symmetric, halves, mirrored, times_half
-from kfoc.samples import LayerSamples, Samples, gradient_chunks
+from kfoc.linalg.products import add_symmetric, halves, mirrored, times_half
+from kfoc.nearest.contraction import Contraction, Side, opposite
+from kfoc.plans.base import CHUNK, Scratch, quadratic_sum
+from kfoc.samples.base import LayerSamples, gradient_chunks
+from kfoc.samples.linear import Samples
 
 
 class _Explicit(Contraction):

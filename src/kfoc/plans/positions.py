@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Side, opposite, positive
-from kfoc.plans.coefficients import Coefficients, Scratch, quadratic_sum
-from kfoc.products import add_symmetric, halves, mirrored, share, times_half
-from kfoc.samples import Samples
+from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
+from kfoc.nearest.contraction import Side, opposite, positive
+from kfoc.plans.base import Coefficients, Scratch, quadratic_sum
+from kfoc.samples.linear import Samples
 
 # Columns of a matrix product that is one of many: fewer would run at a lower rate.
 COLUMNS = 256

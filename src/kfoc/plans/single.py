@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from kfoc.kronecker import Side, opposite
-from kfoc.plans.coefficients import CHUNK, Coefficients, Scratch
-from kfoc.products import add_symmetric, gram, halves, mirrored, orthonormal, times_half
-from kfoc.samples import Inputs, Rows, Samples
+from kfoc.linalg.products import add_symmetric, gram, halves, mirrored, orthonormal, times_half
+from kfoc.nearest.contraction import Side, opposite
+from kfoc.plans.base import CHUNK, Coefficients, Scratch
+from kfoc.samples.inputs import Inputs, Rows
+from kfoc.samples.linear import Samples
 
 # The share of some samples' squares that a projection must have, and by how many it is judged.
 CAPTURED = 0.5

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kfoc.files import write_text
+from kfoc.files.writing import write_text
 from kfoc.reproduce.experiment import ESTIMATORS, BatchSize, Record
 from kfoc.reproduce.store import Store
 from kfoc.reproduce.summary import NAMES, Claim, Key, Stat, Summary, claims, summarise

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kfoc.files import write_text
+from kfoc.files.writing import write_text
 from kfoc.reproduce.experiment import Record, Unit
 
 

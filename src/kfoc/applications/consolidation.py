@@ -1,0 +1,181 @@
+"""Elastic weight consolidation: learning tasks one after another with what the last ones need."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kfoc.common.ambient import Plain
+from kfoc.curvature.curvature import Curvature
+from kfoc.files.index import read_index, saving, write_index
+from kfoc.files.tensors import checksum, read_tensors, write_tensors
+from kfoc.parameters.vectors import Vector
+
+ANCHORS = ("latest", "each")
+_INDEX = "consolidation.json"
+_ANCHOR = "kfoc anchor"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A quadratic around the parameters at which a task (or several) had been learnt.
+
+    Attributes:
+        anchor: parameter name -> its value then, of the parameters that the curvature covers.
+        curvature: the mean Fisher, with the number of samples it is over.
+    """
+
+    anchor: dict[str, Tensor]
+    curvature: Curvature
+
+    def penalty(self, parameters: Vector) -> Tensor:
+        """`(theta - anchor)^T num_samples F (theta - anchor)`."""
+        apart = {name: parameters[name] - value for name, value in self.anchor.items()}
+        return self.curvature.num_samples * self.curvature.quadratic_form(apart)
+
+
+class Consolidation(Plain):
+    """A quadratic penalty that holds what earlier tasks have taught (Kirkpatrick et al. 2017).
+
+    With Kronecker-factored blocks this is the online Laplace approximation of Ritter, Botev &
+    Barber (2018): the loss of earlier tasks is replaced by its second-order expansion, with the
+    Fisher in place of the Hessian.
+
+        consolidation = kfoc.Consolidation(strength=1 / num_samples_of_the_new_task)
+        for task in tasks:
+            ...  # train on task.loss + consolidation.penalty(model)
+            consolidation.add(model, kfoc.fit(model, task.data))
+
+    Parameters that no block covers (`curvature.skipped`) are not held.
+
+    Args:
+        strength: factor of the penalty. It is a sum over the samples of the earlier tasks: beside
+            a loss that is a mean over N samples, 1/N weighs every sample alike, old or new.
+        anchors: "latest": one quadratic, around the parameters after the latest task, with the
+            weighted sum of all curvatures (Ritter et al.; memory for one curvature); or "each":
+            one quadratic per task, around that task's own parameters (Kirkpatrick et al.), which
+            also takes eigen-corrected curvatures, whose sums have no common eigenbasis.
+    """
+
+    def __init__(self, strength: float = 1.0, anchors: str = "latest") -> None:
+        if anchors not in ANCHORS:
+            raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}, found {anchors!r}")
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength must be finite and not negative, found {strength}")
+        self.strength = strength
+        self.anchors = anchors
+        self.tasks: list[Task] = []
+
+    def add(self, model: nn.Module, curvature: Curvature) -> None:
+        """Note that the model, as it is now, has learnt a task with this curvature.
+
+        Raises:
+            ValueError: parameters of the curvature that the model lacks or has in another shape,
+                or, for `anchors="latest"`, a curvature that does not add up with those before.
+        """
+        parameters = _parameters(model, curvature)
+        anchor = {name: value.detach().clone() for name, value in parameters.items()}
+        if self.anchors == "latest" and self.tasks:
+            curvature = self.tasks[-1].curvature + curvature
+            self.tasks.clear()
+        self.tasks.append(Task(anchor, curvature))
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """`strength / 2 * sum (theta - anchor)^T num_samples F (theta - anchor)`, a scalar.
+
+        The sum is over the anchors; the result is differentiable by the model's parameters, and a
+        zero before the first task.
+
+        Raises:
+            ValueError: parameters that are missing, of another shape, or not finite.
+        """
+        total = next(model.parameters()).new_zeros(())
+        for task in self.tasks:
+            parameters = _parameters(model, task.curvature)
+            total = total + 0.5 * self.strength * task.penalty(parameters)
+            if not total.detach().isfinite():
+                broken = [name for name, p in parameters.items() if not p.detach().isfinite().all()]
+                what = f"the parameters {broken} have" if broken else "the curvature or anchor has"
+                raise ValueError(
+                    f"the penalty is {total.item()}: {what} values that are not finite"
+                )
+        return total
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write everything into a folder, made where it is not there (`pip install kfoc[io]`).
+
+        A save over an older one takes its place when it is complete; until then that one stays.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        stem, files = f"task-{uuid.uuid4().hex}", list[str]()
+        with saving(target / _INDEX, files):
+            for number, task in enumerate(self.tasks):
+                files += [f"{stem}-{number}.{what}.safetensors" for what in ("curvature", "anchor")]
+                task.curvature.save(target / files[-2])
+                write_tensors(target / files[-1], _ANCHOR, "", task.anchor)
+            index = {"strength": self.strength, "anchors": self.anchors}
+            write_index(target / _INDEX, files, index, "task-*.safetensors")
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> Consolidation:
+        """Read what `save` wrote, into memory. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: the folder, or a file in it, is not there.
+            ValueError: a file that is damaged, or of another save.
+        """
+        source = Path(folder)
+        index = read_index(source / _INDEX)
+        found = cls(index["strength"], index["anchors"])
+        names = list(index["files"])
+        for first, second in zip(names[::2], names[1::2], strict=True):
+            curvature = Curvature.load(source / first, device)
+            found.tasks.append(Task(_anchor(source / second, curvature, device), curvature))
+        return found
+
+
+def _anchor(path: Path, curvature: Curvature, device: torch.device | str) -> dict[str, Tensor]:
+    header, tensors = read_tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if header.get("checksum") != checksum(header.get(_ANCHOR, ""), tensors):
+        raise ValueError(f"{str(path)!r} is damaged: its checksum does not fit what it holds")
+    if _ANCHOR not in header or shapes != _shapes(curvature):
+        raise ValueError(f"{str(path)!r} has no parameters of the curvature beside it")
+    return {name: tensors[name].to(device) for name in _shapes(curvature)}
+
+
+def _shapes(curvature: Curvature) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that the curvature covers, by name."""
+    return {
+        name: shape
+        for layout in curvature.layouts.values()
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }
+
+
+def _parameters(model: nn.Module, curvature: Curvature) -> dict[str, Tensor]:
+    """The model's parameters that the curvature covers."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, found a {type(model).__name__}")
+    known, shapes = dict(model.named_parameters()), _shapes(curvature)
+    missing = [name for name in shapes if name not in known]
+    if missing:
+        raise ValueError(f"the curvature covers {missing}, which the model does not have")
+    for name, shape in shapes.items():
+        if known[name].shape != shape:
+            raise ValueError(
+                f"the parameter {name!r} has the shape {tuple(known[name].shape)}, and the "
+                f"curvature is about one of {shape}: leave layers that grow or are replaced out "
+                "of what is held (kfoc.fit(layers=...)), or put new outputs into a layer of their "
+                "own"
+            )
+    return {name: known[name] for name in shapes}

@@ -1,0 +1,179 @@
+"""Influence of training samples on predictions, by solves with a curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfoc.common.ambient import plainly
+from kfoc.common.arguments import whole
+from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.damped import DampedCurvature, Dampings
+from kfoc.likelihoods.base import Likelihood
+from kfoc.likelihoods.named import resolved
+from kfoc.model.batches import Predict, empty
+from kfoc.model.functional import Forward, batches, concerning, count_samples, sliced
+from kfoc.model.sample_gradients import chunks, gradients
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The samples that come first for each query.
+
+    Attributes:
+        indices: (Q, k), positions in the training data, in the order that it was read.
+        scores: (Q, k), theirs.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Scores of training samples for queries, see `influence`.
+
+    Attributes:
+        helpful: the lowest scores, lowest first: more weight on them lowers the query's loss.
+        harmful: the highest, highest first.
+        num_samples: of the training data.
+        scores: all of them, (Q, num_samples); None where only the first were kept.
+    """
+
+    helpful: Ranking
+    harmful: Ranking
+    num_samples: int
+    scores: Tensor | None = None
+
+
+@plainly
+def influence(
+    model: nn.Module,
+    curvature: Curvature,
+    data: Iterable[tuple[Any, Any]],
+    query: tuple[Any, Any],
+    likelihood: str | Likelihood = "categorical",
+    *,
+    damping: Dampings = 1e-3,
+    top: int | None = 10,
+    predict: Predict | None = None,
+    chunk_size: int | None = None,
+) -> Influence:
+    """Which training samples matter for which predictions (Koh & Liang 2017).
+
+    The score of training sample n for query q is
+
+        -grad_q^T (F + damping * I)^-1 grad_n
+
+    with gradients of each sample's own negative log-likelihood by the curvature's parameters: the
+    derivative of the query's loss by n's weight in the training loss, a mean over samples plus
+    `damping / 2 * |parameters|^2`. So the damping to use is the weight decay of that mean loss, and
+    leaving n out changes the query's loss by about `-score / num_samples`. A negative score is a
+    sample that helps.
+
+    The model is read at its trained parameters, in eval mode, and not changed. The training data
+    is read once, in order, and only the first scores are kept.
+
+    Args:
+        data: the training data, batches `(inputs, targets)`; inputs as `fit` takes them, with the
+            samples in the first dimension of all tensors.
+        query: a batch `(inputs, targets)` of Q samples.
+        likelihood: that of the training loss.
+        damping: a positive number, or one for each layer by name.
+        top: how many of the most helpful and harmful to keep per query; None: all, and `scores`.
+        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+        chunk_size: samples whose gradients are held at once; None: as 128 MiB allow.
+
+    Raises:
+        ValueError: bad arguments, targets that do not fit the likelihood, no samples, or values
+            that are not finite; the message names the argument and the batch.
+    """
+    top = None if top is None else whole("top", top, 1)
+    forward = Forward(model, predict)
+    forward.check_deterministic()
+    names = [name for layout in curvature.layouts.values() for name in layout.names]
+    run = _Run(forward, forward.parameters(names), resolved(likelihood), chunk_size)
+    damped = curvature.damped(damping)
+    with concerning("query"):
+        solved = run.solved(damped, query)
+    kept = _Kept(top)
+    for number, (inputs, targets) in enumerate(batches(data)):
+        with concerning(f"batch {number} of data"):
+            for rows in run.sample_gradients(inputs, targets):
+                kept.add(-sum_of_products(solved, rows))
+    return kept.finished()
+
+
+@dataclass
+class _Run:
+    forward: Forward
+    parameters: dict[str, Tensor]
+    likelihood: Likelihood
+    chunk_size: int | None
+
+    def sample_gradients(self, inputs: Any, targets: Any) -> Iterable[dict[str, Tensor]]:
+        """Chunks of the samples' gradients of `ln p(target)`, name -> (n, *shape)."""
+        inputs, targets = self.forward.moved(inputs), self.forward.moved(targets)
+        count = count_samples(inputs)
+        outputs = self.forward.trained(inputs)
+        self.likelihood = self.likelihood.settled(outputs, targets)
+        (cotangents,) = self.likelihood.cotangents(outputs, targets, "empirical", 1, 0, 0)
+        self.forward.check_separate(inputs)
+        numbers = sum(value.numel() for value in self.parameters.values())
+        for part in chunks(count, numbers, self.chunk_size):
+            chosen = sliced(inputs, part)
+            yield gradients(self.forward, self.parameters, chosen, cotangents[part])
+
+    def solved(self, damped: DampedCurvature, query: Any) -> dict[str, Tensor]:
+        """`(F + damping)^-1 grad_q`, name -> (Q, *shape)."""
+        if empty(query):
+            raise ValueError("the query has no samples")
+        ((inputs, targets),) = batches([query])
+        parts = [damped.solve(rows) for rows in self.sample_gradients(inputs, targets)]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.parameters}
+
+
+class _Kept:
+    """The first scores so far."""
+
+    def __init__(self, top: int | None) -> None:
+        self.top = top
+        self.count = 0
+        self.indices: Tensor | None = None
+        self.scores: Tensor | None = None
+
+    def add(self, scores: Tensor) -> None:
+        """Take in scores (Q, n) of the next n samples."""
+        indices = torch.arange(self.count, self.count + scores.shape[1], device=scores.device)
+        indices = indices.expand_as(scores)
+        self.count += scores.shape[1]
+        if self.scores is not None and self.indices is not None:
+            scores = torch.cat([self.scores, scores], 1)
+            indices = torch.cat([self.indices, indices], 1)
+        if self.top is not None and scores.shape[1] > 2 * self.top:
+            order = scores.argsort(dim=1, stable=True)
+            ends = torch.cat([order[:, : self.top], order[:, -self.top :]], 1)
+            scores, indices = scores.gather(1, ends), indices.gather(1, ends)
+        self.scores, self.indices = scores, indices
+
+    def finished(self) -> Influence:
+        if self.scores is None or self.indices is None:
+            raise ValueError("data has no samples")
+        order = self.scores.argsort(dim=1, stable=True)
+        size = order.shape[1] if self.top is None else self.top
+        helpful, harmful = order[:, :size], order.flip(1)[:, :size]
+        first, last = (
+            Ranking(self.indices.gather(1, part), self.scores.gather(1, part))
+            for part in (helpful, harmful)
+        )
+        return Influence(first, last, self.count, self.scores if self.top is None else None)
+
+
+def sum_of_products(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    """Inner products (Q, n) of vectors name -> (Q, *shape) and (n, *shape)."""
+    parts = [first[name].flatten(1) @ second[name].flatten(1).mT for name in first]
+    return torch.stack(parts).sum(0)

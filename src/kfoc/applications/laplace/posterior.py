@@ -1,0 +1,381 @@
+"""The Laplace posterior of a trained model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfoc.applications.laplace import evidence, predictive, tuning
+from kfoc.applications.laplace.evidence import DataFit
+from kfoc.applications.laplace.predictive import OutputGaussian
+from kfoc.applications.laplace.prior import Number, Precisions, positive, precisions
+from kfoc.applications.laplace.validation import validation_losses
+from kfoc.common.ambient import Plain
+from kfoc.common.arguments import check_model, whole
+from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.damped import DampedCurvature
+from kfoc.likelihoods.base import Likelihood
+from kfoc.likelihoods.gaussian import Gaussian
+from kfoc.likelihoods.named import resolved
+from kfoc.model.batches import Predict
+from kfoc.model.functional import Forward, concerning, count_samples, sliced
+from kfoc.model.sample_gradients import chunks
+
+PREDICTIVE_METHODS = ("linearised", "weights")
+PROBABILITY_METHODS = ("probit", "logits", "weights")
+# Of prior precisions: from 0.01 to 10,000.
+CANDIDATES = tuple(10 ** (k / 2) for k in range(-4, 9))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Laplace(Plain):
+    """A Gaussian over the parameters, around the trained ones, of precision
+
+        num_samples / (temperature * sigma_noise^2) * F + prior_precision * I
+
+    with F the mean Fisher of the curvature, a Gauss-Newton stand-in for the Hessian. Parameters
+    that the curvature does not cover (`curvature.skipped`, layers left out of `fit(layers=...)`)
+    are certain: they stay at their trained values in everything below. A last-layer posterior is
+    one of a curvature fitted with that layer alone.
+
+    Nothing is computed before it is asked for; the model is never changed, and read at each call:
+    it must hold the parameters that the curvature was fitted at, in eval mode. Inputs are a
+    batch as `fit` takes it, all tensors with the samples in their first dimension.
+
+    Attributes:
+        model: the trained model.
+        curvature: its curvature, of the same likelihood.
+        prior_precision: of the zero-mean Gaussian prior: one positive number, or one for each
+            layer of the curvature by name. Minus the log prior is
+            `prior_precision / 2 * |parameters|^2`, on the scale of the *summed* loss: a weight
+            decay `w` on the mean loss is `w * num_samples`.
+        likelihood: "categorical", "gaussian", "bernoulli", or a `Likelihood`.
+        sigma_noise: the standard deviation of a regression's noise; 1 for other likelihoods.
+        temperature: of the likelihood, which is taken to the power of `1 / temperature`.
+        num_samples: of the training data, where the curvature has seen a part of it.
+        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+    """
+
+    model: nn.Module
+    curvature: Curvature
+    prior_precision: Precisions = 1.0
+    likelihood: str | Likelihood = "categorical"
+    sigma_noise: Number = 1.0
+    temperature: float = 1.0
+    num_samples: int | None = None
+    predict: Predict | None = None
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        self._sigma(self.sigma_noise)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and positive, found {self.temperature}")
+        if self.num_samples is not None:
+            whole("num_samples", self.num_samples, 1)
+        if not len(self.curvature):
+            raise ValueError("the curvature has no layers: there is nothing to be uncertain about")
+        precisions(self.curvature.layers, self.prior_precision)
+
+    @cached_property
+    def posterior(self) -> DampedCurvature:
+        """The precision of the posterior, factorised: to solve with, and to draw from."""
+        priors = precisions(self.curvature.layers, self.prior_precision)
+        scale = self._scale(self._sigma(self.sigma_noise)).item()
+        return self._factorised.redamped({k: p.item() for k, p in priors.items()}, scale=scale)
+
+    def sample(
+        self, num: int = 1, *, seed: int = 0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Draws of the parameters, name -> (num, *shape), for `torch.func.functional_call`.
+
+        Args:
+            seed: as in `DampedCurvature.sample`; the global state is not touched.
+            generator: likewise.
+        """
+        draws = self.posterior.sample(num, seed=seed, generator=generator)
+        return {name: value + draws[name].to(value) for name, value in self._parameters.items()}
+
+    def sampled_outputs(self, inputs: Any, num: int = 30, *, seed: int = 0) -> Tensor:
+        """Outputs (num, N, ...) of networks drawn from the posterior, the same for one seed."""
+        forward = self._forward
+        inputs = forward.moved(inputs)
+        with concerning("inputs"):
+            forward.trained(inputs)
+        drawn = predictive.networks(self.posterior, self._parameters, num, seed)
+        with torch.no_grad():
+            found = torch.stack([forward.outputs(inputs, parameters) for parameters in drawn])
+        if not found.isfinite().all():
+            raise ValueError(
+                "outputs of networks drawn from the posterior are not finite: a larger "
+                "prior_precision draws them closer to the trained one"
+            )
+        return found
+
+    def linearised(self, inputs: Any, *, chunk_size: int | None = None) -> OutputGaussian:
+        """The Gaussian over the outputs of the model linearised at its trained parameters.
+
+        Mean `f(x)` and covariance `J B^-1 J^T`, with J each sample's Jacobian by the covered
+        parameters: without observation noise.
+
+        Args:
+            chunk_size: samples whose Jacobians are held at once; None: as 128 MiB allow.
+        """
+        forward, parameters, posterior = self._forward, self._parameters, self.posterior
+        inputs = forward.moved(inputs)
+        with concerning("inputs"):
+            count = count_samples(inputs)
+            width = forward.trained(sliced(inputs, slice(1))).numel()
+            forward.check_separate(inputs)
+            numbers = width * sum(p.numel() for p in parameters.values())
+            parts = [
+                predictive.linearised(forward, posterior, parameters, sliced(inputs, part))
+                for part in chunks(count, numbers, chunk_size)
+            ]
+        return OutputGaussian(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def predictive(
+        self,
+        inputs: Any,
+        method: str = "linearised",
+        *,
+        num: int = 100,
+        seed: int = 0,
+        chunk_size: int | None = None,
+    ) -> OutputGaussian:
+        """The predictive distribution of a regression's targets, noise included.
+
+        Args:
+            method: "linearised": the closed form; "weights": mean and covariance over the outputs
+                of `num` networks drawn from the posterior.
+        """
+        if not isinstance(self._likelihood, Gaussian):
+            raise ValueError(
+                f"predictive() is for the gaussian likelihood, found {self._likelihood!r}: "
+                "use probabilities()"
+            )
+        sigma = float(self.sigma_noise)
+        if method == "linearised":
+            return self.linearised(inputs, chunk_size=chunk_size).with_noise(sigma)
+        _check_method(method, PREDICTIVE_METHODS)
+        if num < 2:
+            raise ValueError(f"num must be at least 2 for a covariance, found {num}")
+        outputs = self.sampled_outputs(inputs, num, seed=seed)
+        mean = outputs.mean(0)
+        centred = (outputs - mean).flatten(2).movedim(0, 1)  # (N, num, K)
+        return OutputGaussian(mean, centred.mT @ centred / (num - 1)).with_noise(sigma)
+
+    def probabilities(
+        self,
+        inputs: Any,
+        method: str = "probit",
+        *,
+        num: int = 100,
+        seed: int = 0,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Predictive probabilities of the classes, in the shape of the outputs.
+
+        Args:
+            method: "probit": the closed form for the linearised model, approximate; "logits": the
+                mean over `num` draws of the linearised model's outputs; "weights": the mean over
+                `num` networks drawn from the posterior, which fits worse as a rule, as the
+                posterior is one of the linearised model (Immer et al. 2021).
+        """
+        _check_method(method, PROBABILITY_METHODS)
+        likelihood = self._likelihood
+        if isinstance(likelihood, Gaussian):
+            raise ValueError("probabilities() is not for the gaussian likelihood: use predictive()")
+        if method == "weights":
+            outputs = self.sampled_outputs(inputs, num, seed=seed)
+            return torch.stack([predictive.probabilities(likelihood, o) for o in outputs]).mean(0)
+        gaussian = self.linearised(inputs, chunk_size=chunk_size)
+        if method == "probit":
+            return predictive.probit(likelihood, gaussian)
+        return predictive.monte_carlo(likelihood, gaussian, num, seed)
+
+    def data_fit(self, data: Iterable[tuple[Any, Any]]) -> DataFit:
+        """What the marginal likelihood needs of the training data: one pass, once."""
+        return evidence.measured(self._forward, self._likelihood, data)
+
+    def log_marginal_likelihood(
+        self,
+        data: DataFit | Iterable[tuple[Any, Any]],
+        *,
+        prior_precision: Precisions | None = None,
+        sigma_noise: Number | None = None,
+    ) -> Tensor:
+        """`ln p(training targets | prior)` by Laplace's method, a scalar in float64.
+
+        Differentiable in `prior_precision` and `sigma_noise` where those are tensors; the
+        curvature is factorised once for all calls.
+
+        Args:
+            data: the training data, all of it; or `data_fit` of it.
+            prior_precision: in place of this object's.
+            sigma_noise: likewise.
+
+        Raises:
+            ValueError: data of another number of samples than the posterior's.
+        """
+        fit = self._checked_fit(data)
+        prior = self.prior_precision if prior_precision is None else prior_precision
+        sigma = self._sigma(self.sigma_noise if sigma_noise is None else sigma_noise)
+        log_likelihood = fit.log_likelihood(self._likelihood, sigma) / self.temperature
+        return evidence.log_marginal_likelihood(
+            log_likelihood,
+            self._factorised,
+            self._squared_norms,
+            precisions(self.curvature.layers, prior),
+            self._scale(sigma),
+        )
+
+    def tuned(
+        self,
+        data: DataFit | Iterable[tuple[Any, Any]],
+        *,
+        per_layer: bool = False,
+        noise: bool = False,
+        bounds: tuple[float, float] = (1e-6, 1e8),
+    ) -> Laplace:
+        """With the prior precision that maximises the marginal likelihood.
+
+        By search along each of them: layers do not depend on each other in it, so the maximum is
+        the maximum of all. Works for every kind of block.
+
+        Args:
+            data: as for `log_marginal_likelihood`.
+            per_layer: a precision for every layer, in place of one for all.
+            noise: maximise over `sigma_noise` of a regression as well, jointly.
+            bounds: of the prior precision. A RuntimeWarning tells where the best is at one.
+        """
+        fit = self._checked_fit(data)
+        posterior, norms = self._factorised, self._squared_norms
+
+        def best(sigma: Tensor) -> tuple[float | dict[str, float], float]:
+            return tuning.best_prior(posterior, norms, self._scale(sigma), per_layer, bounds)
+
+        changes: dict[str, Any] = {}
+        sigma = self._sigma(self.sigma_noise)
+        if noise:
+            changes["sigma_noise"] = tuning.best_noise(
+                fit, self._likelihood, self.temperature, lambda sigma: best(sigma)[1]
+            )
+            sigma = positive("sigma_noise", changes["sigma_noise"])
+        prior, _ = best(sigma)
+        found = prior if isinstance(prior, dict) else {"": prior}
+        for layer, precision in found.items():
+            of_layer = f" of layer {layer!r}" if per_layer else ""
+            tuning.warn_at_bound(precision, bounds, f"prior precision{of_layer}")
+        return self._changed(prior_precision=prior, **changes)
+
+    def tuned_by_validation(
+        self,
+        data: Iterable[tuple[Any, Any]],
+        candidates: Iterable[float] = CANDIDATES,
+        *,
+        chunk_size: int | None = None,
+    ) -> Laplace:
+        """With the prior precision, of `candidates` (0.01 to 10,000 by half decades), that predicts
+        data not trained on best.
+
+        By the mean negative log-likelihood of the linearised predictive (probit for classes). The
+        Jacobians are taken once for all candidates. A RuntimeWarning tells where the best candidate
+        is the smallest or the largest, and where the network by itself predicts the data better.
+
+        Raises:
+            ValueError: data with values that are not finite; the message names the batch.
+        """
+        candidates = [float(p) for p in candidates]
+        posteriors = [self._changed(prior_precision=p) for p in candidates]
+        if not posteriors:
+            raise ValueError("candidates must hold at least one prior precision")
+        losses, plain = validation_losses(
+            self._forward,
+            self._likelihood,
+            [each.posterior for each in posteriors],
+            float(self.sigma_noise),
+            self._parameters,
+            data,
+            chunk_size,
+        )
+        best = min(range(len(losses)), key=losses.__getitem__)
+        tuning.warn_of_candidate(candidates, best, losses[best], plain)
+        return posteriors[best]
+
+    def __repr__(self) -> str:
+        priors = precisions(self.curvature.layers, self.prior_precision)
+        same = len({p.item() for p in priors.values()}) == 1
+        shown = {"all": next(iter(priors.values()))} if same else priors
+        values = ", ".join(f"{layer}: {p.item():.4g}" for layer, p in shown.items())
+        return f"Laplace of {len(self.curvature)} layers, prior precision {values}"
+
+    @property
+    def _likelihood(self) -> Likelihood:
+        return resolved(self.likelihood)
+
+    @property
+    def _forward(self) -> Forward:
+        forward = Forward(self.model, self.predict)
+        forward.check_deterministic()
+        return forward
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        """The trained values of the covered parameters."""
+        names = [name for layout in self.curvature.layouts.values() for name in layout.names]
+        return Forward(self.model, self.predict).parameters(names)
+
+    @property
+    def _squared_norms(self) -> dict[str, float]:
+        values = self._parameters
+        return {
+            layer: sum(values[name].double().square().sum().item() for name in layout.names)
+            for layer, layout in self.curvature.layouts.items()
+        }
+
+    @cached_property
+    def _factorised(self) -> DampedCurvature:
+        """With a damping and a scale that are of no account: for `redamped` alone."""
+        return self.curvature.damped(1.0)
+
+    def _changed(self, **changes: Any) -> Laplace:
+        """Another object of the same curvature, which shares its factorisation."""
+        changed = replace(self, **changes)
+        vars(changed)["_factorised"] = self._factorised
+        return changed
+
+    def _sigma(self, value: Number) -> Tensor:
+        sigma, likelihood = positive("sigma_noise", value), self._likelihood
+        if sigma.item() != 1 and not isinstance(likelihood, Gaussian):
+            raise ValueError(
+                f"sigma_noise is for the gaussian likelihood, found {value} with {likelihood!r}"
+            )
+        return sigma
+
+    def _scale(self, sigma: Tensor) -> Tensor:
+        count = self.num_samples or self.curvature.num_samples
+        return count / (self.temperature * sigma**2)
+
+    def _checked_fit(self, data: DataFit | Iterable[tuple[Any, Any]]) -> DataFit:
+        fit = data if isinstance(data, DataFit) else self.data_fit(data)
+        if not math.isfinite(fit.misfit):
+            raise ValueError(f"data: its misfit is not finite ({fit.misfit})")
+        expected = self.num_samples or self.curvature.num_samples
+        if fit.num_samples != expected:
+            raise ValueError(
+                f"the data have {fit.num_samples} samples, but the posterior is one of {expected}: "
+                "pass the training data that the curvature was fitted on, or "
+                f"Laplace(num_samples={fit.num_samples}) where that was a part of it"
+            )
+        return fit
+
+
+def _check_method(method: str, allowed: tuple[str, ...]) -> None:
+    if method not in allowed:
+        raise ValueError(f"method must be one of {', '.join(allowed)}, found {method!r}")

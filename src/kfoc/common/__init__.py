@@ -1,0 +1,1 @@
+"""What all of the package may use: what callers set for torch, threads, and checks of arguments."""

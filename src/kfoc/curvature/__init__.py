@@ -1,0 +1,1 @@
+"""The result of a fit: a block for every layer, its operations, and its file."""

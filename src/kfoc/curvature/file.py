@@ -1,0 +1,231 @@
+"""One file for a curvature: tensors in the safetensors format, everything else as JSON in it.
+
+Nothing is ever unpickled, so a file from anyone can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfoc.blocks import KINDS, Block, Report
+from kfoc.files.tensors import checksum, read_tensors, write_tensors
+from kfoc.files.writing import Place
+from kfoc.parameters.layout import Layout
+
+VERSION = 1
+KEY = "kfoc"
+# The curvature's own entries, and the types that they must have.
+METADATA: dict[str, tuple[type, ...]] = {
+    "num_samples": (int,),
+    "skipped": (dict,),
+    "estimator": (str,),
+    "fisher": (str,),
+    "seed": (int, type(None)),
+    "counts": (dict,),
+}
+# Likewise of a block's report.
+REPORT: dict[str, tuple[type, ...]] = {
+    "relative_error": (float, type(None)),
+    "standard_error": (float, type(None)),
+    "fisher_error": (float, type(None)),
+    "fisher_error_std": (float, type(None)),
+    "steps": (int,),
+    "converged": (bool,),
+    "plan": (str,),
+    "unchecked": (str,),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is in a file: blocks, their layouts, and the entries of `METADATA`."""
+
+    blocks: dict[str, Block]
+    layouts: dict[str, Layout]
+    metadata: dict[str, Any]
+
+
+def write(path: Place, stored: Stored) -> None:
+    """Write the file as a whole, or leave what was there.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ImportError: safetensors is not installed.
+        ValueError: a block that `read` would refuse.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for number, (name, block) in enumerate(stored.blocks.items()):
+        layout = asdict(stored.layouts[name])
+        entry = _taken(block, f"{number}", tensors)
+        _check(name, block)
+        layers.append({"name": name, "layout": layout, "block": entry})
+    content = {"version": VERSION, "layers": layers, **stored.metadata}
+    write_tensors(path, KEY, json.dumps(content), tensors)
+
+
+def read(path: Place, mmap: bool = False) -> Stored:
+    """Read a file that `write` wrote, onto the CPU; `mmap` as for `read_tensors`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: safetensors is not installed.
+        ValueError: the file is damaged, of another format, or of a newer version.
+    """
+    header, tensors = read_tensors(path, mmap)
+    if KEY not in header:
+        raise ValueError(
+            f"{str(path)!r} is a safetensors file, but not of a curvature: write it with "
+            "Curvature.save"
+        )
+    content = _content(path, header[KEY])
+    version = content.get("version")
+    if type(version) is not int or version < 1:  # a bool is an int too
+        raise ValueError(f"{str(path)!r} is damaged: its version of the format is {version!r}")
+    if version > VERSION:
+        raise ValueError(
+            f"{str(path)!r} has version {version} of the format, and this kfoc reads up to "
+            f"{VERSION}: update kfoc"
+        )
+    if header.get("checksum") != checksum(header[KEY], tensors):
+        _explain(path, content, tensors)
+        raise ValueError(f"{str(path)!r} is damaged: its checksum does not fit what it holds")
+    try:
+        return _restored(content, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or not a curvature: {error}") from error
+
+
+def _content(path: Place, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of numbers that are too long
+        raise ValueError(f"{str(path)!r} is damaged: its description is no JSON") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} is damaged: its description is no JSON object")
+    return content
+
+
+def _taken(block: Block, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Describe a block, and put its tensors among `tensors` under keys that begin with `key`."""
+    entry: dict[str, Any] = {"kind": type(block).__name__, "report": asdict(block.report)}
+    if KINDS.get(entry["kind"]) is not type(block):
+        raise ValueError(f"blocks of the kind {entry['kind']} cannot be saved")
+    parts: dict[str, Any] = {}
+    for name, value in block.parts().items():
+        inside = f"{key}.{name}"
+        if isinstance(value, Tensor):
+            tensors[inside] = value
+            parts[name] = {"tensor": inside, "shape": list(value.shape), "dtype": str(value.dtype)}
+        elif isinstance(value, tuple) and value and isinstance(value[0], Block):
+            each = [_taken(item, f"{inside}.{k}", tensors) for k, item in enumerate(value)]
+            parts[name] = {"blocks": each}
+        else:
+            parts[name] = {"value": list(value) if isinstance(value, tuple) else value}
+    return {**entry, "parts": parts}
+
+
+def _restored(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
+    for name, types in METADATA.items():
+        if type(content.get(name)) not in types:
+            raise ValueError(f"{name} is {content.get(name)!r}")
+    if content["num_samples"] < 1:
+        raise ValueError(f"num_samples is {content['num_samples']}")
+    if not all(isinstance(reason, str) for reason in content["skipped"].values()):
+        raise ValueError("skipped has a reason that is no text")
+    blocks: dict[str, Block] = {}
+    layouts: dict[str, Layout] = {}
+    for layer in content["layers"]:
+        name = layer["name"]
+        if not isinstance(name, str) or name in blocks:
+            raise ValueError(f"layer {name!r} is there twice, or has no name")
+        layouts[name] = _layout(name, layer["layout"])
+        try:
+            blocks[name] = _given(layer["block"], tensors)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        _check(name, blocks[name])
+        if blocks[name].shape != layouts[name].shape:
+            raise ValueError(
+                f"layer {name!r} has a block of shape {blocks[name].shape} for parameters of "
+                f"shape {layouts[name].shape}"
+            )
+    return Stored(blocks, layouts, {name: content[name] for name in METADATA})
+
+
+def _layout(layer: str, entry: dict[str, Any]) -> Layout:
+    names, shapes = tuple(entry["names"]), tuple(map(tuple, entry["shapes"]))
+    sizes = [entry["groups"], *(size for shape in shapes for size in shape)]
+    if not all(isinstance(name, str) for name in names) or len(names) != len(shapes):
+        raise ValueError(f"layer {layer!r} has parameters {names!r} of shapes {shapes}")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"layer {layer!r} has parameters of shapes {shapes!r}")
+    return Layout(names, shapes, entry["kind"], entry["groups"])
+
+
+def _check(layer: str, block: Block) -> None:
+    """Raise where the tensors of a block make none, or do not fit each other."""
+    try:
+        block.check()
+    except ValueError as error:
+        raise ValueError(
+            f"the block of layer {layer!r} is no {type(block).__name__}: {error}"
+        ) from error
+    shadow = block.to("meta")  # a product without numbers tells
+    try:
+        shadow.matvec(torch.empty(block.shape, dtype=block.dtype, device="meta"))
+    except RuntimeError as error:
+        raise ValueError(f"the tensors of layer {layer!r} do not fit each other") from error
+
+
+def _given(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Block:
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"unknown kind of block {entry['kind']!r}")
+    fields: dict[str, Any] = {}
+    for name, part in entry["parts"].items():
+        if "tensor" in part:
+            fields[name] = tensors[part["tensor"]]
+        elif "blocks" in part:
+            inside = [item["kind"] for item in part["blocks"]]
+            if entry["kind"] in inside:  # what a hundred levels cost is two to their power
+                raise ValueError(f"a {entry['kind']} inside of another")
+            fields[name] = tuple(_given(item, tensors) for item in part["blocks"])
+        else:
+            value = part["value"]
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    report = Report(**entry["report"])
+    for name, types in REPORT.items():
+        if type(getattr(report, name)) not in types:
+            raise ValueError(f"a report has {name} {getattr(report, name)!r}")
+    return KINDS[entry["kind"]](**fields, report=report)
+
+
+def _explain(path: Place, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise with the tensor that is missing or of another shape than described, if one is."""
+    for part in _described_tensors(content):
+        name = str(part["tensor"])
+        if name not in tensors:
+            raise ValueError(f"{str(path)!r} is damaged: the tensor {name!r} is missing")
+        found = list(tensors[name].shape), str(tensors[name].dtype)
+        if found != (part.get("shape"), part.get("dtype")):
+            raise ValueError(
+                f"{str(path)!r} is damaged: the tensor {name!r} should have the shape "
+                f"{part.get('shape')} in {part.get('dtype')}, found {found[0]} in {found[1]}"
+            )
+
+
+def _described_tensors(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        if "tensor" in node:
+            yield node
+            return
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from _described_tensors(item)

@@ -1,0 +1,5 @@
+"""A fit whose data lies with several ranks."""
+
+from kfoc.distributed.ranks import Ranks, RanksError
+
+__all__ = ["Ranks", "RanksError"]

@@ -1,0 +1,90 @@
+"""Errors that say where and what to do: memory that runs out, and the layer's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+# torch.OutOfMemoryError came with torch 2.5; before, and under this name still, it is CUDA's.
+OutOfMemory: type[RuntimeError] = torch.cuda.OutOfMemoryError
+# How the allocator of the CPU says it, in a plain RuntimeError.
+_ON_CPU = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+class Footprint(NamedTuple):
+    """Bytes that the tensors of one layer take in a fit, without those of a batch's own work.
+
+    Attributes:
+        state: at most so many between two batches, however many there have been.
+        block: of the finished block.
+    """
+
+    state: int
+    block: int
+
+    def __add__(self, other: object) -> Footprint:
+        """Of two layers, or groups of a layer, that are held at the same time."""
+        if not isinstance(other, Footprint):
+            return NotImplemented
+        return Footprint(self.state + other.state, self.block + other.block)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device."""
+    if isinstance(error, (OutOfMemory, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ON_CPU)
+
+
+# Classes and no generators: some are entered for every layer of every batch.
+class advised:  # noqa: N801  (a context, used as contextlib's are)
+    """Where memory runs out inside, say in what, and what to lower.
+
+    Raises:
+        OutOfMemory: in the place of whichever exception said so.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        self.what, self.advice = what, advice
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, (RuntimeError, MemoryError)) or not out_of_memory(error):
+            return
+        if isinstance(error.__cause__, (RuntimeError, MemoryError)):
+            return  # one that says already in what
+        text = f"{self.what}: memory ran out: {self.advice} ({error})"
+        raise OutOfMemory(text) from error
+
+
+class within:  # noqa: N801
+    """Put `what` before the message of memory that ran out."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OutOfMemory):
+            raise OutOfMemory(f"{self.what}: {error}") from error.__cause__ or error
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Put the layer's name in front of errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {layer!r}: {error}") from error
+
+
+def problem(layer: str, what: str) -> ValueError:
+    """The error that says what is wrong with a layer."""
+    return ValueError(f"layer {layer!r}: {what}")

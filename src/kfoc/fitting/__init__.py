@@ -1,0 +1,1 @@
+"""The loop of a fit over data, and the state between batches."""

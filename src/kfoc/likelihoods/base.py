@@ -1,0 +1,113 @@
+"""Likelihood and Fisher type to output cotangents, formed from the model's outputs alone.
+
+A cotangent is a derivative of `ln p(y | x)` by the outputs, per sample and not reduced, so the
+reduction of the user's loss never enters. Draws are a function of the seed and of the sample's
+index in the data set, so they do not depend on batch size, pass, rank or the global generator.
+
+Of a sure model nearly all of the Fisher comes from labels that are hardly ever drawn. "mc" draws
+by what a label contributes and weights it for that (docs/draws.md); "mc-plain" from the model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kfoc.likelihoods.draws import Draws
+
+FISHER_TYPES = ("mc", "mc-plain", "exact", "empirical")
+
+
+class Likelihood(ABC):
+    """What the outputs mean. Subclass it for a likelihood of your own.
+
+    All cotangents have the shape of the outputs, whose first dimension is the samples.
+    """
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
+        """Raise ValueError where outputs or targets do not fit."""
+
+    @abstractmethod
+    def drawn(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """The cotangent at labels drawn from the model."""
+
+    def weighted(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
+        """A random cotangent of mean zero and of the covariance of `drawn`, for less variance.
+
+        `drawn` where a likelihood has no better one.
+        """
+        return self.drawn(outputs, targets, draws)
+
+    @abstractmethod
+    def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
+        """Cotangents whose outer products add up to the expectation over the model's labels."""
+
+    @abstractmethod
+    def observed(self, outputs: Tensor, targets: object) -> Tensor:
+        """The cotangent at the observed labels."""
+
+    def settled(self, outputs: Tensor, targets: object) -> Likelihood:
+        """The likelihood for this batch and those after it, where a batch leaves something open."""
+        return self
+
+    def cotangents(
+        self, outputs: Tensor, targets: object, fisher: str, mc_samples: int, seed: int, index: int
+    ) -> Iterator[Tensor]:
+        """All directions of a Fisher type (design of kfoc, section 1), one at a time.
+
+        Args:
+            outputs: (N, ...), detached.
+            targets: the batch's labels; may be None but for "empirical".
+            fisher: "mc" (of `weighted`), "mc-plain" (of `drawn`), "exact" or "empirical".
+            mc_samples: directions of the first two, each scaled by `1 / sqrt(mc_samples)`.
+            seed: of the draws.
+            index: of the draws: the first sample's position in the data set.
+        """
+        self.check(outputs, targets, fisher)
+        if fisher in ("mc", "mc-plain"):
+            draw = self._weighted() if fisher == "mc" else self.drawn
+            for direction in range(mc_samples):
+                cotangent = draw(outputs, targets, Draws(seed, index, direction, mc_samples))
+                yield cotangent if mc_samples == 1 else cotangent / math.sqrt(mc_samples)
+        elif fisher == "exact":
+            yield from self.exact(outputs, targets)
+        else:
+            yield self.observed(outputs, targets)
+
+    def _weighted(self) -> Callable[[Tensor, object, Draws], Tensor]:
+        """`weighted`; of a subclass that has only `drawn` anew, that: it may mean other labels."""
+        own = next(c for c in type(self).__mro__ if {"weighted", "drawn"} & vars(c).keys())
+        return self.weighted if "weighted" in vars(own) else self.drawn
+
+
+def unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    """One cotangent per output, which has that output's weight there and zeros elsewhere."""
+    flat = weights.reshape(len(outputs), -1)
+    for c in range(flat.shape[1]):
+        cotangent = torch.zeros_like(flat)
+        cotangent[:, c] = flat[:, c]
+        yield cotangent.view(outputs.shape)
+
+
+def check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
+    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        raise ValueError(
+            f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
+            f"{tuple(outputs.shape)} of the outputs, found {described(targets)}"
+        )
+    if targets.is_complex():
+        raise ValueError(f"the targets of a {likelihood} likelihood are complex ({targets.dtype})")
+    if not targets.isfinite().all():
+        raise ValueError("the targets have values that are not finite")
+    return targets
+
+
+def described(targets: object) -> str:
+    if isinstance(targets, Tensor):
+        return f"a tensor of {targets.dtype} of shape {tuple(targets.shape)}"
+    return type(targets).__name__

@@ -1,0 +1,1 @@
+"""Matrices: symmetric products, scales and norms, eigendecompositions."""

@@ -1,0 +1,1 @@
+"""One batch through a model: hooks, traces, backward passes, and the samples made of them."""

@@ -1,0 +1,179 @@
+"""Records what layers see in a forward pass."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfoc.errors import problem
+from kfoc.layers.attention import Inlined, part_name
+from kfoc.layers.rule import Treatment, Unsupported, first_argument
+from kfoc.layers.selection import Selection
+from kfoc.layers.watched import Watch, Watched
+from kfoc.model.trace import Record
+
+# How many fits each thread is in the midst of.
+_FITTING: Counter[int] = Counter()
+
+
+@contextmanager
+def captured(selection: Selection) -> Iterator[Record]:
+    """Watch the selected layers while the context lasts.
+
+    Every hook is gone when it ends, however it ends.
+    """
+    record = Record()
+    handles = []
+    _FITTING[record.thread] += 1
+    try:
+        for name, module in selection.modules.items():
+            handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
+            if name in selection.inlined or name in selection.watched:
+                continue
+            own = module, selection.treatments[name]
+            for watched, treatment in [own, *selection.twins.get(name, [])]:
+                hook = _recorder(record, name, treatment)
+                handles.append(watched.register_forward_hook(hook, with_kwargs=True))
+        for module, weights in _by_module(selection).items():
+            handles += _watching(record, selection, module, weights)
+        for name, whole in selection.inlined.items():
+            hook = _replayer(record, selection, name, whole)
+            handles.append(whole.module.register_forward_hook(hook, with_kwargs=True))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        record.clear()
+        _FITTING[record.thread] -= 1
+
+
+def _over(arguments: tuple, expected: int) -> bool:
+    """Whether the fit that a hook belongs to ended while another thread was about to call it.
+
+    torch then no longer knows that the hook takes keyword arguments, and passes none.
+    """
+    return len(arguments) < expected
+
+
+def _checker(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> None:
+        if _over(rest, 1):
+            return
+        (kwargs,) = rest
+        value = first_argument(args, kwargs)
+        integer = isinstance(value, Tensor) and not value.is_floating_point()
+        if integer and not isinstance(module, nn.Embedding):
+            raise problem(
+                name,
+                f"its input is {value.dtype}, not floating point: convert it, e.g. by .float()",
+            )
+
+    return hook
+
+
+def _recorder(record: Record, name: str, treatment: Treatment) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> None:
+        if _over(rest, 2):
+            return
+        kwargs, output = rest
+        record.add(name, treatment, treatment.value(args, kwargs), output)
+
+    return hook
+
+
+def _replayer(
+    record: Record, selection: Selection, name: str, whole: Inlined
+) -> Callable[..., Any]:
+    """A hook that puts a module's replayed output in the place of its own, if they agree.
+
+    It takes the same steps again when a checkpointed region runs again, as that has to, possibly in
+    a thread of autograd's. In a thread that fits the same model, that fit's own hook does so.
+    """
+    names = {part: part_name(name, part) for part in whole.parts}
+    treatments = {part: selection.treatments.get(full) for part, full in names.items()}
+
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> Any:
+        if _over(rest, 2):
+            return None
+        kwargs, output = rest
+        thread = threading.get_ident()
+        if record.paused or (thread != record.thread and _FITTING[thread]):
+            return None
+        steps: list[tuple[str, int | None, Tensor, Tensor]] = []
+        try:
+            replayed = whole.replay(args, kwargs, lambda *step: steps.append(step))
+            agree = _agree(replayed, output)
+            reason = "its output is not what its parameters give (is there another hook?)"
+        except Unsupported as unsupported:
+            agree, reason = False, str(unsupported)
+        for part, full in names.items():
+            if treatments[part] is not None and not agree:
+                record.problems[full] = reason
+        if not agree:
+            return None
+        for part, group, value, result in steps:
+            treatment = treatments[part]
+            if treatment is not None:
+                record.add(names[part], treatment, value, result, group)
+        return replayed
+
+    return hook
+
+
+def _by_module(selection: Selection) -> dict[nn.Module, dict[str, Watched]]:
+    """The modules whose uses of weights are watched -> block name -> weight."""
+    found: dict[nn.Module, dict[str, Watched]] = {}
+    for name, each in selection.watched.items():
+        found.setdefault(each.module, {})[name] = each
+    return found
+
+
+def _watching(
+    record: Record, selection: Selection, module: nn.Module, watched: dict[str, Watched]
+) -> list[Any]:
+    """Hooks that watch a module's uses of its weights, from its forward's beginning to its end."""
+    entered: list[Watch | None] = []
+
+    def seen(
+        name: str, group: int | None, rows: slice | None, value: Tensor, output: Tensor
+    ) -> None:
+        record.add(name, watched[name].treatment, value, output, group, rows)
+
+    def before(*_: Any) -> None:
+        wanted = watched.keys() & selection.watched.keys()
+        idle = record.closed or record.paused or threading.get_ident() != record.thread
+        if idle or not wanted:
+            entered.append(None)
+            return
+        weights = {name: getattr(module, watched[name].weight) for name in wanted}
+        watch = Watch(weights, seen)
+        watch.__enter__()
+        entered.append(watch)
+
+    def after(*_: Any) -> None:
+        watch = entered.pop() if entered else None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+
+@torch.no_grad()
+def _agree(replayed: Any, output: Any) -> bool:
+    """Whether two tensors, or tuples of tensors and None, are the same to rounding."""
+    if isinstance(output, Tensor):
+        tolerance = 100 * torch.finfo(output.dtype).eps
+        size = output.nan_to_num().abs().max().item() if output.numel() else 0.0
+        return torch.allclose(replayed, output, rtol=0, atol=tolerance * size, equal_nan=True)
+    if isinstance(output, tuple):
+        return all(_agree(a, b) for a, b in zip(replayed, output, strict=True))
+    return replayed is None and output is None

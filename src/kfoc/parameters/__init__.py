@@ -1,0 +1,1 @@
+"""Names and tensors, matrices by layer, one vector; and which parameters are covered."""

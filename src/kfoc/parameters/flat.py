@@ -1,0 +1,102 @@
+"""A curvature as a SciPy linear operator over one vector of all its parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfoc.parameters.layout import Layout
+from kfoc.parameters.vectors import Vector, matrices
+
+
+def flattened(vector: Vector, layouts: Mapping[str, Layout]) -> Tensor:
+    """One vector (..., P), from tensors (..., *shape) by parameter name.
+
+    The order is that of the layers, and within a layer that of its parameters, each row-major:
+    where all of a model's parameters are covered, as in `parameters_to_vector(model.parameters())`.
+
+    Raises:
+        ValueError: parameters that are missing or not covered, or shapes that do not fit.
+    """
+    parts = matrices(vector, layouts)  # for its checks
+    lead = next(iter(parts.values())).shape[:-2] if parts else ()
+    flat = [vector[name].reshape(*lead, -1) for name, _ in _parameters(layouts)]
+    return torch.cat(flat, -1)
+
+
+def unflattened(vector: Tensor, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+    """The inverse of `flattened`.
+
+    Raises:
+        ValueError: a vector of another length.
+    """
+    parameters = _parameters(layouts)
+    sizes = [math.prod(shape) for _, shape in parameters]
+    if not vector.ndim or vector.shape[-1] != sum(sizes):
+        raise ValueError(
+            f"the vector must end in the {sum(sizes)} parameters that the curvature covers, found "
+            f"the shape {tuple(vector.shape)}"
+        )
+    parts = zip(parameters, vector.split(sizes, -1), strict=True)
+    return {name: part.reshape(*vector.shape[:-1], *shape) for (name, shape), part in parts}
+
+
+def scipy_operator(
+    apply: Callable[[Vector], dict[str, Tensor]],
+    layouts: Mapping[str, Layout],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+) -> Any:
+    """A `scipy.sparse.linalg.LinearOperator`, (P, P), of a symmetric operator on dicts.
+
+    Args:
+        apply: takes and gives tensors (k, *shape) by parameter name.
+        layouts: the parameters and their order (see `flattened`).
+        dtypes: by layer; the operator has the widest of them, and float32 at least.
+        device: where `apply` wants its tensors.
+
+    Raises:
+        ImportError: without SciPy.
+    """
+    try:
+        from scipy.sparse.linalg import LinearOperator
+    except ImportError as error:
+        raise ImportError("a linear operator of SciPy needs it: pip install scipy") from error
+    dtype = torch.float32
+    for each in dtypes.values():
+        dtype = torch.promote_types(dtype, each)
+    size = sum(math.prod(shape) for _, shape in _parameters(layouts))
+
+    def columns(array: Any) -> Any:
+        """The operator on the columns of an array (P, k)."""
+        if array.dtype.kind == "c":
+            raise ValueError("the operator is real: apply it to real and imaginary part in turn")
+        # A copy: torch can neither share memory that is read-only, nor with negative strides.
+        rows = torch.tensor(array.T.copy())
+        vectors = unflattened(rows.to(device, dtype), layouts)
+        return flattened(apply(vectors), layouts).detach().cpu().numpy().T
+
+    def column(array: Any) -> Any:
+        return columns(array.reshape(-1, 1))[:, 0]
+
+    return LinearOperator(
+        shape=(size, size),
+        dtype=torch.empty(0, dtype=dtype).numpy().dtype,
+        matvec=column,
+        rmatvec=column,
+        matmat=columns,
+        rmatmat=columns,
+    )
+
+
+def _parameters(layouts: Mapping[str, Layout]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in the order of the vector."""
+    return [
+        pair
+        for layout in layouts.values()
+        for pair in zip(layout.names, layout.shapes, strict=True)
+    ]

@@ -1,0 +1,65 @@
+"""What plans that iterate on coefficients of the factors have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kfoc.nearest.contraction import Contraction, Side
+
+# Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
+# enough that the matrix products run at full rate.
+CHUNK = 2**20
+
+
+class Coefficients(Contraction):
+    """Plans that iterate on coefficients of the factors in the samples.
+
+    The image of a representation, once asked for, is kept: the norm of a factor is the inner
+    product of its coefficients with their image, and the next half step starts from that image.
+    """
+
+    implicit = True
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reads_upper(self) -> bool:
+        return True
+
+    def advance(self, representation: Tensor, side: Side) -> Tensor:
+        if self._last is None or self._last[0] is not representation:
+            self._last = representation, self._image(representation, side)
+        return self._last[1]
+
+    def _image(self, representation: Tensor, side: Side) -> Tensor:
+        return self.apply(self.factor(representation, side), side)
+
+    def forget(self) -> None:
+        self._last = None
+
+    def inner(self, first: Tensor, second: Tensor, side: Side) -> Tensor:
+        return (first * self.advance(second, side)).sum()
+
+    def overlap(self, representation: Tensor, matrix: Tensor, image: Tensor, side: Side) -> Tensor:
+        return (representation * image).sum()
+
+
+class Scratch:
+    """Memory for temporaries, kept: fresh pages cost as much as the products that fill them."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Uninitialised and contiguous, in the shape of `tensor`; valid until the next call."""
+        count = tensor.numel()
+        if self._memory is None or self._memory.numel() < count:
+            self._memory = tensor.new_empty(count)
+        return self._memory[:count].view(tensor.shape)
+
+
+def quadratic_sum(columns: Tensor, matrix: Tensor) -> Tensor:
+    """`sum_n Y_n^T matrix Y_n`, (m, m), of columns Y, (M, n, m)."""
+    rows = columns.permute(2, 0, 1).contiguous()  # (m, M, n)
+    return rows.flatten(1) @ (rows @ matrix).flatten(1).mT

@@ -1,0 +1,1 @@
+"""What a fit can do beside its loop: checkpoints, groups of layers, progress."""
