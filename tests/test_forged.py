@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 
 import kfoc
 from kfoc.files.encoding import decoded
+from kfoc.files.kinds import KINDS
 from kfoc.running import checkpointed as checkpoints
 from test_checkpoint import ESTIMATORS, MODELS, Cut, StopError, interrupted
 
@@ -109,11 +112,29 @@ def test_what_this_fit_does_not_have_is_named(
 
 
 def test_nothing_is_imported_for_a_file() -> None:
-    for name in ("kfoc.__main__:main", "kfoc.reproduce.cli:main", "os:system", "kfoc.fit:fit", "a"):
+    places = "kfoc.__main__:main", "reproduce.cli:main", "os:system", "samples.inputs:Rows"
+    for name in (*places, "fit", "", "rows"):
         before = set(sys.modules)
         with pytest.raises(ValueError, match="does not have: load it with the version"):
             decoded({"object": name, "fields": {}}, None)
         assert set(sys.modules) == before
+
+
+def test_every_name_in_files_leads_to_a_class() -> None:
+    for name, place in KINDS.items():
+        module, _, qualified = place.partition(":")
+        kind = getattr(importlib.import_module(f"kfoc.{module}"), qualified)
+        assert isinstance(kind, type), name
+        assert (kind.__module__, kind.__qualname__) == (f"kfoc.{module}", qualified), name
+    assert len(set(KINDS.values())) == len(KINDS)
+
+
+def test_public_blocks_and_estimators_have_a_name_in_files() -> None:
+    for name in kfoc.__all__:
+        kind = getattr(kfoc, name)
+        if isinstance(kind, type) and issubclass(kind, (kfoc.Block, kfoc.Estimator)):
+            place = f"{kind.__module__.removeprefix('kfoc.')}:{kind.__qualname__}"
+            assert place in KINDS.values() or inspect.isabstract(kind), name
 
 
 @pytest.mark.parametrize("dtype", ["nn", "load", "compile", "float63", 5, [], None])
@@ -123,7 +144,7 @@ def test_dtypes_are_dtypes(dtype: Any) -> None:
 
 
 def test_methods_are_not_replaced() -> None:
-    state = {"object": "kfoc.estimators.kfac:_State", "fields": {"left": 1, "add": 2}}
+    state = {"object": "KFAC state", "fields": {"left": 1, "add": 2}}
     with pytest.raises(ValueError, match="in which there is no 'right'"):
         decoded(state, None)
     tensors = dict.fromkeys(("vectors", "products", "unseen"), torch.ones(1))
@@ -133,4 +154,4 @@ def test_methods_are_not_replaced() -> None:
         ({"unit": "x"}, "'unit' must"),
     ):
         with pytest.raises(ValueError, match=f"a Probes in which .*{message}"):
-            decoded({"object": "kfoc.estimators.certificate:Probes", "fields": fields | more}, None)
+            decoded({"object": "Probes", "fields": fields | more}, None)

@@ -286,7 +286,7 @@ def test_bad_batches_leave_no_trace_or_stop_the_tracker() -> None:
 def test_a_state_of_other_classes_is_refused() -> None:
     model = convolutional()
     state = kfoc.Tracker(model).state_dict()
-    for name in ("os:system", "kfoc.fit:torch", "kfoc.nowhere:Thing", "kfoc.fit:fit"):
+    for name in ("os:system", "fit:torch", "nowhere:Thing", "estimators.kfac:_State", "fit"):
         bad = state | {"states": {"items": [["0", {"object": name, "fields": {}}]]}}
         with pytest.raises(ValueError, match="does not have"):
             kfoc.Tracker(model).load_state_dict(bad)

@@ -1,8 +1,8 @@
 """The package's own objects as plain dicts, lists, numbers, strings and tensors, and back.
 
 For `state_dict`s and checkpoints: what comes out goes through `torch.save` and, with
-`weights_only=True`, `torch.load`. Only classes of this package are rebuilt, field by field; nothing
-is called and nothing unpickled.
+`weights_only=True`, `torch.load`. Only classes that `kinds` has a name for are rebuilt, field by
+field; nothing is called and nothing unpickled.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kfoc.files.hints import check, declared
+from kfoc.files.kinds import KINDS
 
 _PACKAGE = __name__.split(".")[0]
 _DTYPES = {
@@ -23,6 +24,7 @@ _DTYPES = {
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
 }
+_NAMES = {place: name for name, place in KINDS.items()}
 _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -62,9 +64,10 @@ def encoded(value: Any, take: Callable[[Tensor], Tensor] = copied) -> Any:
     if isinstance(value, dict):
         return {"items": [[encoded(k, take), encoded(item, take)] for k, item in value.items()]}
     kind = type(value)
-    if kind.__module__.split(".")[0] != _PACKAGE or isinstance(value, type):
-        raise ValueError(f"a state holds a {kind.__name__}, which cannot be saved")
-    name = f"{kind.__module__}:{kind.__qualname__}"
+    package, _, module = kind.__module__.partition(".")
+    name = _NAMES.get(f"{module}:{kind.__qualname__}") if package == _PACKAGE else None
+    if name is None or isinstance(value, type):
+        raise ValueError(f"a state holds a {kind.__name__}, which cannot be saved: it has no name")
     return {"object": name, "fields": {k: encoded(item, take) for k, item in held(value).items()}}
 
 
@@ -118,11 +121,10 @@ def held(value: Any) -> dict[str, Any]:
 
 
 def _class(name: str) -> type:
-    module, _, qualified = name.partition(":")
+    module, _, qualified = KINDS.get(name, "").partition(":")
     # Nothing is imported for a name in a file: what makes states is there already.
-    found = getattr(sys.modules.get(module), qualified, None)
-    inside = module.split(".")[0] == _PACKAGE
-    if not inside or not isinstance(found, type) or found.__module__ != module:
+    found = getattr(sys.modules.get(f"{_PACKAGE}.{module}"), qualified, None)
+    if not isinstance(found, type):
         raise ValueError(
             f"the state holds a {name!r}, which this version of {_PACKAGE} does not have: load it "
             "with the version that saved it"
