@@ -5,7 +5,7 @@ with `vec` row-major, so that `F ~ torch.kron(left, right)`.
 
 A new kind is a frozen dataclass of tensors, numbers and blocks that provides the abstract methods
 of `Block`, and an entry in `KINDS`. Everything else (solves, samples, norms, comparison, saving,
-moving between devices) follows from those; `tests/test_blocks.py` runs over `KINDS`.
+moving between devices) follows from those; `tests/blocks/test_blocks.py` runs over `KINDS`.
 """
 
 from kfoc.blocks.base import Block, Report, placed

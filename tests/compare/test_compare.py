@@ -492,7 +492,7 @@ def test_data_is_the_same_on_every_pass() -> None:
 
 def test_example() -> None:
     torch.set_default_dtype(torch.float32)
-    example = load(str(Path(__file__).parent.parent / "examples/compare_factory.py") + ":digits")
+    example = load(str(Path(__file__).parents[2] / "examples/compare_factory.py") + ":digits")
     study = measure(example, Options(curves=False, pictures=False), "")
     for layer in study.layers:
         assert layer.entries["kfoc"].error < layer.entries["kfac"].error

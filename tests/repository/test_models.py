@@ -22,7 +22,7 @@ import oracle
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
 # Layers that may be left out, with a reason in `skipped`: an empty tuple means full coverage.

@@ -26,7 +26,7 @@ FATAL = "a_dead_rank_ends_the_others"
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     world, directory = request.param, tmp_path_factory.mktemp("ranks")
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     paths = [str(Path(kfoc.__file__).parents[1]), str(here)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     worker = str(here / "distributed_worker.py")
