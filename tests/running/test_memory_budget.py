@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kfoc
 from kfoc.errors import Footprint
 from kfoc.estimators import Estimator
-from kfoc.layers import embedding
+from kfoc.layers import tied
 from kfoc.running import by_layers
 from kfoc.samples import one_hot as tokens
 from models import FEW_PASSES, batches, convolutional, images
@@ -202,7 +202,7 @@ def test_convolutions_under_every_fisher(fisher: str, tmp_path: Path) -> None:
 
 def test_large_vocabularies(monkeypatch: pytest.MonkeyPatch, watch: Watch, tmp_path: Path) -> None:
     monkeypatch.setattr(tokens, "FULL_VOCABULARY", 4)
-    assert embedding.vocabularies.FULL_VOCABULARY == 4
+    assert tied.vocabularies.FULL_VOCABULARY == 4
     for number, estimator in enumerate([kfoc.KFOC(buffer=400), kfoc.KFAC(), kfoc.KFOC(rank=2)]):
         watch.footprints, watch.worst, watch.groups = {}, {}, []
         expected = kfoc.fit(everything().float(), sentences(), estimator=estimator)
