@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from kfoc.compare.factory import CompareError, Subject, load
 from kfoc.compare.measure import DEFAULT, ESTIMATORS, Options, Study, measure
-from kfoc.compare.report import page
 from kfoc.compare.table import show
 
 INTERRUPTED = 130
@@ -70,6 +69,9 @@ def compare(
     try:
         _check_places(out, json_file)
         study = _measured(target, given, options)
+        # Imported late: matplotlib takes half a second to import, which --help need not wait for.
+        from kfoc.compare.report import page
+
         _write(out, page(study))
         if json_file is not None:
             _write(json_file, json.dumps(study.to_json(), indent=1) + "\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -66,12 +67,23 @@ def sample_counts(
     """How far the estimate of the first n samples is from that of all, relative, by layer."""
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in whole}
     for count in prefixes(sum(1 for _ in data)):
-        part = fitting(islice(iter(data), count))
+        part = fitting(First(data, count))
         for name in [name for name in whole if name in part]:
             away = distance(part[name], whole[name])
             if away > 1e-6:
                 points[name].append((part.num_samples, away))
     return _curves(points)
+
+
+@dataclass(frozen=True)
+class First:
+    """The first batches of data, as often as a fit reads them."""
+
+    data: Iterable[Any]
+    batches: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.data), self.batches)
 
 
 def prefixes(batches: int) -> list[int]:

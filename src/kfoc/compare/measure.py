@@ -26,7 +26,7 @@ from kfoc import (
 from kfoc.compare.convergence import Curve, half_steps, sample_counts
 from kfoc.compare.factory import CompareError, Subject
 from kfoc.compare.pictures import Heatmap, Spectrum, heatmaps, spectrum
-from kfoc.compare.timed import Timed
+from kfoc.compare.timed import timed
 
 Say = Callable[[str], None]
 
@@ -280,13 +280,14 @@ def _times(
         for name, before in found.items():
             if before and sum(before) >= REPEAT_SECONDS:
                 continue
-            estimator = Timed(ESTIMATORS[name].estimator, cuda)
+            spent: Seconds = {}
+            estimator = timed(ESTIMATORS[name].estimator, spent, cuda)
             start = time.perf_counter()
             fit(model, data, estimator=estimator, **arguments)
             if cuda:
                 torch.cuda.synchronize()
             before.append(time.perf_counter() - start)
-            for layer, seconds in estimator.seconds.items():
+            for layer, seconds in spent.items():
                 by_layer[name][layer] = min(seconds, by_layer[name].get(layer, seconds))
     return {name: min(times) for name, times in found.items()}, by_layer
 
