@@ -32,7 +32,7 @@ except ImportError as error:
 from kfoc.compare.command import compare
 from kfoc.reproduce import data
 from kfoc.reproduce.experiment import Experiment, convolutional, fully_connected, run_seed
-from kfoc.reproduce.store import Store, StoreError
+from kfoc.reproduce.store import Store
 
 SEEDS = 10
 # What --quick does instead: the same networks, fewer seeds, the curvature of fewer digits.
@@ -94,8 +94,8 @@ def reproduce(
     try:
         _require_packages()
         experiments = _experiments(quick, csv, target, mnist, only)
-        store = Store.open(out, {e.name: e.settings() | {"threads": threads} for e in experiments})
-    except (data.DataError, StoreError) as error:
+        store = Store(out, {e.name: e.settings() | {"threads": threads} for e in experiments})
+    except data.DataError as error:
         _fail(str(error))
     try:
         # One by default: batches of one sample gain nothing from more, and their times less noise.
@@ -126,13 +126,10 @@ def _require_packages() -> None:
 def _experiments(
     quick: bool, csv: Path | None, target: str | None, mnist: Path | None, only: Name | None
 ) -> list[Experiment]:
-    if csv is not None and target is None:
-        raise data.DataError("--csv needs --target COLUMN, the column to predict")
-    if target is not None and csv is None:
-        raise data.DataError("--target names a column of --csv FILE, which is not given")
-    chosen = set(Name) if csv is None and mnist is None else set()
-    chosen |= {Name.fully_connected} if csv is not None else set()
-    chosen |= {Name.convolutional} if mnist is not None else set()
+    if (csv is None) != (target is None):
+        raise data.DataError("--csv FILE and --target COLUMN, the column to predict, go together")
+    given = {Name.fully_connected: csv, Name.convolutional: mnist}
+    chosen = {name for name, path in given.items() if path is not None} or set(Name)
     if only is not None and only not in chosen:
         raise data.DataError(
             f"--only {only.value} leaves nothing to do with the data that --csv or --mnist gives"

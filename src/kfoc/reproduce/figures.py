@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from kfoc.files import replacing
 from kfoc.reproduce.experiment import ESTIMATORS, BatchSize
-from kfoc.reproduce.report import title
+from kfoc.reproduce.results import COLOURS
 from kfoc.reproduce.summary import NAMES, Key, Summary
 
-# Okabe and Ito's colours, told apart with any colour vision. The aggregations often lie on one
-# another: those drawn first are wider, so that each still shows.
+# The aggregations often lie on one another: those drawn first are wider, so that each still shows.
+LOOKS = {
+    "diagonal": ("s", 6, 1.8),
+    "kfac": ("o", 6, 1.8),
+    "kfoc_exact": ("o", 11, 5),
+    "kfoc_online": ("D", 7.5, 3),
+    "kfoc_running": ("v", 6, 1.8),
+    "kfoc_approx": ("^", 6, 1.8),
+}
 STYLES: dict[str, dict[str, Any]] = {
-    "diagonal": {"color": "#777777", "marker": "s", "ms": 6, "lw": 1.8},
-    "kfac": {"color": "#D55E00", "marker": "o", "ms": 6, "lw": 1.8},
-    "kfoc_exact": {"color": "#CC79A7", "marker": "o", "ms": 11, "lw": 5},
-    "kfoc_online": {"color": "#009E73", "marker": "D", "ms": 7.5, "lw": 3},
-    "kfoc_running": {"color": "#0072B2", "marker": "v", "ms": 6, "lw": 1.8},
-    "kfoc_approx": {"color": "#E69F00", "marker": "^", "ms": 6, "lw": 1.8},
+    method: {"color": COLOURS[NAMES[method]], "marker": marker, "ms": size, "lw": width}
+    for method, (marker, size, width) in LOOKS.items()
 }
 # The paper's values stand a little to the right, so that they do not hide ours.
 ASIDE = 1.13
@@ -33,29 +35,23 @@ ASIDE = 1.13
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
     """One panel a layer, written to `folder`."""
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "kfoc",
-    }
+    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "kfoc"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
     paths = []
     with rc_context(style):
         figure = Figure(figsize=(5.0 * len(summary.layers), 5.2), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(summary.layers), sharey=True, squeeze=False)[0]
         for panel, layer in zip(axes, summary.layers, strict=True):
             _panel(panel, summary, layer)
         axes[0].set_ylabel("relative error  ‖F − approximation‖ / ‖F‖")
-        figure.suptitle(title(summary), fontsize=12)
+        figure.suptitle(summary.title, fontsize=12)
         figure.legend(handles=_legend(summary), loc="outside lower center", ncols=4, frameon=False)
         for suffix in ("png", "svg"):
             paths.append(folder / f"{summary.name}.{suffix}")
-            content = io.BytesIO()
             # Without a date the same results give the same file.
             metadata = {"Date": None} if suffix == "svg" else None
-            figure.savefig(content, format=suffix, dpi=160, metadata=metadata)
-            paths[-1].write_bytes(content.getvalue())
+            with replacing(paths[-1]) as path:
+                figure.savefig(path, format=suffix, dpi=160, metadata=metadata)
     return paths
 
 
@@ -65,7 +61,12 @@ def _panel(panel: Axes, summary: Summary, layer: str) -> None:
         stats = [summary.errors[Key(layer, method, size)] for size in sizes]
         x = [_position(size, summary) for size in sizes]
         panel.fill_between(
-            x, [s.low for s in stats], [s.high for s in stats], alpha=0.13, lw=0, **_color(style)
+            x,
+            [s.low for s in stats],
+            [s.high for s in stats],
+            alpha=0.13,
+            lw=0,
+            color=style["color"],
         )
         panel.plot(x, [s.mean for s in stats], mec="white", mew=0.6, **style)
         _paper_markers(panel, summary, layer, method)
@@ -97,12 +98,8 @@ def _paper_markers(panel: Axes, summary: Summary, layer: str, method: str) -> No
                 capsize=2,
                 alpha=0.55,
                 zorder=4,
-                **_color(STYLES[method]),
+                color=STYLES[method]["color"],
             )
-
-
-def _color(style: dict[str, Any]) -> dict[str, Any]:
-    return {"color": style["color"]}
 
 
 def _position(size: BatchSize, summary: Summary) -> float:
