@@ -18,9 +18,9 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from drawing import legend, points, style
-from methods import COLOURS, NAMES
+from kfoc.reproduce.results import COLOURS, distinct, read, values, where
 from plots_of_uses import continual, influence, laplace, optimizer
-from record import distinct, read, values, where
+from tables import NAMES
 
 HERE = Path(__file__).parent
 PRODUCTS = ("K-FAC", "K-FOC", "EKFAC", "EK-FOC")

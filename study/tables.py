@@ -5,16 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from methods import NAMES
-from record import Row, distinct, significant, spread, values, where
+from kfoc.reproduce.results import Row, distinct, markdown, spread, values, where
 
+NAMES = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "K-FOC, rank 2")
 Results = dict[str, dict[str, Any]]  # part -> what its file holds
-
-
-def markdown(header: list[str], lines: list[list[str]], words: int = 1) -> str:
-    """Columns after the first `words` are numbers."""
-    rule = ["---"] * words + ["---:"] * (len(header) - words)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
 def errors(results: Results) -> str:
@@ -105,6 +99,12 @@ def laplace(results: Results) -> str:
     header = ["prior by evidence", "evidence", "accuracy", "NLL", "ECE"]
     header += ["prior by held-out digits", "NLL", "ECE"]
     return markdown(["network", "curvature", *header], lines, 2)
+
+
+def significant(found: list[float]) -> str:
+    """Mean ± standard deviation of losses of any size."""
+    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.2g}{deviation}"
 
 
 def mean_of(rows: list[Row], key: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
-import json
 import math
 import os
 import struct
@@ -353,7 +352,9 @@ def test_other_settings_are_refused(table: Path, tmp_path: Path) -> None:
     assert (out / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["[{", "{}", "[]", '{"settings": {}, "rows": [{"dataset": 1}]}'])
+@pytest.mark.parametrize(
+    "content", ["[{", "{}", "[]", '{"settings": {}, "rows": [{"dataset": 1}]}']
+)
 def test_foreign_results_are_refused(table: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     result = run("--csv", table, "--target", "price", "--out", tmp_path)
