@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from statistics import median
@@ -91,7 +92,9 @@ def _print(summary: Summary, console: Console) -> None:
         table = Table(layer.capitalize(), *sizes, box=box.SIMPLE_HEAD)
         for name, *cells in _rows(summary, layer):
             style = "dim" if name.endswith("paper") else None
-            table.add_row(name, *(escape(cell.replace(" [", "\n[")) for cell in cells), style=style)
+            # The range below the mean, as a terminal is narrow.
+            narrow = (re.sub(r" \[(.*), (.*)\]", r"\n\1-\2", cell) for cell in cells)
+            table.add_row(name, *narrow, style=style)
         console.print(table)
         console.print(summary.of_draws(layer), highlight=False)
     for claim in claims(summary):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,9 @@ def spread(found: Sequence[float], digits: int = 3) -> str:
     return mean + (f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else "")
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table; columns after the first `words` are numbers."""
-    rule = ["---"] * words + ["---:"] * (len(header) - words)
+def markdown(
+    header: Sequence[str], lines: Iterable[Sequence[str]], words: Collection[int] = range(1)
+) -> str:
+    """A table; columns that are not in `words` are numbers."""
+    rule = ["---" if column in words else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
