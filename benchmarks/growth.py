@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from kfoc.reproduce.results import COLOURS, read, write
+from kfoc.reproduce.results import look, read, write
 from machine import describe, wait_until_quiet
 from measure import Record, measure
 from methods import set_threads
@@ -79,7 +79,7 @@ def draw_panel(axes: Axes, records: list[Record], family: str, quantity: str) ->
         sizes, values = series(records, family, method, quantity)
         slope = exponent(sizes, values)
         text = label if slope is None else f"{label}: {slope:.2f}"
-        axes.plot(sizes, values, "o-", color=COLOURS[label], label=text, markersize=4)
+        axes.plot(sizes, values, "-", **look(label), label=text, markersize=4)
         shown += [value for value in values if value > 0]
         ticks = sorted({*ticks, *sizes})
     axes.set_xscale("log")

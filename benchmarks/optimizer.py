@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfoc
-from kfoc.reproduce.results import COLOURS, markdown, read, write
+from kfoc.reproduce.results import look, markdown, read, write
 from machine import describe
 from networks import GPT, lenet, mlp
 from workloads import digits
@@ -188,9 +188,9 @@ def draw(runs: list[Run], targets: dict[str, float], path: Path) -> None:
             mine = [run for run in runs if (run.problem, run.method) == (problem, method)]
             best = min(mine, key=lambda run: (run.reached(goal) or 10**9, min(run.smoothed())))
             values, label = best.smoothed(), f"{method}, {best.setting:g}"
-            look = {"color": COLOURS[method], "label": label}
-            axes[0, column].plot(range(1, len(values) + 1), values, **look)
-            axes[1, column].plot(best.seconds, values, **look)
+            line = {"color": look(method)["color"], "label": label}
+            axes[0, column].plot(range(1, len(values) + 1), values, **line)
+            axes[1, column].plot(best.seconds, values, **line)
         for axis, name in zip(axes[:, column], ("steps", "seconds"), strict=True):
             axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
             axis.set(yscale="log", xlabel=name, ylabel="training loss")

@@ -7,13 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from kfoc.reproduce.results import COLOURS, MARKERS
+from kfoc.reproduce.results import look
 
 
 def style(method: str, line: str = "-") -> dict[str, Any]:
     return {
-        "color": COLOURS[method],
-        "marker": MARKERS[method],
+        **look(method),
         "markersize": 5,
         "linewidth": 1.4,
         "linestyle": line,

@@ -32,7 +32,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kfoc.compare import charts, pictures, style
-from kfoc.compare.convergence import distance, prefixes
+from kfoc.compare.convergence import prefixes, sample_counts
 from kfoc.compare.factory import CompareError, Subject, load, subject
 from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
 from kfoc.compare.report import page
@@ -212,13 +212,14 @@ def test_steps_by_the_singular_values_of_the_rearranged_fisher() -> None:
 
 
 def test_distance_is_the_dense_one() -> None:
-    model, (x, y) = convolutional(), images(30)
-    first, second = (kfoc.fit(model, [(x[:n], y[:n])], estimator=kfoc.KFAC()) for n in (10, 30))
-    for name in first:
-        a, b = first[name].to_dense(), second[name].to_dense()
-        assert distance(first[name], second[name]) == pytest.approx(
-            ((a - b).norm() / b.norm()).item()
-        )
+    model, (x, y) = convolutional(), images(40)
+    data = batches(x, y, 20)
+    whole = kfoc.fit(model, data, estimator=kfoc.KFAC())
+    first = kfoc.fit(model, data[:1], estimator=kfoc.KFAC())
+    curves = sample_counts(lambda part: kfoc.fit(model, part, estimator=kfoc.KFAC()), data, whole)
+    for name in whole:
+        a, b = first[name].to_dense(), whole[name].to_dense()
+        assert curves[name] == ((20,), (pytest.approx(((a - b).norm() / b.norm()).item()),))
     assert prefixes(10) == [1, 2, 5]
     assert prefixes(1) == []
 
@@ -484,12 +485,16 @@ def test_command(tmp_path: Path) -> None:
         ("torch.no_such:make", [], "there is no module 'torch.no_such'"),
         ("net.py:mak", [], "has no 'mak'; what it defines and can be called: make, needy, broken"),
         ("net.py:value", [], "must be a function, found int"),
-        ("net.py:needy", [], "takes path"),
+        (
+            "net.py:needy",
+            [],
+            "without arguments: missing a required argument: 'path'",
+        ),
         ("net.py:broken", [], "must return (model, data)"),
         ("net.py:make", ["--estimators", "kfak"], "estimators must be some of diagonal"),
         ("net.py:make", ["--estimators", ""], "found none"),
-        ("net.py:make", ["--probes", "0"], "probes must be at least 1"),
-        ("net.py:make", ["--batches", "0"], "batches must be at least 1"),
+        ("net.py:make", ["--probes", "0"], "--probes"),
+        ("net.py:make", ["--batches", "0"], "--batches"),
         ("net.py:make", ["--out", "gone/r.html"], "there is no folder"),
         ("net.py:make", ["--out", "."], "is a folder"),
         ("net.py:make", ["--fisher", "some"], "fisher must be"),

@@ -7,14 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfoc import (
-    Block,
-    DenseBlock,
-    DiagonalBlock,
-    EigenBlock,
-    GroupedBlock,
-    KroneckerBlock,
-)
+from kfoc import Block, DenseBlock, DiagonalBlock, EigenBlock, GroupedBlock, KroneckerBlock
 
 # Larger matrices are shown by the means of blocks of entries.
 PIXELS = 64
@@ -22,6 +15,13 @@ PIXELS = 64
 POINTS = 120
 FACTOR_LIMIT = 4096
 BLOCK_LIMIT = 2**24
+# What is shown of a block, by the names of its parts. Of an embedding, `right` is one row.
+SHOWN: dict[type[Block], dict[str, str]] = {
+    KroneckerBlock: {"left": "left, output gradients", "right": "right, inputs"},
+    EigenBlock: {"eigenvalues": "eigenvalues in the eigenbasis"},
+    DiagonalBlock: {"diagonal": "laid out as the weight"},
+    DenseBlock: {"matrix": "exact block"},
+}
 
 
 class Heatmap(NamedTuple):
@@ -45,18 +45,8 @@ def heatmaps(block: Block) -> tuple[Heatmap, ...]:
     if isinstance(block, GroupedBlock):
         first = heatmaps(block.blocks[0])
         return tuple(h._replace(name=f"{h.name} (group 1 of {len(block.blocks)})") for h in first)
-    if isinstance(block, KroneckerBlock):
-        # Of an embedding, `right` is a diagonal: one row.
-        named = [("left, output gradients", block.left), ("right, inputs", block.right)]
-    elif isinstance(block, EigenBlock):
-        named = [("eigenvalues in the eigenbasis", block.eigenvalues)]
-    elif isinstance(block, DiagonalBlock):
-        named = [("laid out as the weight", block.diagonal)]
-    elif isinstance(block, DenseBlock):
-        named = [("exact block", block.matrix)]
-    else:
-        return ()
-    return tuple(heatmap(name, matrix) for name, matrix in named)
+    named = SHOWN.get(type(block), {})
+    return tuple(heatmap(name, getattr(block, part)) for part, name in named.items())
 
 
 def heatmap(name: str, matrix: Tensor) -> Heatmap:
@@ -107,11 +97,10 @@ def eigenvalues(block: Block) -> Tensor | None:
     if isinstance(block, KroneckerBlock):
         left, right = _of_factor(block.left), _of_factor(block.right)
         return None if left is None or right is None else torch.outer(left, right)
-    if isinstance(block, EigenBlock):
-        return block.eigenvalues.double().cpu()
-    if isinstance(block, DiagonalBlock):
-        return block.diagonal.double().cpu()
-    return _of_factor(block.matrix) if isinstance(block, DenseBlock) else None
+    if isinstance(block, DenseBlock):
+        return _of_factor(block.matrix)
+    values = getattr(block, "eigenvalues", getattr(block, "diagonal", None))
+    return None if values is None else values.double().cpu()
 
 
 def _of_factor(factor: Tensor) -> Tensor | None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import enum
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 
@@ -92,35 +90,30 @@ def reproduce(
     """
     count = seeds or (QUICK_SEEDS if quick else SEEDS)
     try:
-        _require_packages()
+        if importlib.util.find_spec("matplotlib") is None:  # before the long run, not after it
+            raise data.DataError(f"the figures need matplotlib: {data.INSTALL}")
         experiments = _experiments(quick, csv, target, mnist, only)
         store = Store(out, {e.name: e.settings() | {"threads": threads} for e in experiments})
     except data.DataError as error:
-        _fail(str(error))
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    # One by default: batches of one sample gain nothing from more, and their times less noise.
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        # One by default: batches of one sample gain nothing from more, and their times less noise.
-        with _threads(threads):
-            for experiment in experiments:
-                _run(experiment, count, store)
+        for experiment in experiments:
+            _run(experiment, count, store)
         _finish(store)
     except KeyboardInterrupt:
-        _interrupted(experiments, count, store)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
+        units = {unit for experiment in experiments for unit in experiment.units(count)}
+        console.print(
+            f"Interrupted. {len(units & store.done())} of {len(units)} fits are finished and kept"
+            f" in {escape(str(store.path))}; the same command goes on from there.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         torch.set_num_threads(before)
-
-
-def _require_packages() -> None:
-    # Before the long run, not after it.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise data.DataError(f"the figures need matplotlib, which is not installed: {data.INSTALL}")
 
 
 def _experiments(
@@ -167,7 +160,7 @@ def _run(experiment: Experiment, seeds: int, store: Store) -> None:
             # A finished seed's network need not be trained again.
             if not pending:
                 continue
-            for _, records in run_seed(experiment, seed, pending, say):
+            for records in run_seed(experiment, seed, pending, say):
                 store.add(records)
                 progress.advance(task)
         progress.update(task, description=f"{experiment.name}, done")
@@ -183,19 +176,3 @@ def _finish(store: Store) -> None:
     for summary in summaries:
         written += draw(summary, store.folder)
     console.print("Written:", ", ".join(escape(str(path)) for path in written), soft_wrap=True)
-
-
-def _interrupted(experiments: list[Experiment], seeds: int, store: Store) -> NoReturn:
-    units = {unit for experiment in experiments for unit in experiment.units(seeds)}
-    finished = len(units & store.done())
-    console.print(
-        f"Interrupted. {finished} of {len(units)} fits are finished and kept in"
-        f" {escape(str(store.folder / 'results.json'))}; the same command goes on from there.",
-        soft_wrap=True,
-    )
-    raise typer.Exit(INTERRUPTED)
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(2)

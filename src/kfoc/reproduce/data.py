@@ -52,9 +52,6 @@ class Dataset:
         return Dataset(self.inputs[:size], self.targets[:size], f"{size:,} of {self.source}")
 
 
-# --- Shipped with mlxtend -----------------------------------------------------------------------
-
-
 def boston() -> Dataset:
     """Boston Housing: 506 houses, 13 columns, the price as the target."""
     loaders = _mlxtend_data()
@@ -84,9 +81,6 @@ def _mlxtend_data() -> Any:
             f"the data sets come with mlxtend, which is not installed: {INSTALL}"
         ) from error
     return mlxtend.data
-
-
-# --- The user's own table -----------------------------------------------------------------------
 
 
 def read_csv(path: Path, target: str) -> Dataset:
@@ -155,9 +149,6 @@ def _standardised(columns: Tensor) -> Tensor:
     # A constant column carries nothing: zeros, rather than rounding noise blown up to unit size.
     constant = deviation <= 1e-12
     return torch.where(constant, torch.zeros_like(centred), centred / deviation)
-
-
-# --- The user's own MNIST -----------------------------------------------------------------------
 
 
 def read_idx_directory(directory: Path) -> Dataset:

@@ -13,21 +13,17 @@ from matplotlib.ticker import NullLocator
 
 from kfoc.files import replacing
 from kfoc.reproduce.experiment import ESTIMATORS, BatchSize
-from kfoc.reproduce.results import COLOURS
+from kfoc.reproduce.results import look
 from kfoc.reproduce.summary import NAMES, Key, Summary
 
 # The aggregations often lie on one another: those drawn first are wider, so that each still shows.
-LOOKS = {
-    "diagonal": ("s", 6, 1.8),
-    "kfac": ("o", 6, 1.8),
-    "kfoc_exact": ("o", 11, 5),
-    "kfoc_online": ("D", 7.5, 3),
-    "kfoc_running": ("v", 6, 1.8),
-    "kfoc_approx": ("^", 6, 1.8),
-}
 STYLES: dict[str, dict[str, Any]] = {
-    method: {"color": COLOURS[NAMES[method]], "marker": marker, "ms": size, "lw": width}
-    for method, (marker, size, width) in LOOKS.items()
+    "diagonal": look("diagonal") | {"marker": "s", "ms": 6, "lw": 1.8},
+    "kfac": look("K-FAC") | {"marker": "o", "ms": 6, "lw": 1.8},
+    "kfoc_exact": look("EKFAC") | {"marker": "o", "ms": 11, "lw": 5},
+    "kfoc_online": look("EK-FOC") | {"marker": "D", "ms": 7.5, "lw": 3},
+    "kfoc_running": look("K-FOC") | {"marker": "v", "ms": 6, "lw": 1.8},
+    "kfoc_approx": look("no curvature") | {"marker": "^", "ms": 6, "lw": 1.8},
 }
 # The paper's values stand a little to the right, so that they do not hide ours.
 ASIDE = 1.13

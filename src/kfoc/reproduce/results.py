@@ -18,34 +18,22 @@ from kfoc.files import write_text
 Row = dict[str, Any]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers say it again.
-COLOURS = {
-    "Diagonal": "#777777",
-    "diagonal": "#777777",
-    "K-FAC": "#D55E00",
-    "K-FOC": "#0072B2",
-    "EKFAC": "#CC79A7",
-    "EK-FOC": "#009E73",
-    "K-FOC, rank 2": "#56B4E9",
-    "K-FOC approx": "#E69F00",
-    "K-FOC running": "#0072B2",
-    "K-FOC online": "#009E73",
-    "K-FOC exact": "#CC79A7",
-    "exact blocks": "#000000",
-    # What has no curvature.
-    "gradient": "#E69F00",
-    "AdamW": "#E69F00",
-    "trained network": "#E69F00",
-    "no penalty": "#E69F00",
+LOOKS = {
+    "diagonal": ("#777777", "x"),
+    "K-FAC": ("#D55E00", "s"),
+    "K-FOC": ("#0072B2", "o"),
+    "EKFAC": ("#CC79A7", "D"),
+    "EK-FOC": ("#009E73", "^"),
+    "K-FOC, rank 2": ("#56B4E9", "v"),
+    "exact blocks": ("#000000", "*"),
+    "no curvature": ("#E69F00", "+"),
 }
-MARKERS = dict.fromkeys(COLOURS, "+") | {
-    "diagonal": "x",
-    "K-FAC": "s",
-    "K-FOC": "o",
-    "EKFAC": "D",
-    "EK-FOC": "^",
-    "K-FOC, rank 2": "v",
-    "exact blocks": "*",
-}
+
+
+def look(method: str) -> dict[str, Any]:
+    """Colour and marker of a method, as matplotlib takes them."""
+    colour, marker = LOOKS.get(method, LOOKS["no curvature"])
+    return {"color": colour, "marker": marker}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
