@@ -22,7 +22,6 @@ from kfoc.compare.words import measured, quantity
 # CSS pixels at the width of a narrow phone's column; the page lets charts grow a little.
 WIDTH = 320
 LABEL, VALUE, ROW = 64, 96, 20
-LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 46, 10, 8, 36, 190
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Of positive and of negative entries; how far from zero is in the opacity, so that the same image
 # does on a light page and on a dark one.
@@ -65,7 +64,7 @@ def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
     """Horizontal bars from 0 to `limit` with whiskers of one standard error, and their numbers."""
     described = "; ".join(f"{b.label} {measured(b.value, b.deviation)}" for b in entries)
     with matplotlib.style.context(["default", STYLE]):
-        figure, axes = _axes(ROW * len(entries) + 2, (LABEL, VALUE, 0, 0))
+        figure, axes = _axes(ROW * len(entries) + 2, LABEL, VALUE, 0, 0)
         axes.set(xlim=(0, limit), ylim=(len(entries) - 0.5, -0.5))
         axes.spines["bottom"].set_visible(False)
         axes.set_xticks([x for x in (0.5, 1.0) if x <= limit], [])
@@ -91,7 +90,7 @@ def lines(drawn: Sequence[Line], x_label: str, title: str, *, dots: bool = True)
         f"{line.label} from {line.y[0]:.2g} to {line.y[-1]:.2g}" for line in drawn
     )
     with matplotlib.style.context(["default", STYLE]):
-        figure, axes = _axes(HEIGHT, (LEFT, RIGHT, TOP, BOTTOM))
+        figure, axes = _axes(190, 46, 10, 8, 36)
         for line in drawn:
             marker = "o" if dots or len(line.x) == 1 else ""
             look = {"marker": marker, "markersize": 5, "linewidth": 1.8, "clip_on": False}
@@ -116,28 +115,23 @@ def image(matrix: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _axes(height: int, margins: tuple[int, int, int, int]) -> tuple[Figure, Any]:
-    """Axes in a figure, with so many pixels to the left, right, top and bottom of them."""
-    left, right, top, bottom = margins
+def _axes(height: int, left: int, right: int, top: int, bottom: int) -> tuple[Figure, Any]:
+    """Axes in a figure, with so many pixels around them."""
     figure = Figure(figsize=(WIDTH / 72, height / 72))
-    box = (left / WIDTH, bottom / height)
     size = (1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
-    axes = figure.add_axes((*box, *size))
+    axes = figure.add_axes((left / WIDTH, bottom / height, *size))
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     return figure, axes
 
 
 def _ticks(axis: Any) -> None:
-    """Powers of ten, or multiples of them in a short range, which is made half a decade long."""
+    """Powers of ten, or multiples of them in a short range; a very short one is made longer."""
     low, high = axis.get_view_interval()
-    middle, half = math.sqrt(low * high), math.log10(high / low) / 2
-    if half < 0.15:
-        half = 0.15
-        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(
-            middle / 10**half, middle * 10**half
-        )
-    subs = (1, 2, 5) if half < 1 else (1,)
+    if high < 2 * low:
+        low, high = low / 1.4, high * 1.4
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(low, high)
+    subs = (1, 2, 5) if high < 100 * low else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: _plain(value))

@@ -13,14 +13,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ImportError as error:
     raise SystemExit(
         f"the command line needs {error.name}, which is not installed:"
@@ -140,17 +133,10 @@ def _experiments(
 
 def _run(experiment: Experiment, seeds: int, store: Store) -> None:
     units, done = experiment.units(seeds), store.done()
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(
-            experiment.name, total=len(units), completed=len(done.intersection(units))
-        )
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        finished = len(done.intersection(units))
+        task = progress.add_task(experiment.name, total=len(units), completed=finished)
 
         def say(text: str) -> None:
             progress.update(task, description=f"{experiment.name}, {text}")
@@ -158,9 +144,7 @@ def _run(experiment: Experiment, seeds: int, store: Store) -> None:
         for seed in range(seeds):
             pending = [unit for unit in units if unit.seed == seed and unit not in done]
             # A finished seed's network need not be trained again.
-            if not pending:
-                continue
-            for records in run_seed(experiment, seed, pending, say):
+            for records in run_seed(experiment, seed, pending, say) if pending else ():
                 store.add(records)
                 progress.advance(task)
         progress.update(task, description=f"{experiment.name}, done")

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from kfoc.files import replacing
-from kfoc.reproduce.experiment import ESTIMATORS, BatchSize
+from kfoc.reproduce.experiment import ESTIMATORS
 from kfoc.reproduce.results import look
 from kfoc.reproduce.summary import NAMES, Key, Summary
 
@@ -52,58 +52,27 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
 
 
 def _panel(panel: Axes, summary: Summary, layer: str) -> None:
-    sizes = summary.batch_sizes
+    sizes, samples = summary.batch_sizes, summary.settings["samples"]
+    places = {size: float(samples if size == "all" else size) for size in sizes}
     for method, style in STYLES.items():
+        colour = {"color": style["color"]}
         stats = [summary.errors[Key(layer, method, size)] for size in sizes]
-        x = [_position(size, summary) for size in sizes]
-        panel.fill_between(
-            x,
-            [s.low for s in stats],
-            [s.high for s in stats],
-            alpha=0.13,
-            lw=0,
-            color=style["color"],
-        )
-        panel.plot(x, [s.mean for s in stats], mec="white", mew=0.6, **style)
-        _paper_markers(panel, summary, layer, method)
+        means, low, high = zip(*stats, strict=True)
+        panel.fill_between([*places.values()], low, high, alpha=0.13, lw=0, **colour)
+        panel.plot([*places.values()], means, mec="white", mew=0.6, **style)
+        faint = {"fmt": style["marker"], "ms": 6, "mfc": "none", "alpha": 0.55, "zorder": 4}
+        faint |= {"elinewidth": 1, "capsize": 2} | colour
+        for size, place in places.items():
+            if stat := summary.paper.get(Key(layer, method, size)):
+                ends = [[stat.mean - stat.low], [stat.high - stat.mean]]
+                panel.errorbar(ASIDE * place, stat.mean, ends, **faint)
     panel.axhline(summary.optimum(layer).mean, color="black", lw=1.2, ls="--", zorder=3)
-    panel.set_xscale("log")
-    panel.set_xticks(
-        [_position(size, summary) for size in sizes], [_label(s, summary) for s in sizes]
-    )
+    labels = [f"all\n({samples:,})" if size == "all" else f"{size:,}" for size in sizes]
+    panel.set(xscale="log", xlabel="batch size", title=layer.capitalize(), ylim=(-0.03, 1.03))
+    panel.set_xticks([*places.values()], labels)
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xlabel("batch size")
-    panel.set_title(layer.capitalize())
-    panel.set_ylim(-0.03, 1.03)
     panel.grid(axis="y", color="#e5e5e5", lw=0.8)
     panel.set_axisbelow(True)
-
-
-def _paper_markers(panel: Axes, summary: Summary, layer: str, method: str) -> None:
-    for size in summary.batch_sizes:
-        stat = summary.paper.get(Key(layer, method, size))
-        if stat is not None:
-            panel.errorbar(
-                ASIDE * _position(size, summary),
-                stat.mean,
-                [[stat.mean - stat.low], [stat.high - stat.mean]],
-                fmt=STYLES[method]["marker"],
-                ms=6,
-                mfc="none",
-                elinewidth=1,
-                capsize=2,
-                alpha=0.55,
-                zorder=4,
-                color=STYLES[method]["color"],
-            )
-
-
-def _position(size: BatchSize, summary: Summary) -> float:
-    return float(summary.settings["samples"]) if size == "all" else float(size)
-
-
-def _label(size: BatchSize, summary: Summary) -> str:
-    return f"all\n({summary.settings['samples']:,})" if size == "all" else f"{size:,}"
 
 
 def _legend(summary: Summary) -> list[Line2D]:
