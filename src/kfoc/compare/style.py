@@ -1,31 +1,20 @@
 """The report's style sheet: a light and a dark palette, one column on a narrow screen."""
 
-LIGHT = {
-    "page": "#fcfcfa",
-    "card": "#ffffff",
-    "ink": "#1c2024",
-    "soft": "#565d66",
-    "rule": "#dcdfe3",
-    "diagonal": "#767b83",
-    "kfac": "#b4540a",
-    "kfoc": "#1f5fae",
-    "ekfac": "#94358a",
-    "ekfoc": "#0b7a63",
-    "optimum": "#1c2024",
+# On a light page, and on a dark one.
+PALETTE = {
+    "page": ("#fcfcfa", "#14171a"),
+    "card": ("#ffffff", "#1b1f23"),
+    "ink": ("#1c2024", "#e8eaed"),
+    "soft": ("#565d66", "#a8afb8"),
+    "rule": ("#dcdfe3", "#343a41"),
+    "diagonal": ("#767b83", "#989fa8"),
+    "kfac": ("#b4540a", "#e8904a"),
+    "kfoc": ("#1f5fae", "#6ba6f0"),
+    "ekfac": ("#94358a", "#d388cc"),
+    "ekfoc": ("#0b7a63", "#3fbf9f"),
+    "optimum": ("#1c2024", "#e8eaed"),
 }
-DARK = {
-    "page": "#14171a",
-    "card": "#1b1f23",
-    "ink": "#e8eaed",
-    "soft": "#a8afb8",
-    "rule": "#343a41",
-    "diagonal": "#989fa8",
-    "kfac": "#e8904a",
-    "kfoc": "#6ba6f0",
-    "ekfac": "#d388cc",
-    "ekfoc": "#3fbf9f",
-    "optimum": "#e8eaed",
-}
+LIGHT, DARK = ({name: pair[k] for name, pair in PALETTE.items()} for k in (0, 1))
 
 
 def sheet() -> str:
