@@ -31,7 +31,7 @@ from onepass import (
 )
 from onepass_worker import over_ranks
 
-SAMPLES, SEEDS = 240, (0, 1, 2)
+SAMPLES, FEW, SEEDS = 240, 160, (0, 1, 2)
 MEAN, LARGEST = 0.005, 0.02  # of the excess, at most
 ROUNDING = 1e-9
 
@@ -57,7 +57,7 @@ def close(excesses: list[float]) -> None:
 
 @pytest.mark.parametrize(("network", "order", "batch"), ROWS)
 def test_one_product(network: str, order: str, batch: tuple[int, bool]) -> None:
-    seeds = SEEDS if batch[0] >= 8 else SEEDS[:2]
+    seeds = SEEDS if batch[0] == 10 else SEEDS[:2]
     close([e for s in seeds for e in Case(network, s, SAMPLES, order, *batch).excesses()])
 
 
@@ -65,21 +65,19 @@ def test_one_product(network: str, order: str, batch: tuple[int, bool]) -> None:
 @pytest.mark.parametrize("network", ["MLP", "convolutions", "attention"])
 def test_sums_of_products(network: str, estimator: str) -> None:
     for order, batch in (("sorted", (10, False)), ("in order", (8, True))):
-        case = Case(network, 0, SAMPLES, order, *batch, estimator=estimator)
+        case = Case(network, 0, FEW, order, *batch, estimator=estimator)
         assert max(case.excesses()) <= LARGEST
 
 
 SHARED = [
-    Case(network, seed, SAMPLES, order, 10, buffered, estimator, shards)
+    Case(network, seed, FEW, order, 10, buffered, estimator, shards)
     for network, seed, order, buffered, estimator, shards in (
         ("MLP", 0, "in order", False, "online", "uneven"),
-        ("MLP", 1, "sorted", True, "online", "sorted"),
         ("MLP", 0, "sorted", False, "rank 2", "sorted"),
         ("convolutions", 0, "sorted", False, "online", "even"),
-        ("convolutions", 1, "in order", True, "online", "uneven"),
         ("attention", 2, "sorted", False, "online", "uneven"),
         ("attention", 0, "sorted", True, "online", "sorted"),
-        ("attention", 1, "sorted", True, "rank 2", "uneven"),
+        ("attention", 1, "sorted", True, "rank 3", "uneven"),
     )
 ]
 
