@@ -148,7 +148,8 @@ class Block(Plain, ABC):
         """`scale * block + damping * identity`, factorised: to solve with as often as wanted.
 
         Raises:
-            ValueError: a matrix that is not finite, or not positive semi-definite.
+            ValueError: a matrix that is not finite, or not positive semi-definite, or a sum of
+                Kronecker products that is too large to be factorised.
         """
 
     @property
