@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, distributed
 
 import kfoc
-from onepass import Case, factors
+from hard_streams import Case, factors
 
 TIMEOUT = 120.0  # seconds that a rank waits for another
 

@@ -1,6 +1,6 @@
 """One pass, whatever the order: estimators within a few thousandths of the dense optimum.
 
-A small version of benchmarks/onepass.py, on the hard streams of onepass.py. Everything by the
+A small version of benchmarks/onepass.py, on the hard streams of hard_streams.py. Everything by the
 public API, and everything that it is held against by dense algebra.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
-from onepass import (
+from hard_streams import (
     Case,
     Data,
     batches,
