@@ -13,11 +13,16 @@ from kfoc.kronecker import Contraction
 
 @dataclass(frozen=True)
 class Triples:
-    """`sum_j sigmas[j] vec(lefts[j]) vec(rights[j])^T`, of orthonormal factors as represented."""
+    """`sum_j sigmas[j] vec(lefts[j]) vec(rights[j])^T`, of orthonormal factors as represented.
+
+    Attributes:
+        rest: about the largest singular value of what is left out.
+    """
 
     lefts: list[Tensor]
     rights: list[Tensor]
     sigmas: list[float]
+    rest: float
 
 
 def leading_triples(contraction: Contraction, count: int, length: int) -> Triples:
@@ -62,7 +67,7 @@ def leading_triples(contraction: Contraction, count: int, length: int) -> Triple
         new = backs[-1] - _combined(lefts, along)
     contraction.forget()
     if not lefts:
-        return Triples([], [], [])
+        return Triples([], [], [], 0.0)
     others = backs if implicit else images
     gram = torch.tensor(
         [[(image * other).sum().item() for other in others] for image in images],
@@ -76,6 +81,7 @@ def leading_triples(contraction: Contraction, count: int, length: int) -> Triple
         [_combined(lefts, shares[j]) for j in range(kept)],
         [_combined(images, [s / sigmas[j] for s in shares[j]]) for j in range(kept)],
         sigmas[:kept],
+        sigmas[min(count, len(sigmas) - 1)],
     )
 
 

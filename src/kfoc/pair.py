@@ -28,29 +28,31 @@ class Pieces:
         rights: (m, i, i), or (m, i) where right factors are diagonal.
         sigmas: (m,), float64, on the CPU.
         signs: of each term 1 where its factors are symmetric, -1 where antisymmetric.
+        rest: about the largest singular value of what the sum that they are of has besides.
     """
 
     lefts: Tensor
     rights: Tensor
     sigmas: Tensor
     signs: list[int]
+    rest: float = 0.0
 
     @staticmethod
-    def of(lefts: Tensor, rights: Tensor, sigmas: Sequence[float]) -> Pieces:
+    def of(lefts: Tensor, rights: Tensor, sigmas: Sequence[float], rest: float = 0.0) -> Pieces:
         """With symmetric factors."""
         numbers = torch.tensor(list(sigmas), dtype=torch.float64, device="cpu")
-        return Pieces(lefts, rights, numbers, [1] * len(numbers))
+        return Pieces(lefts, rights, numbers, [1] * len(numbers), rest)
 
     def __len__(self) -> int:
         return len(self.signs)
 
     def scaled(self, factor: float) -> Pieces:
-        return replace(self, sigmas=self.sigmas * factor)
+        return replace(self, sigmas=self.sigmas * factor, rest=self.rest * factor)
 
     def with_others(self, other: Pieces) -> Pieces:
         lefts, rights = torch.cat([self.lefts, other.lefts]), torch.cat([self.rights, other.rights])
         sigmas = torch.cat([self.sigmas, other.sigmas])
-        return Pieces(lefts, rights, sigmas, [*self.signs, *other.signs])
+        return Pieces(lefts, rights, sigmas, [*self.signs, *other.signs], self.rest)
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,17 +28,53 @@ from kfoc.pooling import Gather, Pooling, Sum, largest, summed
 # the best pair has turned since, the quotient would be anything; the sums bound it.
 TAMED = 0.3
 
-# Where the tail moves the best pair so little that sigma changes by less than this share, its half
-# steps are taken of a sample of what is left out: at most of every so many.
+# Where the tail moves the best pair so little that sigma changes by less than this share, half
+# steps are taken of a sample of what is quiet: at most of every so many, which then count for the
+# others. What moves the best pair is known from so many on.
 NEGLIGIBLE = 3e-4
 SPARSEST = 4
-
-# What it moves the best pair by is known from so many of them on.
 ENOUGH = 2
+
+# Quiet is what adds to the half steps no more than this share of sigma.
+QUIET = 0.02
 
 # Adds `A r` to its third argument and `A^T l` to its fourth, for a pair (l, r), the first two, and
 # times the fifth; returns `<A, l r^T>`.
 HalfSteps = Callable[[Tensor, Tensor, Tensor, Tensor, float], float]
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """The half steps of head + new - new head at a pair (l, r).
+
+    Attributes:
+        products: of l and of r with all terms' factors.
+        shares: of the terms in the half step from r and in that from l.
+    """
+
+    products: tuple[Tensor, Tensor]
+    shares: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(
+        pair: Sequence[Tensor], sigmas: Tensor, grams: Sequence[Tensor], merged: Triples
+    ) -> _LeftOut:
+        count = len(sigmas)
+        left, right = ((g @ shares)[:count] for g, shares in zip(grams, pair, strict=True))
+        here, there = merged.shares
+        from_right = sigmas * right - here.mT @ (merged.sigmas * (there @ right))
+        from_left = sigmas * left - there.mT @ (merged.sigmas * (here @ left))
+        return _LeftOut((left, right), (from_right, from_left))
+
+    def bound(self, grams: Sequence[Tensor], rest: float, first: int) -> float:
+        """Of their norms, with those of what the terms from `first` on lack of their sum.
+
+        That is orthogonal to their factors, and sees of the pair what they do not.
+        """
+        both = zip(self.shares, grams, strict=True)
+        squares = [(lack @ gram[: len(lack), : len(lack)] @ lack).item() for lack, gram in both]
+        within = min(side[first:].square().sum().item() for side in self.products)
+        return math.sqrt(max(0.0, *squares)) + rest * math.sqrt(max(1.0 - within, 0.0))
 
 
 class Head:
@@ -101,9 +138,14 @@ class Head:
             # would not add up with those of other batches.
             pair = best.symmetric()
             if pair is not None:
-                share = 1 if half_steps is None else self._due(best, merged, grams)
+                left_out = _LeftOut.of(pair, sigmas, grams, merged)
+                share = 1
+                if half_steps:
+                    bound = left_out.bound(grams, new.rest, len(self.terms))
+                    loud = bound > QUIET * best.sigmas[0].item()
+                    share = 1 if loud else self._due(best, merged, grams)
                 if share:
-                    self._lengthen(sides, sigmas, grams, merged, pair, half_steps, share)
+                    self._lengthen(sides, left_out, sigmas, pair, half_steps, share)
         lefts, rights = (combined(s, c) for s, c in zip(sides, merged.shares, strict=True))
         self.terms = Pieces(lefts, rights, merged.sigmas, merged.signs)
 
@@ -113,9 +155,9 @@ class Head:
         alone = merged.symmetric()
         moves = True
         if self.steps >= ENOUGH and self.tail is not None and alone is not None:
-            # What the whole sum has along the best pair of the head alone.
-            without = [gram[:, : len(each)] @ each for gram, each in zip(grams, alone, strict=True)]
+            # What the whole sum has along the best pair of the head alone:
             # sum_j s_j <l_j, l> <r_j, r> over the triples of the whole.
+            without = [gram[:, : len(each)] @ each for gram, each in zip(grams, alone, strict=True)]
             along = [each @ side for each, side in zip(best.shares, without, strict=True)]
             reached = (best.sigmas * along[0] * along[1]).sum().item()
             moves = reached < (1 - NEGLIGIBLE) * best.sigmas[0].item()
@@ -131,21 +173,15 @@ class Head:
     def _lengthen(
         self,
         sides: list[list[Tensor]],
+        left_out: _LeftOut,
         sigmas: Tensor,
-        grams: Sequence[Tensor],
-        merged: Triples,
         pair: Sequence[Tensor],
         half_steps: HalfSteps | None,
         share: float,
     ) -> None:
         """Add to the tail `share` times what the new head leaves out, at the best pair."""
-        first, count = len(self.terms), len(sigmas)
-        # Inner products of the pair with all terms.
-        left, right = ((g @ shares)[:count] for g, shares in zip(grams, pair, strict=True))
-        # (head + new - new head) r, and its transpose's l, as combinations of the terms.
-        lacks = []
-        for image, (here, there) in ((right, merged.shares), (left, merged.shares[::-1])):
-            lacks.append(sigmas * image - here.mT @ (merged.sigmas * (there @ image)))
+        left, right = left_out.products
+        lacks, first = left_out.shares, len(self.terms)
         factors: list[Tensor] = []
         if half_steps:
             lacks[0][first:] -= sigmas[first:] * right[first:]  # they have all that A has of it

@@ -110,7 +110,7 @@ class Online(Aggregation):
 
     def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
         """Leading triples of a contraction, about."""
-        return self.triples(contraction, TRIPLES, LENGTH)
+        return self.triples(contraction, TRIPLES, LENGTH + contraction.cheap_steps)
 
     def triples(self, contraction: Contraction, count: int, length: int) -> Pieces:
         found = leading_triples(contraction, count, length)
@@ -118,7 +118,7 @@ class Online(Aggregation):
             return self._head().nothing
         lefts = torch.stack([contraction.factor(x, "left") for x in found.lefts])
         rights = torch.stack([contraction.factor(x, "right") for x in found.rights])
-        return Pieces.of(lefts, rights, found.sigmas)
+        return Pieces.of(lefts, rights, found.sigmas, found.rest)
 
     def _head(self) -> Head:
         if self.head is None:
