@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import kfoc
 import oracle
+from head_and_tail import Recursion
 from kfoc.estimators import head
 from kfoc.likelihoods import Draws
 from kfoc.pair import PRECISION, combined, products, singular
@@ -236,52 +237,6 @@ def test_online_is_within_a_hundredth_of_the_optimum(size: int) -> None:
         error = oracle.relative_error(fisher, online[layer].to_dense())
         assert best - 1e-9 <= error <= best + 0.01
         assert error <= oracle.relative_error(fisher, kfac[layer].to_dense())
-
-
-class Recursion:
-    """Head and tail of one layer written out with dense matrices, of A in the rearrangement."""
-
-    def __init__(self, o: int, i: int, size: int = 4) -> None:
-        self.o, self.i, self.size = o, i, size
-        self.u, self.s, self.v = torch.zeros(o * o, 0), torch.zeros(0), torch.zeros(i * i, 0)
-        self.left, self.right, self.core = torch.zeros(o * o), torch.zeros(i * i), 0.0
-
-    @property
-    def head(self) -> Tensor:
-        return (self.u * self.s) @ self.v.mT
-
-    @property
-    def tail(self) -> Tensor:
-        larger = max(self.left.norm().item(), self.right.norm().item())
-        return torch.outer(self.left, self.right) / (max(self.core, 0.3 * larger) or 1.0)
-
-    def add(self, a: Tensor) -> None:
-        first = a @ torch.eye(self.i).flatten()
-        basis = torch.linalg.qr(torch.stack([first, a @ (a.mT @ first)], 1))[0]
-        batch = basis @ (basis.mT @ a)  # of rank two
-        u, s, vh = torch.linalg.svd(self.head + batch + self.tail, full_matrices=False)
-        left, right = u[:, 0], vh[0]
-        begun, before = len(self.s) > 0, self.head
-        u, s, vh = torch.linalg.svd(self.head + batch, full_matrices=False)
-        self.u, self.s, self.v = u[:, : self.size], s[: self.size], vh[: self.size].mT
-        if begun or not self.size:
-            rest = before + a - self.head
-            self.left, self.right = self.left + rest @ right, self.right + rest.mT @ left
-            self.core += (left @ rest @ right).item()
-
-    def scale(self, factor: float) -> None:
-        self.s, self.core = self.s * factor, self.core * factor
-        self.left, self.right = self.left * factor, self.right * factor
-
-    def product(self) -> Tensor:
-        u, s, vh = torch.linalg.svd(self.head + self.tail, full_matrices=False)
-        sides = u[:, 0].view(self.o, self.o), vh[0].view(self.i, self.i)
-        return s[0] * torch.kron(*(on_the_cone(side * side.trace().sign()) for side in sides))
-
-
-def on_the_cone(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0)) @ vectors.mT
 
 
 @pytest.mark.parametrize("size", [4, 1, 0])

@@ -35,8 +35,8 @@ NEGLIGIBLE = 3e-4
 SPARSEST = 4
 ENOUGH = 2
 
-# Quiet is what adds to the half steps no more than this share of sigma.
-QUIET = 0.02
+# Loud is what adds to the half steps more than so many times the mean.
+LOUD = 2.0
 
 # Adds `A r` to its third argument and `A^T l` to its fourth, for a pair (l, r), the first two, and
 # times the fifth; returns `<A, l r^T>`.
@@ -87,7 +87,8 @@ class Head:
         terms: the head.
         tail: (sum of D r, sum of D^T l); None as long as nothing was left out.
         core: sum of `<D, l r^T>`.
-        steps: of how many the half steps were taken.
+        met: how many pieces came with half steps, and `bounds` the sum of what they add to them.
+        steps: of how many of the quiet ones they were taken.
         every, waiting: they are taken of one in so many, which counts as often, and since when.
     """
 
@@ -97,6 +98,8 @@ class Head:
     terms: Pieces
     tail: tuple[Tensor, Tensor] | None
     core: float
+    met: int
+    bounds: float
     steps: int
     every: int
     waiting: int
@@ -109,6 +112,7 @@ class Head:
         self.terms = self.nothing = Pieces.of(left, right, [])
         self.tail = None
         self.core = 0.0
+        self.met, self.bounds = 0, 0.0
         self.steps, self.every, self.waiting = 0, 1, 0
 
     def scale(self, factor: float) -> None:
@@ -117,6 +121,7 @@ class Head:
         for total in self.tail or ():
             total.mul_(factor)
         self.core *= factor
+        self.bounds *= factor
 
     def add(self, new: Pieces, half_steps: HalfSteps | None = None) -> None:
         """Add A, of which `new` are about the leading triples.
@@ -138,11 +143,15 @@ class Head:
             # would not add up with those of other batches.
             pair = best.symmetric()
             if pair is not None:
+                # Of all batches and ranks the same sign, as half steps add up: l of positive trace.
+                if pair[0] @ _traces(self._behind(sides)[0]) < 0:
+                    pair = -pair[0], -pair[1]
                 left_out = _LeftOut.of(pair, sigmas, grams, merged)
                 share = 1
                 if half_steps:
                     bound = left_out.bound(grams, new.rest, len(self.terms))
-                    loud = bound > QUIET * best.sigmas[0].item()
+                    self.met, self.bounds = self.met + 1, self.bounds + bound
+                    loud = bound * self.met > LOUD * self.bounds
                     share = 1 if loud else self._due(best, merged, grams)
                 if share:
                     self._lengthen(sides, left_out, sigmas, pair, half_steps, share)
@@ -260,3 +269,9 @@ class Head:
         quotient = 1 / max(self.core, TAMED * larger) if larger else 0.0
         sigmas = torch.cat([sigmas, sigmas.new_tensor([quotient])])
         return singular(grams, sigmas, [*signs, 1], self._precision)
+
+
+def _traces(stacks: Sequence[Tensor]) -> Tensor:
+    """Of all left factors, in float64 on the CPU."""
+    each = [stack.diagonal(dim1=1, dim2=2).sum(1) for stack in stacks]
+    return torch.cat(each).double().cpu()

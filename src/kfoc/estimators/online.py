@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kfoc.estimators.aggregation import Aggregation
@@ -32,7 +31,7 @@ LEAST_PART = 256
 
 # A buffer's own triples: how many of them, and of how many left factors they are combinations.
 TRIPLES = 2
-LENGTH = 2
+LENGTH = 3
 
 
 class Online(Aggregation):
@@ -110,14 +109,19 @@ class Online(Aggregation):
 
     def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
         """Leading triples of a contraction, about."""
-        return self.triples(contraction, TRIPLES, LENGTH + contraction.cheap_steps)
+        return self.triples(contraction, TRIPLES, LENGTH)
 
     def triples(self, contraction: Contraction, count: int, length: int) -> Pieces:
         found = leading_triples(contraction, count, length)
         if not found.sigmas:
             return self._head().nothing
-        lefts = torch.stack([contraction.factor(x, "left") for x in found.lefts])
-        rights = torch.stack([contraction.factor(x, "right") for x in found.rights])
+        nothing = self._head().nothing.sides
+        lefts, rights = (side.new_zeros(len(found.sigmas), *side.shape[1:]) for side in nothing)
+        for left, right, x, y in zip(lefts, rights, found.lefts, found.rights, strict=True):
+            contraction.accumulate(left, x, "left", 1.0)
+            contraction.accumulate(right, y, "right", 1.0)
+            mirrored(left)
+            mirrored(right)
         return Pieces.of(lefts, rights, found.sigmas, found.rest)
 
     def _head(self) -> Head:
