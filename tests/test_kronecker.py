@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kfoc
-from kfoc.kronecker import nearest_to_pair
+from kfoc.pair import nearest_to_pair
 from oracle import assert_psd_and_symmetric
 
 

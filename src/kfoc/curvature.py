@@ -97,7 +97,8 @@ class Curvature(Plain, Mapping[str, Block]):
             scale: `num_samples` gives the sum over the data in place of the mean.
 
         Raises:
-            ValueError: bad arguments, or a block that is not finite or positive semi-definite.
+            ValueError: bad arguments, or a block that is not finite or positive semi-definite, or
+                is a large sum of Kronecker products; the message names the layer.
         """
         chosen = dampings(self.layers, damping, scale, method)
         blocks = {}

@@ -38,6 +38,7 @@ REPORT: dict[str, tuple[type, ...]] = {
     "converged": (bool,),
     "plan": (str,),
     "unchecked": (str,),
+    "head": (int, type(None)),
 }
 
 

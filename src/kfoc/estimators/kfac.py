@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kfoc.blocks import KroneckerBlock, KroneckerDiagonalBlock
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
-from kfoc.kronecker import nearest_to_pair
 from kfoc.memory import Footprint
+from kfoc.pair import nearest_to_pair
 from kfoc.plans import CHUNK, single_rows
 from kfoc.pooling import Pooling, Sum, summed, together
 from kfoc.products import add_symmetric, mirrored

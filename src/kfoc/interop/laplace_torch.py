@@ -22,8 +22,8 @@ from kfoc.curvature import Curvature
 from kfoc.estimators import KFAC, KFOC, Estimator
 from kfoc.fit import fit
 from kfoc.interop.per_parameter import SplitBlock, per_parameter
-from kfoc.kronecker import nearest_to_pair
 from kfoc.layout import Layout
+from kfoc.pair import nearest_to_pair
 
 try:
     from laplace.curvature import CurvatureInterface

@@ -183,7 +183,7 @@ def claims(summary: Summary) -> list[Claim]:
     found = [
         not_above("kfoc_running", "kfac"),
         not_above("kfoc_running", "kfoc_approx"),
-        near_optimum("kfoc_online", 0.01),
+        near_optimum("kfoc_online", 0.002),
         near_optimum("kfoc_exact", 0.001),
     ]
     if summary.name == "fully_connected":
