@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from report import markdown as report  # noqa: E402  (of benchmarks/)
+from report import page as report  # noqa: E402  (of benchmarks/)
 from targets import checks  # noqa: E402
 
 # Images that pages show, and that other commands of the repository draw.
@@ -66,7 +66,7 @@ def _rows(document: dict[str, Any]) -> str:
 
 def _targets(document: dict[str, Any]) -> str:
     """How many checks each figure has, and how many of them were met."""
-    found = checks(document["results"])
+    found = checks(document["rows"])
     met = sum(check.verdict == "met" for check in found)
     lines = [f"**{met} of {len(found)} are met.** {len(found) - met} are not:", ""]
     lines += ["| figure | checks | met | not met, by workload |", "|---|---:|---:|---|"]

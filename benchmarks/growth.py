@@ -6,14 +6,17 @@ python benchmarks/growth.py [--quick] [--families samples ...] [--repeats 3]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import matplotlib
+
+matplotlib.use("Agg")
 import numpy as np
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from kfoc.reproduce.results import look, read, write
 from machine import describe, wait_until_quiet
 from measure import Record, measure
 from methods import set_threads
@@ -21,7 +24,6 @@ from run import say
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"gradient": "gradient", "kfac": "K-FAC", "kfoc": "K-FOC"}
-COLOURS = {"gradient": "#7f7f7f", "kfac": "#0072b2", "kfoc": "#d55e00"}
 SIZES = {
     "samples": (1000, 2000, 4000, 8000, 16000, 32000, 60000),
     "stream": (1000, 2000, 4000, 8000, 16000, 32000, 60000),
@@ -77,7 +79,7 @@ def draw_panel(axes: Axes, records: list[Record], family: str, quantity: str) ->
         sizes, values = series(records, family, method, quantity)
         slope = exponent(sizes, values)
         text = label if slope is None else f"{label}: {slope:.2f}"
-        axes.plot(sizes, values, "o-", color=COLOURS[method], label=text, markersize=4)
+        axes.plot(sizes, values, "-", **look(label), label=text, markersize=4)
         shown += [value for value in values if value > 0]
         ticks = sorted({*ticks, *sizes})
     axes.set_xscale("log")
@@ -92,12 +94,10 @@ def draw_panel(axes: Axes, records: list[Record], family: str, quantity: str) ->
 
 
 def draw(records: list[Record], families: list[str], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(
-        len(QUANTITIES), len(families), figsize=(3.4 * len(families), 6.2), squeeze=False
-    )
+    figure, grid = pyplot.subplots(
+        len(QUANTITIES), len(families), figsize=(3.4 * len(families), 6.2), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for row, (quantity, label) in zip(grid, QUANTITIES.items(), strict=True):
         for axes, family in zip(row, families, strict=True):
             draw_panel(axes, records, family, quantity)
@@ -106,9 +106,8 @@ def draw(records: list[Record], families: list[str], path: Path) -> None:
         axes.set_title(TITLES[family], fontsize=10)
     for axes, family in zip(grid[-1], families, strict=True):
         axes.set_xlabel(TITLES[family].split(",")[0].split("\n")[0])
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pyplot.close(figure)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +117,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for idle cores")
     parser.add_argument("--quick", action="store_true", help="the four smallest sizes, one repeat")
+    parser.add_argument("--draw", action="store_true", help="of the results that are there")
     parser.add_argument("--out", type=Path, help="PNG; the JSON goes beside it (growth.png)")
     return parser.parse_args(arguments)
 
@@ -141,23 +141,23 @@ def main() -> int:
     set_threads(options.threads)
     out = options.out or HERE / ("growth-quick.png" if options.quick else "growth.png")
     records: list[Record] = []
+    if options.draw:
+        draw(read(out.with_suffix(".json"))["rows"], options.families, out)
+        return 0
     for family in options.families:
         for size in SIZES[family][:4] if options.quick else SIZES[family]:
             records += point(f"{family}={size}", options)
-        write(records, options, out)
+        keep(records, options, out)
     return int(any("error" in record for record in records))
 
 
-def write(records: list[Record], options: argparse.Namespace, out: Path) -> None:
+def keep(records: list[Record], options: argparse.Namespace, out: Path) -> None:
     """Plot and JSON of the families measured so far."""
     measured = {record["workload"].partition("=")[0] for record in records}
     families = [family for family in options.families if family in measured]
-    document = {
-        "machine": describe(options.threads),
-        "exponents": exponents(records, families),
-        "results": records,
-    }
-    out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    machine = describe(options.threads)
+    content = {"machine": machine, "exponents": exponents(records, families), "rows": records}
+    write(out.with_suffix(".json"), content)
     draw(records, families, out)
 
 

@@ -12,7 +12,6 @@ approximate: the closer to its marginal likelihood at the same prior, the better
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kfoc
 from kfoc.reproduce.data import Dataset, digits
 from kfoc.reproduce.networks import train
+from kfoc.reproduce.results import markdown, spread, values
 
 with warnings.catch_warnings():  # of the packages that it imports
     warnings.simplefilter("ignore")
@@ -142,20 +142,14 @@ def table(name: str, seeds: int) -> str:
         for row, fit in ROWS.items():
             found.setdefault(row, []).append(measured(model, data, test_set, fit))
     columns = list(found["laplace-torch, its K-FAC"][0])
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, each in found.items():
-        lines.append(f"| {row} | " + " | ".join(cell(each, column) for column in columns) + " |")
-    return "\n".join(lines)
+    lines = [[row, *(cell(each, column) for column in columns)] for row, each in found.items()]
+    return markdown(["", *columns], lines)
 
 
 def cell(each: list[dict[str, float]], column: str) -> str:
     """Mean and standard deviation over the seeds."""
-    values = [numbers[column] for numbers in each if column in numbers]
-    if not values:
-        return ""
     digits_shown = 1 if "likelihood" in column else 2 if column == "fit, s" else 4
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits_shown}f} ± {spread:.{digits_shown}f}"
+    return spread(values(each, column), digits_shown)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import machine
 import memory
+from kfoc.reproduce.results import markdown, write
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, DEPTH, BATCH, BATCHES = 1024, 16, 64, 8  # more samples than KFOC buffers
@@ -58,23 +59,17 @@ def run(estimator: str, share: float, storage: bool) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| estimator | budget, MB | factors / budget | blocks in files | peak above the model, MB "
-        "| peak / factors | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["estimator", "budget, MB", "factors / budget", "blocks in files"]
+    header += ["peak above the model, MB", "peak / factors", "seconds"]
+    lines = []
     for row in rows:
-        budget = row["budget"]
-        lines.append(
-            f"| {row['estimator']} | {budget / 2**20:.0f} | {row['factors'] / budget:.1f} "
-            if budget
-            else f"| {row['estimator']} | none | "
+        budget, peak = row["budget"], row["peak"]
+        share = (
+            [f"{budget / 2**20:.0f}", f"{row['factors'] / budget:.1f}"] if budget else ["none", ""]
         )
-        lines[-1] += (
-            f"| {'yes' if row['storage'] else 'no'} | {row['peak'] / 2**20:.0f} "
-            f"| {row['peak'] / row['factors']:.2f} | {row['seconds']:.1f} |"
-        )
-    return "\n".join(lines)
+        found = [f"{peak / 2**20:.0f}", f"{peak / row['factors']:.2f}", f"{row['seconds']:.1f}"]
+        lines.append([row["estimator"], *share, "yes" if row["storage"] else "no", *found])
+    return markdown(header, lines)
 
 
 def main() -> None:
@@ -97,10 +92,8 @@ def main() -> None:
     sizes = f"{DEPTH} layers of {WIDTH} x {WIDTH}, {BATCHES} batches of {BATCH}, float32."
     shown = f"{sizes}\n\n" + table(rows)
     print(shown)
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "layerwise.md").write_text(shown + "\n")
-    content = {"machine": machine.describe(2), "rows": rows}
-    (RESULTS / "layerwise.json").write_text(json.dumps(content, indent=1) + "\n")
+    write(RESULTS / "layerwise.json", {"machine": machine.describe(2), "rows": rows})
 
 
 if __name__ == "__main__":

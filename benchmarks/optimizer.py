@@ -19,18 +19,22 @@ results/optimizer-quick.*).
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import torch
+from matplotlib import pyplot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfoc
+from kfoc.reproduce.results import look, markdown, read, write
 from machine import describe
 from networks import GPT, lenet, mlp
 from workloads import digits
@@ -133,9 +137,10 @@ def trained(problem: Problem, method: str, setting: float) -> Run:
         loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        there = loss.item() < 1e3
+        losses.append(loss.item() if there else 1e3)
         seconds.append(time.process_time() - start)
-        if not losses[-1] < 1e3:  # diverged, and the rest would be NaN
+        if not there:  # diverged, and the rest would be NaN
             break
     return Run(problem.name, method, setting, losses, seconds)
 
@@ -161,58 +166,58 @@ def row(problem: Problem, method: str, runs: list[Run], goal: float) -> dict[str
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| problem | training loss | method | lr or kl_clip | steps | seconds | ms per step "
-        "| lowest loss |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = []
     for r in rows:
-        there = (
-            f"{r['setting']:g} | {r['steps']} | {r['seconds']:.2f}"
-            if "steps" in r
-            else "| not reached |"
-        )
-        lines.append(
-            f"| {r['problem']} | {r['loss']:.4f} | {r['method']} | {there} | "
-            f"{r['ms per step']:.1f} | {r['lowest loss']:.4f} |"
-        )
-    return "\n".join(lines) + "\n"
+        there = ("", "not reached", "")
+        if "steps" in r:
+            there = f"{r['setting']:g}", str(r["steps"]), f"{r['seconds']:.2f}"
+        ends = f"{r['ms per step']:.1f}", f"{r['lowest loss']:.4f}"
+        lines.append([r["problem"], f"{r['loss']:.4f}", r["method"], *there, *ends])
+    header = ["problem", "training loss", "method", "lr or kl_clip", "steps", "seconds"]
+    return markdown([*header, "ms per step", "lowest loss"], lines, words=(0, 2)) + "\n"
 
 
-def draw(runs: list[Run], goals: dict[str, float], path: Path) -> None:
+def draw(runs: list[Run], targets: dict[str, float], path: Path) -> None:
     """Best run of each method: loss against steps, and against seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(goals), figsize=(4.2 * len(goals), 6), squeeze=False)
-    for column, (problem, goal) in enumerate(goals.items()):
-        for method, colour in zip(METHODS, ("tab:gray", "tab:orange", "tab:blue"), strict=True):
+    size = (4.2 * len(targets), 6)
+    figure, axes = pyplot.subplots(
+        2, len(targets), figsize=size, squeeze=False, layout="constrained"
+    )
+    for column, (problem, goal) in enumerate(targets.items()):
+        for method in METHODS:
             mine = [run for run in runs if (run.problem, run.method) == (problem, method)]
             best = min(mine, key=lambda run: (run.reached(goal) or 10**9, min(run.smoothed())))
             values, label = best.smoothed(), f"{method}, {best.setting:g}"
-            axes[0, column].plot(range(1, len(values) + 1), values, color=colour, label=label)
-            axes[1, column].plot(best.seconds, values, color=colour, label=label)
+            line = {"color": look(method)["color"], "label": label}
+            axes[0, column].plot(range(1, len(values) + 1), values, **line)
+            axes[1, column].plot(best.seconds, values, **line)
         for axis, name in zip(axes[:, column], ("steps", "seconds"), strict=True):
             axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
             axis.set(yscale="log", xlabel=name, ylabel="training loss")
         axes[0, column].set_title(problem, fontsize=10)
         axes[0, column].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def goals(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Problem -> the loss that is to be reached."""
+    return {row["problem"]: row["loss"] for row in rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps, two settings")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of problems")
+    parser.add_argument("--draw", action="store_true", help="of the results that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     name = "optimizer-quick" if arguments.quick else "optimizer"
     runs: list[Run] = []
     rows: list[dict[str, Any]] = []
-    goals: dict[str, float] = {}
+    if arguments.draw:
+        kept = read(RESULTS / f"{name}.json")
+        draw([Run(**run) for run in kept["runs"]], goals(kept["rows"]), RESULTS / f"{name}.png")
+        return
     for problem in PROBLEMS:
         if not any(part in problem.name for part in arguments.only):
             continue
@@ -223,14 +228,14 @@ def main() -> None:
             for setting in GRIDS[method][1:3] if arguments.quick else GRIDS[method]:
                 runs.append(trained(problem, method, setting))
         mine = [run for run in runs if run.problem == problem.name]
-        goal = goals[problem.name] = target(mine, problem.steps)
+        goal = target(mine, problem.steps)
         rows += [row(problem, method, mine, goal) for method in METHODS]
         print(table(rows[-len(METHODS) :]), flush=True)
         content = {"machine": describe(threads=1), "rows": rows}
         content["runs"] = [asdict(run) for run in runs]
-        (RESULTS / f"{name}.json").write_text(json.dumps(content))
+        write(RESULTS / f"{name}.json", content)
         (RESULTS / f"{name}.md").write_text(table(rows))
-    draw(runs, goals, RESULTS / f"{name}.png")
+    draw(runs, goals(rows), RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

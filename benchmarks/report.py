@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfoc.reproduce.results import markdown
 from targets import PEER, Record, Table, checks, memory_ratio, ratio, row_checks, tabled
 
 HEADER = (
@@ -20,7 +21,6 @@ HEADER = (
     "worst gap to optimum",
     "targets",
 )
-TEXT_COLUMNS = (0, 1, 11)
 
 
 def number(value: float | None, digits: str = ".2f") -> str:
@@ -56,13 +56,11 @@ def row(record: Record, table: Table) -> list[str]:
     ]
 
 
-def markdown(document: Record) -> str:
+def page(document: Record) -> str:
     """The table, how many targets were met, and what it was measured on."""
-    records = document["results"]
+    records = document["rows"]
     table = tabled(records)
-    lines = [HEADER, tuple("---" if k in TEXT_COLUMNS else "---:" for k in range(len(HEADER)))]
-    lines += [tuple(row(record, table)) for record in records]
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    body = markdown(HEADER, [row(record, table) for record in records], words=(0, 1, 11))
     return f"{body}\n\n{verdicts(records)}\n\n{circumstances(document)}\n"
 
 

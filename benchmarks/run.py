@@ -6,17 +6,17 @@ python benchmarks/run.py [--quick] [--workloads 'mlp-*' ...] [--repeats 9] [--ou
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
+from kfoc.reproduce import results
 from machine import QUIET, describe, matrix_product_rate, wait_until_quiet
 from measure import measure
 from methods import DATA_SET, ONE_BATCH, set_threads
-from report import markdown
+from report import page
 from targets import PEER, Record, checks
 from workloads import WORKLOADS
 
@@ -60,10 +60,10 @@ def methods_of(workload: str, patterns: Sequence[str] | None) -> list[str]:
 
 def write(out: Path, document: Record) -> None:
     """JSON and table as they stand; called after each workload, so that Ctrl-C keeps the rest."""
-    document["targets"] = [check.record() for check in checks(document["results"])]
+    document["targets"] = [check.record() for check in checks(document["rows"])]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(document))
+    results.write(out, document)
+    out.with_suffix(".md").write_text(page(document))
 
 
 def say(text: str) -> None:
@@ -92,11 +92,11 @@ def main() -> int:
         "machine": describe(options.threads),
         "settings": {"repeats": repeats, "quick": options.quick, "threads": options.threads},
         "conditions": [],
-        "results": [],
+        "rows": [],
     }
     for workload in workloads:
         document["conditions"].append(conditions(workload, options.patience))
-        document["results"] += measure(
+        document["rows"] += measure(
             workload,
             methods_of(workload, options.methods),
             repeats=repeats,
@@ -104,8 +104,8 @@ def main() -> int:
             quality=not options.no_quality,
         )
         write(out, document)
-    print(markdown(document))
-    return int(any("error" in record for record in document["results"]))
+    print(page(document))
+    return int(any("error" in record for record in document["rows"]))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from methods import COLOURS, MARKERS
+from kfoc.reproduce.results import look
 
 
 def style(method: str, line: str = "-") -> dict[str, Any]:
     return {
-        "color": COLOURS[method],
-        "marker": MARKERS[method],
+        **look(method),
         "markersize": 5,
         "linewidth": 1.4,
         "linestyle": line,
@@ -21,16 +20,11 @@ def style(method: str, line: str = "-") -> dict[str, Any]:
     }
 
 
-def middle_and_ends(found: list[float]) -> tuple[float, list[list[float]]]:
-    """A mean, and how far the smallest and largest value lie from it."""
-    mean = statistics.fmean(found)
-    return mean, [[mean - min(found)], [max(found) - mean]]
-
-
 def points(axis: Any, place: float, found: list[float], method: str, **options: Any) -> None:
     """Mean and range over the seeds, if there are any."""
     if found:
-        mean, ends = middle_and_ends(found)
+        mean = statistics.fmean(found)
+        ends = [[mean - min(found)], [max(found) - mean]]
         axis.errorbar([place], [mean], yerr=ends, **(style(method, "") | {"capsize": 2} | options))
 
 

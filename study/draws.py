@@ -8,7 +8,6 @@ Measures, and writes the results (results/draws.json), the picture and the table
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
-from record import Row, distinct, keep, read, values
+from borrowed import borrowed
+from drawing import legend
+from kfoc.reproduce.results import Row, distinct, keep, markdown, read, values
+from report import filled
 from subjects import Subject, cnn, layers, mlp, small_digits, trained
 
 matplotlib.use("Agg")
@@ -114,7 +116,7 @@ def errors(model: nn.Module, images: Tensor, draws: list[int], seeds: int) -> It
 
 def table(found: list[Row]) -> str:
     """Medians over networks and draws; F itself / K-FAC / K-FOC in a cell."""
-    lines = [f"| network | samples | draws | {' | '.join(KINDS)} |", "|---" * 6 + "|"]
+    lines = []
     cases = sorted({(row["samples"], row["draws"]) for row in found})
     for network in distinct(found, "network"):
         for samples, draws in cases:
@@ -124,8 +126,8 @@ def table(found: list[Row]) -> str:
                 cell = {"network": network, "samples": samples, "kind": kind, "draws": of[kind]}
                 each = [values(found, "error", estimator=name, **cell) for name in ESTIMATORS]
                 cells.append(" / ".join(f"{statistics.median(some):.3f}" for some in each))
-            lines.append(f"| {network} | {samples} | {draws} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([network, str(samples), str(draws), *cells])
+    return markdown(["network", "samples", "draws", *KINDS], lines)
 
 
 def figure(found: list[Row], few: int) -> Figure:
@@ -146,8 +148,7 @@ def figure(found: list[Row], few: int) -> Figure:
         fixed = "1 draw" if along == "samples" else f"{few} samples"
         axes[0, k].set_title(f"{network}, {fixed}", fontsize=10)
         axes[-1, k].set_xlabel(along)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    shown.legend(handles, labels, loc="outside upper center", ncols=3)
+    legend(shown, axes[1, 0])
     return shown
 
 
@@ -173,12 +174,6 @@ def curves(axis: Any, found: list[Row], along: str) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
-def on_page(page: str, found: list[Row]) -> str:
-    """The page with this table between its marks."""
-    marks = "<!-- table draws -->\n", "\n<!-- end -->"
-    return re.sub("(?s)" + ".*?".join(marks), lambda _: table(found).join(marks), page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny, to see that all of it runs")
@@ -190,7 +185,8 @@ def main() -> None:
     results = (arguments.out or HERE / "results") / "draws.json"
     results.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.draw:
-        for _ in keep(rows(arguments.quick), settings(arguments.quick), results):
+        machine = borrowed("benchmarks/machine.py").describe(threads=1)
+        for _ in keep(rows(arguments.quick), settings(arguments.quick), results, machine):
             pass
     kept = read(results)
     found = kept["rows"]
@@ -199,7 +195,7 @@ def main() -> None:
     print(table(found))
     if not arguments.out:
         page = DOCS / "draws.md"
-        page.write_text(on_page(page.read_text(), found))
+        page.write_text(filled(page.read_text(), {"draws": table(found)}))
 
 
 if __name__ == "__main__":

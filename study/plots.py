@@ -18,9 +18,9 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from drawing import legend, points, style
-from methods import COLOURS, NAMES
+from kfoc.reproduce.results import distinct, look, read, values, where
 from plots_of_uses import continual, influence, laplace, optimizer
-from record import distinct, read, values, where
+from tables import NAMES
 
 HERE = Path(__file__).parent
 PRODUCTS = ("K-FAC", "K-FOC", "EKFAC", "EK-FOC")
@@ -100,14 +100,14 @@ def spectrum(part: dict[str, Any]) -> Figure:
     for (above, below), network in zip(axes.T, networks, strict=True):
         for k, method in enumerate(PRODUCTS):
             mine = where(rows, network=network, method=method)
-            look = {"width": 0.18, "color": COLOURS[method], "label": method}
+            bar = {"width": 0.18, "color": look(method)["color"], "label": method}
             for x, band in enumerate(bands):
                 shares = [row["bands"][band] for row in mine]
                 ratio = sum(share[1] for share in shares) / sum(share[0] for share in shares)
-                above.bar(x + 0.2 * (k - 1.5), ratio - 1, bottom=1, **look)
+                above.bar(x + 0.2 * (k - 1.5), ratio - 1, bottom=1, **bar)
             for x in range(len(dampings)):
                 middle = median_of(row["overshoot"][x] for row in mine)
-                below.bar(x + 0.2 * (k - 1.5), middle - 1, bottom=1, **look)
+                below.bar(x + 0.2 * (k - 1.5), middle - 1, bottom=1, **bar)
         above.axhline(1, color="black", linewidth=0.8)
         above.set_xticks(range(len(bands)), bands)
         above.set_title(f"{network}, trained", fontsize=9)

@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from drawing import legend, points, style
-from record import distinct, values, where
+from kfoc.reproduce.results import distinct, values, where
 from tables import best, strongest
 
 

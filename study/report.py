@@ -16,7 +16,7 @@ from pathlib import Path
 import summary
 import tables
 from borrowed import ROOT
-from record import read
+from kfoc.reproduce.results import read
 
 HERE = Path(__file__).parent
 BENCHMARK = ROOT / "benchmarks" / "results" / "optimizer.json"

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from record import keep
+from borrowed import borrowed
+from kfoc.reproduce.results import keep
 
 HERE = Path(__file__).parent
 # Part -> its module, slow ones first.
@@ -37,7 +38,8 @@ def measure(part: str, quick: bool, out: Path) -> None:
     torch.set_num_threads(1)
     module = importlib.import_module(PARTS[part])
     start, count = time.perf_counter(), 0
-    for _ in keep(module.rows(quick), module.settings(quick), out / f"{part}.json"):
+    machine = borrowed("benchmarks/machine.py").describe(threads=1)
+    for _ in keep(module.rows(quick), module.settings(quick), out / f"{part}.json", machine):
         count += 1
     print(f"{part}: {count} rows in {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from record import Row, values, where
-from tables import Results, best, markdown, strongest
+from kfoc.reproduce.results import Row, markdown, values, where
+from tables import Results, best, strongest
 
 PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("EK-FOC", "K-FOC"))
 Case = tuple[Any, ...]

@@ -5,16 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from methods import NAMES
-from record import Row, distinct, significant, spread, values, where
+from kfoc.reproduce.results import Row, distinct, markdown, spread, values, where
 
+NAMES = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "K-FOC, rank 2")
 Results = dict[str, dict[str, Any]]  # part -> what its file holds
-
-
-def markdown(header: list[str], lines: list[list[str]], words: int = 1) -> str:
-    """Columns after the first `words` are numbers."""
-    rule = ["---"] * words + ["---:"] * (len(header) - words)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
 def errors(results: Results) -> str:
@@ -26,7 +20,7 @@ def errors(results: Results) -> str:
                 cell = {"network": network, "fisher": fisher, "stage": stage}
                 found = [spread(values(rows, "error", method=m, **cell)) for m in NAMES]
                 lines.append([network, fisher, stage, *found])
-    return markdown(["network", "Fisher", "stage", *NAMES], lines, 3)
+    return markdown(["network", "Fisher", "stage", *NAMES], lines, range(3))
 
 
 def by_damping(results: Results, key: str) -> str:
@@ -40,7 +34,7 @@ def by_damping(results: Results, key: str) -> str:
             cells = [middle([column[k] for column in columns]) for k in range(len(dampings))]
             if any(cell != "-" for cell in cells):
                 lines.append([stage, method, *cells])
-    return markdown(["stage", "curvature", *(f"{d:g}" for d in dampings)], lines, 2)
+    return markdown(["stage", "curvature", *(f"{d:g}" for d in dampings)], lines, range(2))
 
 
 def percent(found: Any) -> str:
@@ -71,7 +65,7 @@ def bands(results: Results) -> str:
             cells = (percent(r["bands"][n][1] for r in found) for n in names)
             lines.append([network, method, *cells])
         lines.append([network, "the mean gradient's square", *gradient])
-    return markdown(["network", "", *names], lines, 2)
+    return markdown(["network", "", *names], lines, range(2))
 
 
 def overshoot(results: Results) -> str:
@@ -90,7 +84,7 @@ def overshoot(results: Results) -> str:
                 line += [middle([column[k] for column in columns]) for k in range(len(dampings))]
             lines.append(line)
     header = [f"{stage}, {d:g}" for stage in distinct(rows, "stage") for d in dampings]
-    return markdown(["network", "curvature", *header], lines, 2)
+    return markdown(["network", "curvature", *header], lines, range(2))
 
 
 def laplace(results: Results) -> str:
@@ -104,7 +98,13 @@ def laplace(results: Results) -> str:
             lines.append([network, method, priors[0], *cells[:4], priors[1], *cells[4:]])
     header = ["prior by evidence", "evidence", "accuracy", "NLL", "ECE"]
     header += ["prior by held-out digits", "NLL", "ECE"]
-    return markdown(["network", "curvature", *header], lines, 2)
+    return markdown(["network", "curvature", *header], lines, range(2))
+
+
+def significant(found: list[float]) -> str:
+    """Mean ± standard deviation of losses of any size."""
+    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.2g}{deviation}"
 
 
 def mean_of(rows: list[Row], key: str) -> str:
@@ -119,7 +119,7 @@ def benchmark(results: Results) -> str:
         there = [f"{row['setting']:g}", str(row["steps"]), f"{row['seconds']:.2f}"]
         lines.append([row["problem"], row["method"], *there, f"{row['lowest loss']:.4f}"])
     header = ["problem", "method", "lr or kl_clip", "steps to AdamW's best", "seconds"]
-    return markdown([*header, "lowest loss"], lines, 2)
+    return markdown([*header, "lowest loss"], lines, range(2))
 
 
 def optimizer(results: Results) -> str:
@@ -138,7 +138,7 @@ def optimizer(results: Results) -> str:
         losses = [significant(values(mine, key)) for key in ("final", "test")]
         lines.append([method, damped, mine[0]["setting"], *losses, counts])
     header = ["method", "damping by", "best setting", "training loss", "test loss"]
-    return markdown([*header, "steps to AdamW's last"], lines, 3)
+    return markdown([*header, "steps to AdamW's last"], lines, range(3))
 
 
 def optimizer_by_damping(results: Results) -> str:
@@ -149,7 +149,7 @@ def optimizer_by_damping(results: Results) -> str:
         mine = where(rows, damped=damped, method=method)
         cells = [significant(values(best(where(mine, damping=d)), "final")) for d in dampings]
         lines.append([method, damped, *cells])
-    return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, 2)
+    return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, range(2))
 
 
 def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row]:

@@ -30,8 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfoc
 import oracle
+from head_and_tail import Recursion
 from kfoc.distributed import Ranks, RanksError
-from kfoc.estimators import over_ranks
+from kfoc.estimators import head
 from models import Data, batches, convolutional, images, trained
 
 LAYERS = ("0", "3", "5")
@@ -221,66 +222,39 @@ def online_is_near_the_optimum(rank: int, world: int) -> None:
     inputs = torch.cat([batch for batch, _ in data])
     share = math.ceil(len(data) / world)
     mine = data[rank * share : (rank + 1) * share]
-    # One process with batches of 10 is off by 0.018 here (the first layer).
-    for buffer, bound in ((0, 0.02), (1000, 0.01), (2**19, 1e-5)):
+    for buffer in (0, 1000, 2**19):
         estimator = kfoc.KFOC(buffer=buffer)
         curvature = fitted(model, mine, fisher="exact", estimator=estimator)
         excess = excesses(curvature, model, inputs, ("0", "2", "4"))
         assert (excess > -1e-9).all(), excess
-        assert (excess <= bound).all(), (buffer, excess)
+        assert (excess <= 0.003).all(), (buffer, excess)
         assert_on_all_ranks(curvature, world)
 
 
-def dense_online(first: Tensor, shares: list[list[Tensor]]) -> Tensor:
-    """Stochastic power iteration on dense batches: the sum of `vec(left) vec(right)^T` it ends at.
-
-    The first batch, of all ranks, at its own singular vectors; every later one, of a rank's share,
-    at the rank's sums with that batch's images added. Sums are shared out after the first batch,
-    and again after two more, as what follows the first exchange is due one batch late.
-    """
-    singular, world = torch.linalg.svd(first), len(shares)
-    left, right = singular.U[:, 0], singular.Vh[0]
-    left_sum, right_sum, core = first @ right, first.mT @ left, left @ first @ right
-    for step in (slice(0, 2), slice(2, None)):
-        sums = []
-        for batches_of_rank in shares:
-            own = [left_sum / world, right_sum / world, core / world]
-            for batch in batches_of_rank[step]:
-                left, right = own[0] / own[0].norm(), own[1] / own[1].norm()
-                predicted = own[0] + batch @ right, own[1] + batch.mT @ left
-                left, right = (vector / vector.norm() for vector in predicted)
-                terms = batch @ right, batch.mT @ left, left @ batch @ right
-                own = [total + term for total, term in zip(own, terms, strict=True)]
-            sums.append(own)
-        left_sum, right_sum, core = (sum(parts) for parts in zip(*sums, strict=True))
-    return torch.outer(left_sum, right_sum) / core
-
-
 @check
-def online_is_one_iteration_over_all_ranks(rank: int, world: int) -> None:
+def online_merges_heads_and_adds_tails(rank: int, world: int) -> None:
     model, (x, y) = convolutional(), images(45 if world == 2 else 90)
     data = batches(x, y, 5)
     shares = [data[k::world] for k in range(world)]  # of different lengths
-    over_ranks.FIRST_RTOL = 1e-14
+    enough, head.ENOUGH = head.ENOUGH, 1000  # all half steps
     try:
         estimator = kfoc.KFOC(buffer=0)
         curvature = fitted(model, shares[rank], fisher="exact", estimator=estimator)
     finally:
-        over_ranks.FIRST_RTOL = 1e-3
-
-    def rearranged(layer: str, batch: Tensor) -> Tensor:
-        cotangents = oracle.categorical_exact(model(batch).detach())
-        mean = oracle.fisher_block(model, layer, batch, cotangents)
-        return oracle.rearranged(mean, *curvature[layer].shape) * len(batch)
-
+        head.ENOUGH = enough
     for layer in LAYERS:
-        # None can tell before the second batch that there will be more than a buffer holds.
-        dense = [[rearranged(layer, batch) for batch, _ in share] for share in shares]
-        first = torch.stack([matrix for share in dense for matrix in share[:2]]).sum(0)
-        expected = dense_online(first, [share[2:] for share in dense]) / len(x)
-        found = oracle.rearranged(curvature[layer].to_dense(), *curvature[layer].shape)
-        atol = 1e-6 * expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+        o, i = curvature[layer].shape
+        recursions = []
+        for share in shares:
+            recursions.append(Recursion(o, i))
+            for batch, _ in share:
+                cotangents = oracle.categorical_exact(model(batch).detach())
+                fisher = oracle.fisher_block(model, layer, batch, cotangents)
+                recursions[-1].add(oracle.rearranged(fisher, o, i) * len(batch))
+        expected = recursions[0].joined(recursions[1:]).product() / len(x)
+        # A direction that rounding hides, in a batch of few dimensions, is left out there.
+        atol = 5e-4 * expected.abs().max().item()
+        torch.testing.assert_close(curvature[layer].to_dense(), expected, rtol=0, atol=atol)
     assert_on_all_ranks(curvature, world)
 
 
@@ -348,7 +322,7 @@ def traffic_is_what_is_stated(rank: int, world: int) -> None:
     sums = sum(o * o + i * i + 1 for o, i in shapes)
     assert ranks.traffic.sum_bytes == 8 * sums
     assert ranks.traffic.sums == 2  # of all layers together: factors, and counts
-    assert ranks.traffic.status_bytes == 32 * ranks.traffic.statuses
+    assert ranks.traffic.status_bytes == 24 * ranks.traffic.statuses
     steps = math.ceil(len(data) / world)
     # Options, every step and the end of data, names, two rounds of layers and the close.
     assert ranks.traffic.statuses == 1 + steps + 1 + 1 + 2 + 1

@@ -15,6 +15,7 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
+from kfoc.curvature.arithmetic import Comparison
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.distributed.sharded import ShardedCurvature
@@ -33,7 +34,6 @@ from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.bernoulli import Bernoulli
 from kfoc.likelihoods.categorical import Categorical
 from kfoc.likelihoods.gaussian import Gaussian
-from kfoc.merge import Comparison
 from kfoc.nearest.power import KroneckerFit
 from kfoc.nearest.terms import nearest_kronecker
 from kfoc.parameters.coverage import Coverage, LayerCoverage, ParameterCount

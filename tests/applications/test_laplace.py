@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 import kfoc
 from kfoc.applications.laplace import predictive
+from kfoc.interop.per_parameter import per_parameter
 from kfoc.model import sample_gradients as per_sample_jacobians
 from kfoc.model.functional import Forward
 from models import batches
@@ -264,10 +265,10 @@ def test_tuned_to_where_the_gradient_vanishes(per_layer: bool, noise: bool) -> N
     assert found > start.log_marginal_likelihood(data)
 
 
-def test_a_precision_for_a_large_sum_of_products() -> None:
-    """Its log-determinant has no derivative, and is undefined under too small a precision."""
-    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
-    data = [(torch.randn(60, 40), torch.randint(3, (60,)))]
+def test_a_precision_for_a_sum_of_products() -> None:
+    """Its log-determinant is undefined under too small a precision, which the search leaves out."""
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 3))
+    data = [(torch.randn(60, 30), torch.randint(3, (60,)))]
     curvature = kfoc.fit(model, data, estimator=kfoc.KFOC(rank=2), layers="0")
     laplace = kfoc.Laplace(model, curvature)
     tuned = laplace.tuned(data, bounds=(1e-2, 1e4))
@@ -275,12 +276,29 @@ def test_a_precision_for_a_large_sum_of_products() -> None:
     for factor in (0.9, 1.1):
         other = tuned.prior_precision * factor
         assert laplace.log_marginal_likelihood(data, prior_precision=other) < best
-    dense = 60 * curvature["0"].to_dense() + tuned.prior_precision * torch.eye(30 * 41)
+    dense = 60 * curvature["0"].to_dense() + tuned.prior_precision * torch.eye(20 * 31)
     theta = torch.cat([model[0].weight.flatten(), model[0].bias]).detach()
     likelihood = -nn.functional.cross_entropy(model(data[0][0]), data[0][1], reduction="sum")
     prior = tuned.prior_precision
     terms = len(theta) * math.log(prior) - prior * theta @ theta - dense.logdet()
     assert best.item() == pytest.approx((likelihood + terms / 2).item(), rel=1e-8)
+    smallest = torch.linalg.eigvalsh(curvature["0"].to_dense())[0].item()
+    assert smallest < 0
+    with pytest.raises(ValueError, match=r"layer '0': .*indefinite"):
+        laplace.log_marginal_likelihood(data, prior_precision=-60 * smallest * 0.9)
+
+
+def test_evidence_without_eigenvalues() -> None:
+    """Of a kind of block that is not the library's own: a number, and no derivative."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    data = [(torch.randn(20, 5), torch.randint(3, (20,)))]
+    curvature = kfoc.fit(model, data, estimator=per_parameter(model))
+    laplace = kfoc.Laplace(model, curvature)
+    found = laplace.log_marginal_likelihood(data)
+    logdet = curvature.logdet(1.0, scale=20.0)
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+    likelihood = -nn.functional.cross_entropy(model(data[0][0]), data[0][1], reduction="sum")
+    assert found.item() == pytest.approx((likelihood - (theta @ theta + logdet) / 2).item())
     with pytest.raises(ValueError, match=r"layer '0': .* no derivative here"):
         laplace.log_marginal_likelihood(data, prior_precision=torch.tensor(1.0, requires_grad=True))
 

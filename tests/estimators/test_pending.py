@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from kfoc.estimators.pending import Pending, joined
 from kfoc.files.encoding import decoded, encoded
-from kfoc.pending import Pending, joined
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 

@@ -70,7 +70,7 @@ def test_draws_run_and_their_page_has_the_table_of_the_results(
     page = (ROOT / "docs" / "draws.md").read_text()
     assert kept["complete"]
     assert draws.table(kept["rows"]) in page
-    assert draws.on_page(page, kept["rows"]) == page
+    assert draws.filled(page, {"draws": draws.table(kept["rows"])}) == page
 
 
 def test_the_page_shows_every_table_and_plot_once() -> None:
@@ -84,14 +84,13 @@ def test_the_page_shows_every_table_and_plot_once() -> None:
 
 def test_what_was_measured_stays_when_a_part_is_interrupted(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'study')\n"
         "from pathlib import Path\n"
-        "from record import keep\n"
+        "from kfoc.reproduce.results import keep\n"
         "def rows():\n"
         "    yield {'a': 1.23456789}\n"
         "    raise KeyboardInterrupt\n"
         "try:\n"
-        f"    list(keep(rows(), {{}}, Path({str(tmp_path / 'part.json')!r})))\n"
+        f"    list(keep(rows(), {{}}, Path({str(tmp_path / 'part.json')!r}), {{}}))\n"
         "except KeyboardInterrupt:\n"
         "    pass\n"
     )

@@ -29,6 +29,8 @@ class Report:
         standard_error: the standard error of `relative_error`; 0 where it is exact.
         steps: half steps of the power iteration in the last solve (0: none).
         converged: False where an iteration ended at its step or pass limit.
+        head: how many singular triples were kept between buffers of samples (`KFOC.head`); None
+            where all were at hand at once, or nothing of that kind was kept.
         plan: the contraction used last, with what it was chosen by; "" where there is no choice.
         unchecked: what of docs/proof.md was not checked of its samples: "sums", where parameters
             are sharded, or "rows and sums", with `fit(..., verify=False)`.
@@ -48,6 +50,7 @@ class Report:
     unchecked: str = ""
     fisher_error: float | None = None
     fisher_error_std: float | None = None
+    head: int | None = None
 
 
 def placed(
@@ -145,7 +148,8 @@ class Block(Plain, ABC):
         """`scale * block + damping * identity`, factorised: to solve with as often as wanted.
 
         Raises:
-            ValueError: a matrix that is not finite, or not positive semi-definite.
+            ValueError: a matrix that is not finite, or not positive semi-definite, or a sum of
+                Kronecker products that is too large to be factorised.
         """
 
     @property

@@ -1,19 +1,45 @@
-"""Charts as inline SVG. Colours are classes, which the page's style sheet gives in both schemes."""
+"""Charts as inline SVG, and images of matrices, by matplotlib."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+import re
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from kfoc.compare.words import measured
+import matplotlib.style
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import LogLocator, NullLocator
+from torch import Tensor
 
-# Units are CSS pixels at the width of a narrow phone's column; the page lets charts grow a little.
+from kfoc.compare.style import LIGHT
+from kfoc.compare.words import measured, quantity
+
+# CSS pixels at the width of a narrow phone's column; the page lets charts grow a little.
 WIDTH = 320
-LABEL, VALUE = 64, 96
-ROW, BAR = 20, 11
-LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 46, 10, 8, 34, 190
+LABEL, VALUE, ROW = 64, 96, 20
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Of positive and of negative entries; how far from zero is in the opacity, so that the same image
+# does on a light page and on a dark one.
+POSITIVE, NEGATIVE = (47, 111, 196), (208, 90, 46)
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.edgecolor": LIGHT["soft"],
+    "text.color": LIGHT["ink"],
+    "grid.color": LIGHT["rule"],
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "ytick.major.size": 0,
+}
 
 
 class Bar(NamedTuple):
@@ -36,116 +62,112 @@ class Line(NamedTuple):
 
 def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
     """Horizontal bars from 0 to `limit` with whiskers of one standard error, and their numbers."""
-    span = WIDTH - LABEL - VALUE
-    height = ROW * len(entries) + 2
     described = "; ".join(f"{b.label} {measured(b.value, b.deviation)}" for b in entries)
-    parts = [_open(height, f"{title}: {described}")]
-    for place in (0.5, 1.0):
-        if place <= limit:
-            x = LABEL + span * place / limit
-            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>')
-    for row, bar in enumerate(entries):
-        middle = ROW * row + ROW / 2 + 1
-        length = span * min(bar.value, limit) / limit
-        parts.append(
-            f'<text class="tick" x="{LABEL - 8}" y="{middle + 4}" text-anchor="end">'
-            f"{escape(bar.label)}</text>"
-            f'<rect class="fill {bar.key}" x="{LABEL}" y="{middle - BAR / 2}" '
-            f'width="{length:.1f}" height="{BAR}"/>'
-        )
-        deviation = 0.0 if math.isnan(bar.deviation) else bar.deviation
-        ends = [min(max(bar.value + s * deviation, 0.0), limit) for s in (-1, 1)]
-        low, high = (LABEL + span * end / limit for end in ends)
-        parts.append(
-            f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}'
-            f'M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6"/>'
-            f'<text class="number" x="{WIDTH}" y="{middle + 4}" text-anchor="end">'
-            f"{measured(bar.value, bar.deviation)}</text>"
-        )
-    parts.append(f'<line class="axis" x1="{LABEL}" x2="{LABEL}" y1="0" y2="{height}"/></svg>')
-    return "".join(parts)
+    with matplotlib.style.context(["default", STYLE]):
+        figure, axes = _axes(ROW * len(entries) + 2, LABEL, VALUE, 0, 0)
+        axes.set(xlim=(0, limit), ylim=(len(entries) - 0.5, -0.5))
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xticks([x for x in (0.5, 1.0) if x <= limit], [])
+        axes.tick_params(axis="x", length=0)
+        axes.grid(axis="x", clip_on=False)
+        axes.set_yticks(range(len(entries)), [bar.label for bar in entries])
+        for row, bar in enumerate(entries):
+            length = min(bar.value, limit)
+            spread = 0.0 if math.isnan(bar.deviation) else bar.deviation
+            whisker = [[min(spread, length)], [min(spread, limit - length)]]
+            axes.barh(row, length, 0.55, color=LIGHT[bar.key], clip_on=False)
+            look: dict[str, Any] = {"color": LIGHT["ink"], "elinewidth": 1, "capsize": 3}
+            axes.errorbar(length, row, xerr=whisker, fmt="none", clip_on=False, **look)
+            number = measured(bar.value, bar.deviation)
+            place = {"transform": figure.transFigure, "ha": "right", "va": "center_baseline"}
+            axes.text(1, 1 - (row + 0.5) / len(entries), number, **place)
+        return _inline(figure, f"{title}: {described}")
 
 
-class _Axis:
-    """A logarithmic axis over values: where they lie, and its ticks."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        logs = [math.log10(value) for value in values]
-        self.low, self.high = min(logs), max(logs)
-        if self.high - self.low < 0.3:
-            middle = (self.high + self.low) / 2
-            self.low, self.high = middle - 0.15, middle + 0.15
-        self.start, self.end = start, end
-
-    def __call__(self, value: float) -> float:
-        share = (math.log10(value) - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self, most: int) -> list[float]:
-        """Powers of ten within the range, every so many; in a short one, multiples of them."""
-        first, last = math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9)
-        every = -(-(last - first + 1) // most)
-        found = [10.0**e for e in range(first, last + 1) if every < 2 or e % every == 0]
-        for digits in ((1, 2, 5), (1, 2, 3, 4, 5, 6, 8)):
-            if len(found) < 3:
-                near = range(first - 1, last + 2)
-                finer = [m * 10.0**e for e in near for m in digits]
-                found = [t for t in finer if self.low - 1e-9 <= math.log10(t) <= self.high + 1e-9]
-        return found
-
-
-def lines(
-    drawn: Sequence[Line], x_label: str, y_label: str, title: str, *, dots: bool = True
-) -> str:
+def lines(drawn: Sequence[Line], x_label: str, title: str, *, dots: bool = True) -> str:
     """Lines on two logarithmic axes."""
-    x = _Axis([v for line in drawn for v in line.x], LEFT, WIDTH - RIGHT)
-    y = _Axis([v for line in drawn for v in line.y], HEIGHT - BOTTOM, TOP)
     described = "; ".join(
         f"{line.label} from {line.y[0]:.2g} to {line.y[-1]:.2g}" for line in drawn
     )
-    parts = [_open(HEIGHT, f"{title}: {described}")]
-    for tick in y.ticks(5):
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" '
-            f'y2="{y(tick):.1f}"/><text class="tick" x="{LEFT - 5}" y="{y(tick) + 4:.1f}" '
-            f'text-anchor="end">{_power(tick)}</text>'
-        )
-    for tick in x.ticks(5):
-        parts.append(
-            f'<line class="notch" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{HEIGHT - BOTTOM}" '
-            f'y2="{HEIGHT - BOTTOM + 4}"/><text class="tick" x="{x(tick):.1f}" '
-            f'y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_plain(tick)}</text>'
-        )
-    for line in drawn:
-        points = [f"{x(a):.1f} {y(b):.1f}" for a, b in zip(line.x, line.y, strict=True)]
-        parts.append(f'<path class="line {line.key}" d="M{"L".join(points)}"/>')
-        if dots or len(points) == 1:
-            parts += [
-                f'<circle class="fill {line.key}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5"/>'
-                for a, b in zip(line.x, line.y, strict=True)
-            ]
-    parts.append(
-        f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
-        f'text-anchor="middle">{escape(x_label)}</text>'
-        f"<title>{escape(y_label)}</title></svg>"
-    )
-    return "".join(parts)
+    with matplotlib.style.context(["default", STYLE]):
+        figure, axes = _axes(190, 46, 10, 8, 36)
+        for line in drawn:
+            marker = "o" if dots or len(line.x) == 1 else ""
+            look = {"marker": marker, "markersize": 5, "linewidth": 1.8, "clip_on": False}
+            axes.loglog(line.x, line.y, color=LIGHT[line.key], **look)
+        axes.margins(0)
+        for axis in (axes.xaxis, axes.yaxis):
+            _ticks(axis)
+        axes.xaxis.set_major_formatter(lambda value, _: quantity(round(value)).strip())
+        axes.grid(axis="y", clip_on=False)
+        axes.set_xlabel(x_label, labelpad=2)
+        return _inline(figure, f"{title}: {described}")
 
 
-def _open(height: int, description: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(description)}">'
+def image(matrix: Tensor) -> str:
+    """A PNG as data URI of a matrix with entries from -1 to 1."""
+    pixels = matrix.new_zeros(*matrix.shape, 4)
+    pixels[..., :3] = matrix.new_tensor(NEGATIVE)
+    pixels[matrix > 0, :3] = matrix.new_tensor(POSITIVE)
+    pixels[..., 3] = (255 * matrix.abs()).round()
+    content = io.BytesIO()
+    imsave(content, pixels.byte().numpy(), format="png", metadata={"Software": "kfoc"})
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _power(value: float) -> str:
-    """A tick of the vertical axis: 0.1 as such, small and large ones as powers of ten."""
-    exponent = round(math.log10(value))
-    if not math.isclose(value, 10.0**exponent, rel_tol=1e-6) or -2 <= exponent <= 2:
-        return f"{value:.2g}" if value < 100 else f"{value:.0f}"
-    return f'10<tspan dy="-4" class="exponent">{str(exponent).replace("-", "−")}</tspan>'
+def _axes(height: int, left: int, right: int, top: int, bottom: int) -> tuple[Figure, Any]:
+    """Axes in a figure, with so many pixels around them."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    size = (1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
+    axes = figure.add_axes((left / WIDTH, bottom / height, *size))
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def _ticks(axis: Any) -> None:
+    """Powers of ten, or multiples of them in a short range; a very short one is made longer."""
+    low, high = axis.get_view_interval()
+    if high < 2 * low:
+        low, high = low / 1.4, high * 1.4
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(low, high)
+    subs = (1, 2, 5) if high < 100 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: _plain(value))
 
 
 def _plain(value: float) -> str:
-    if value >= 1e6:
-        return f"{value / 1e6:g} M"
-    return f"{value / 1e3:g} k" if value >= 1e4 else f"{value:g}"
+    """0.1 as such, small and large ones as powers of ten."""
+    if 0.01 <= value < 1000:
+        return f"{value:g}"
+    digits, _, exponent = f"{value:.0e}".partition("e")
+    power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
+    return power if digits == "1" else f"{digits}·{power}"
+
+
+def _inline(figure: Figure, description: str) -> str:
+    """The figure for inside a page: its text is text in the page's font, its colours the page's."""
+    content = io.StringIO()
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # By their description, ids that are referred to differ from those of other charts of the page.
+    with matplotlib.rc_context({"svg.hashsalt": description}):
+        figure.savefig(content, format="svg", metadata=empty)
+    text = content.getvalue()
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    for pattern, replacement in (
+        (r"<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>|<!--.*?-->", ""),  # of whole pages
+        (r' id="[\w.]+_\d+"', ""),  # the same in every chart
+        (r"xlink:href", "href"),
+        (r"font: ([\d.]+px) [^;]*", r"font-size: \1"),
+        (r"font-family: [^;]*; ", ""),
+        (r' transform="rotate\(-0 [^"]*"|<g ?/>', ""),
+        (r"\s+", " "),
+        (r" ?([<>]) ", r"\1"),
+    ):
+        body = re.sub(pattern, replacement, body, flags=re.S)
+    for name, colour in LIGHT.items():
+        body = body.replace(colour, f"var(--{name})")
+    width, height = (round(72 * side) for side in figure.get_size_inches())
+    label = escape(description)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{body}'

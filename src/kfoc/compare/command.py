@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from kfoc.compare.factory import CompareError, Subject, load
 from kfoc.compare.measure import DEFAULT, ESTIMATORS, Options, Study, measure
-from kfoc.compare.report import page
 from kfoc.compare.table import show
 
 INTERRUPTED = 130
@@ -45,9 +44,9 @@ def compare(
     layers: Annotated[
         str | None, typer.Option(help="Names or patterns of layers, with commas between.")
     ] = None,
-    probes: Annotated[int, typer.Option(help="Gaussian probes that estimate the errors.")] = 16,
+    probes: Annotated[int, typer.Option(min=1, help="Gaussian probes, for the errors.")] = 16,
     batches: Annotated[
-        int | None, typer.Option(help="The first so many batches alone, kept in memory.")
+        int | None, typer.Option(min=1, help="The first so many batches alone, kept in memory.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws and probes.")] = None,
     curves: Annotated[
@@ -70,11 +69,15 @@ def compare(
     try:
         _check_places(out, json_file)
         study = _measured(target, given, options)
-        _write(out, page(study))
+        # Imported late: matplotlib takes half a second to import, which --help need not wait for.
+        from kfoc.compare.report import page
+
+        out.write_text(page(study), encoding="utf-8")
         if json_file is not None:
-            _write(json_file, json.dumps(study.to_json(), indent=1) + "\n")
+            json_file.write_text(json.dumps(study.to_json(), indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Interrupted; nothing is written.")
         raise typer.Exit(INTERRUPTED) from None
@@ -104,12 +107,3 @@ def _check_places(*paths: Path | None) -> None:
             raise CompareError(f"{path} is a folder: give the name of a file")
         if not path.absolute().parent.is_dir():
             raise CompareError(f"there is no folder {path.absolute().parent} to write {path.name}")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(2)

@@ -79,42 +79,33 @@ def subject(returned: object, target: str) -> Subject:
 
 
 def _module(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        # As `python -m` does, and not as a console script, which has its own folder there.
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            parents = [place[: len(place) - len(part)] for part in _tails(place)]
-            if error.name not in (place, *parents):
-                raise
-            raise CompareError(
-                f"there is no module {error.name!r} to import {place!r} from: give its full "
-                "dotted name, or the path of a .py file"
-            ) from None
-    path = Path(place)
-    if not path.is_file():
-        raise CompareError(f"there is no file {place}")
-    return _executed(path)
-
-
-def _tails(place: str) -> list[str]:
-    return [place[position:] for position, letter in enumerate(place) if letter == "."]
+    if place.endswith(".py"):
+        return _executed(Path(place))
+    # As `python -m` does, and not as a console script, which has its own folder there.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise CompareError(
+            f"there is no module {error.name!r} to import {place!r} from: give its full "
+            "dotted name, or the path of a .py file"
+        ) from None
 
 
 def _executed(path: Path) -> ModuleType:
     """The module of a file; its own folder is importable, as if Python had run it."""
-    name = path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise CompareError(f"{path} cannot be imported")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise CompareError(f"there is no file {path}")
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     # Dataclasses and pickled data sets look their module up by its name.
-    sys.modules.setdefault(name, module)
+    sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module
 
@@ -122,11 +113,8 @@ def _executed(path: Path) -> ModuleType:
 def _function(module: ModuleType, place: str, name: str) -> Callable[[], object]:
     factory = getattr(module, name, None)
     if factory is None:
-        there = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and getattr(value, "__module__", None) == module.__name__
-        ]
+        own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+        there = [value.__name__ for value in own if callable(value)]
         raise CompareError(
             f"{place} has no {name!r}; what it defines and can be called: "
             f"{', '.join(there) or 'nothing'}"
@@ -134,17 +122,11 @@ def _function(module: ModuleType, place: str, name: str) -> Callable[[], object]
     if not callable(factory):
         raise CompareError(f"{place}:{name} must be a function, found {_kind(factory)}")
     try:
-        required = [
-            p.name
-            for p in inspect.signature(factory).parameters.values()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise CompareError(f"{place}:{name} must be callable without arguments: {error}") from None
     except ValueError:  # a builtin without a signature
-        required = []
-    if required:
-        raise CompareError(
-            f"{place}:{name} must be callable without arguments, and takes {', '.join(required)}"
-        )
+        pass
     return factory
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,20 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from kfoc import (
-    KFAC,
-    KFOC,
-    Block,
-    Curvature,
-    Diagonal,
-    EigenCorrected,
-    Estimator,
-    fit,
-)
+from kfoc import KFAC, KFOC, Block, Curvature, Diagonal, EigenCorrected, Estimator, fit
 from kfoc.compare.convergence import Curve, half_steps, sample_counts
 from kfoc.compare.factory import CompareError, Subject
 from kfoc.compare.pictures import Heatmap, Spectrum, heatmaps, spectrum
-from kfoc.compare.timed import Timed
+from kfoc.compare.timed import timed
 
 Say = Callable[[str], None]
 
@@ -36,7 +28,7 @@ REPEATS, REPEAT_SECONDS = 5, 3.0
 
 @dataclass(frozen=True)
 class Kind:
-    """One estimator of the comparison, and what it is called."""
+    """One estimator of the comparison."""
 
     label: str
     estimator: Estimator
@@ -179,65 +171,59 @@ def measure(
         CompareError: unknown estimators, no data, or data in another order on each pass.
         ValueError: of `kfoc.fit`.
     """
-    _check(options)
-    data = repeatable(subject.data, options.batches)
-    first = next(iter(data), None)
-    if first is None:
-        raise CompareError("the data has no batch")
-    model, arguments = subject.model, subject.arguments
-    say("the first batch")
-    for name in options.estimators:
-        fit(model, [first], estimator=ESTIMATORS[name].estimator, **arguments)
-    by_step, first_batch = half_steps(model, first, arguments) if options.curves else ({}, 0)
-    fits: dict[str, Curvature] = {}
-    say("times")
-    seconds, by_layer = _times(model, data, options.estimators, arguments)
-    for name in options.estimators:
-        say(f"{ESTIMATORS[name].label}: errors")
-        estimator = ESTIMATORS[name].estimator
-        fits[name] = fit(model, data, estimator=estimator, probes=options.probes, **arguments)
-    by_samples = {}
-    if options.curves:
-        for name in [name for name in options.estimators if name in BY_SAMPLES]:
-            say(f"{ESTIMATORS[name].label}: by samples")
-            fitting = _fitting(model, ESTIMATORS[name].estimator, arguments)
-            by_samples[name] = sample_counts(fitting, data, fits[name])
-    study = _study(fits, options, title, (seconds, by_layer), first_batch)
-    return replace(
-        study,
-        settings=_settings(model, study, arguments, options),
-        layers=tuple(
-            replace(
-                layer,
-                by_step=by_step.get(layer.name),
-                by_samples={
-                    name: curves[layer.name]
-                    for name, curves in by_samples.items()
-                    if layer.name in curves
-                },
-            )
-            for layer in study.layers
-        ),
-    )
-
-
-def _fitting(
-    model: nn.Module, estimator: Estimator, arguments: dict[str, Any]
-) -> Callable[[Iterable[Any]], Curvature]:
-    return lambda data: fit(model, data, estimator=estimator, **arguments)
-
-
-def _check(options: Options) -> None:
     unknown = [name for name in options.estimators if name not in ESTIMATORS]
     if unknown or not options.estimators:
         raise CompareError(
             f"estimators must be some of {', '.join(ESTIMATORS)}, found "
             f"{', '.join(unknown) or 'none'}"
         )
-    if options.probes < 1:
-        raise CompareError(f"probes must be at least 1, found {options.probes}")
-    if options.batches is not None and options.batches < 1:
-        raise CompareError(f"batches must be at least 1, found {options.batches}")
+    data = repeatable(subject.data, options.batches)
+    first = next(iter(data), None)
+    if first is None:
+        raise CompareError("the data has no batch")
+    model, arguments = subject.model, subject.arguments
+    kinds = {name: ESTIMATORS[name] for name in options.estimators}
+
+    def fitted(name: str, batches: Iterable[Any], **more: Any) -> Curvature:
+        return fit(model, batches, estimator=kinds[name].estimator, **arguments, **more)
+
+    say("the first batch")
+    for name in kinds:
+        fitted(name, [first])
+    by_step, first_batch = half_steps(model, first, arguments) if options.curves else ({}, 0)
+    say("times")
+    seconds, by_layer = _times(model, data, kinds, arguments)
+    fits: dict[str, Curvature] = {}
+    by_samples: dict[str, dict[str, Curve]] = {}
+    for name, kind in kinds.items():
+        say(f"{kind.label}: errors")
+        fits[name] = fitted(name, data, probes=options.probes)
+        if options.curves and name in BY_SAMPLES:
+            say(f"{kind.label}: by samples")
+            by_samples[name] = sample_counts(partial(fitted, name), data, fits[name])
+    some = next(iter(fits.values()))
+    layers = tuple(
+        Layer(
+            layer,
+            some[layer].shape,
+            {key: _entry(fits[key][layer], by_layer[key][layer], options) for key in fits},
+            by_step.get(layer),
+            {key: curves[layer] for key, curves in by_samples.items() if layer in curves},
+        )
+        for layer in some
+        # A layer that one of the estimators refuses could not be compared.
+        if all(layer in curvature for curvature in fits.values())
+    )
+    return Study(
+        title,
+        _settings(model, some.num_samples, arguments, options),
+        {name: kind.label for name, kind in kinds.items()},
+        seconds,
+        layers,
+        {layer: reason for c in fits.values() for layer, reason in c.skipped.items()},
+        some.num_samples,
+        first_batch,
+    )
 
 
 def repeatable(data: Iterable[Any], batches: int | None) -> Iterable[Any]:
@@ -280,47 +266,24 @@ def _times(
         for name, before in found.items():
             if before and sum(before) >= REPEAT_SECONDS:
                 continue
-            estimator = Timed(ESTIMATORS[name].estimator, cuda)
+            spent: Seconds = {}
+            estimator = timed(ESTIMATORS[name].estimator, spent, cuda)
             start = time.perf_counter()
             fit(model, data, estimator=estimator, **arguments)
             if cuda:
                 torch.cuda.synchronize()
             before.append(time.perf_counter() - start)
-            for layer, seconds in estimator.seconds.items():
+            for layer, seconds in spent.items():
                 by_layer[name][layer] = min(seconds, by_layer[name].get(layer, seconds))
     return {name: min(times) for name, times in found.items()}, by_layer
 
 
-def _study(
-    fits: dict[str, Curvature],
-    options: Options,
-    title: str,
-    times: tuple[Seconds, dict[str, Seconds]],
-    first_batch: int,
-) -> Study:
-    seconds, by_layer = times
-    some = next(iter(fits.values()))
-    # A layer that one of the estimators refuses could not be compared.
-    names = [name for name in some if all(name in curvature for curvature in fits.values())]
-    skipped = {layer: reason for c in fits.values() for layer, reason in c.skipped.items()}
-    layers = tuple(
-        Layer(
-            name,
-            some[name].shape,
-            {key: _entry(fits[key][name], by_layer[key][name], options.pictures) for key in fits},
-        )
-        for name in names
-    )
-    labels = {name: ESTIMATORS[name].label for name in fits}
-    return Study(title, {}, labels, seconds, layers, skipped, some.num_samples, first_batch)
-
-
-def _entry(block: Block, seconds: float, pictures: bool) -> Entry:
+def _entry(block: Block, seconds: float, options: Options) -> Entry:
     report, tensors = block.report, list(block.tensors())
-    error, deviation = report.relative_error, report.standard_error
-    itself, its_deviation = report.fisher_error, report.fisher_error_std
-    if error is None or deviation is None or itself is None or its_deviation is None:
-        raise CompareError("a block came without its relative error")
+    found = report.relative_error, report.standard_error, report.fisher_error
+    error, deviation, itself, its_deviation = (
+        math.nan if e is None else e for e in (*found, report.fisher_error_std)
+    )
     return Entry(
         error,
         deviation,
@@ -333,13 +296,13 @@ def _entry(block: Block, seconds: float, pictures: bool) -> Entry:
         report.steps,
         report.converged,
         type(block).__name__.removesuffix("Block"),
-        heatmaps(block) if pictures else (),
-        spectrum(block) if pictures else None,
+        heatmaps(block) if options.pictures else (),
+        spectrum(block) if options.pictures else None,
     )
 
 
 def _settings(
-    model: nn.Module, study: Study, arguments: dict[str, Any], options: Options
+    model: nn.Module, samples: int, arguments: dict[str, Any], options: Options
 ) -> dict[str, str]:
     parameters = list(model.parameters())
     fisher = str(arguments.get("fisher", "mc"))
@@ -353,7 +316,7 @@ def _settings(
     return {
         "model": type(model).__name__,
         "parameters": f"{sum(p.numel() for p in parameters):,}",
-        "samples": f"{study.num_samples:,}",
+        "samples": f"{samples:,}",
         "likelihood": likelihood if isinstance(likelihood, str) else repr(likelihood),
         "Fisher": fisher,
         "probes": str(options.probes),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
-from kfoc.compare.charts import Bar, Line, bars, lines
+from kfoc.compare.charts import Bar, Line, bars, image, lines
 from kfoc.compare.measure import ESTIMATORS, Entry, Layer, Study
 from kfoc.compare.pictures import Heatmap
 from kfoc.compare.style import sheet
+from kfoc.compare.table import OVERVIEW, overview
 from kfoc.compare.words import duration, quantity
 
 # So many layers are shown unfolded.
@@ -20,11 +20,15 @@ UNFOLDED = 3
 def page(study: Study) -> str:
     """The report."""
     title = f"Curvature estimators on {study.title}"
+    settings = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in study.settings.items()
+    )
     body = [
         "<h1>Curvature estimators compared</h1>",
         f"<p class='soft'>On <code>{escape(study.title)}</code>: how far each estimate of the "
         "Fisher information is from the exact block, layer by layer, and what it costs.</p>",
-        _settings(study),
+        f"<dl>{settings}</dl>",
         _overview(study),
         _errors(study),
         _layers(study),
@@ -42,73 +46,45 @@ def page(study: Study) -> str:
     )
 
 
-def _settings(study: Study) -> str:
-    pairs = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in study.settings.items()
+def _table(label: str, heads: Sequence[str], rows: Iterable[str], words: int = 1) -> str:
+    """A table that scrolls by itself; rows are HTML, and the first columns are words."""
+    columns = "".join(
+        f"<th scope='col'{' class=text' * (k < words)}>{head}</th>" for k, head in enumerate(heads)
     )
-    return f"<dl>{pairs}</dl>"
+    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f"<h2>{label}</h2><div class='scroll' tabindex='0' role='region' aria-label='{label}'>"
+        f"<table><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
 
 
-def _legend(study: Study, names: Iterable[str]) -> str:
-    items = "".join(
-        f'<li><span class="swatch {name}"></span>{escape(study.labels[name])}</li>'
-        for name in names
-    )
-    return f'<ul class="legend">{items}</ul>'
+def _cells(cells: Iterable[str], words: int = 0) -> str:
+    return "".join(f"<td{' class=text' * (k < words)}>{cell}</td>" for k, cell in enumerate(cells))
+
+
+def _swatched(study: Study, name: str) -> str:
+    colour = f"background:var(--{name})"
+    return f"<span class='swatch' style='{colour}'></span>{escape(study.labels[name])}"
 
 
 def _overview(study: Study) -> str:
-    base = study.seconds.get("kfac")
-    rows = []
-    for name, label in study.labels.items():
-        errors = [layer.entries[name].error for layer in study.layers]
-        closest = sum(study.closest(layer) == name for layer in study.layers)
-        ratio = f"{study.seconds[name] / base:.2f}" if base else "–"
-        cells = (
-            f"{statistics.median(errors):.3f}" if errors else "–",
-            f"{min(errors):.3f} – {max(errors):.3f}" if errors else "–",
-            f"{closest} of {len(errors)}",
-            duration(study.seconds[name]),
-            ratio,
-            quantity(study.numbers(name)),
-        )
-        rows.append(
-            f'<tr><th scope="row"><span class="swatch {name}"></span>{escape(label)}</th>'
-            f"{''.join(f'<td>{cell}</td>' for cell in cells)}"
-            "</tr>"
-        )
+    rows = (
+        f"<th scope='row'>{_swatched(study, name)}</th>{_cells(cells)}"
+        for name, cells in overview(study).items()
+    )
     meanings = "; ".join(
         f"{escape(label)}: {escape(ESTIMATORS[name].meaning)}"
         for name, label in study.labels.items()
     )
-    heads = (
-        "median error",
-        "range over layers",
-        "closest at layers",
-        "time of the fit",
-        "÷ K-FAC",
-        "numbers kept",
-    )
-    return (
-        "<h2>Estimators</h2>"
-        '<div class="scroll" tabindex="0" role="region" aria-label="Estimators"><table>'
-        '<thead><tr><th scope="col">estimator</th>'
-        f"{''.join(f'<th scope=col>{head}</th>' for head in heads)}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div><p class='soft note'>{meanings}.</p>"
-    )
-
-
-def _limit(study: Study) -> float:
-    """The end of the bars' scale, the same at every layer; an error can exceed 1."""
-    errors = [entry.error for layer in study.layers for entry in layer.entries.values()]
-    largest = max(errors, default=1.0)
-    # One hopeless estimate must not make all others' bars invisible: its number says it all.
-    return min(max(1.0, largest), 2.0)
+    table = _table("Estimators", ("estimator", *OVERVIEW), rows)
+    return f"{table}<p class='soft note'>{meanings}.</p>"
 
 
 def _errors(study: Study) -> str:
-    limit = _limit(study)
+    errors = [entry.error for layer in study.layers for entry in layer.entries.values()]
+    # The same scale at every layer; an error can exceed 1. One hopeless estimate must not make all
+    # others' bars invisible: its number says it all.
+    limit = min(max([1.0, *errors]), 2.0)
     figures = "".join(
         f"<figure><h3>{_name(layer)} <span class='soft size'>{_shape(layer)}</span></h3>"
         f"{_bars(study, layer, limit)}</figure>"
@@ -141,25 +117,28 @@ def _shape(layer: Layer) -> str:
 
 
 def _layers(study: Study) -> str:
-    if not any(
-        entry.heatmaps or entry.spectrum
-        for layer in study.layers
-        for entry in layer.entries.values()
-    ):
+    entries = [entry for layer in study.layers for entry in layer.entries.values()]
+    if not any(entry.heatmaps or entry.spectrum for entry in entries):
         return ""
     parts = []
     for number, layer in enumerate(study.layers):
         best = study.closest(layer)
         unfolded = " open" if number < UNFOLDED else ""
+        maps = [
+            _map(study.labels[name], picture)
+            for name, entry in layer.entries.items()
+            for picture in entry.heatmaps
+        ]
         parts.append(
             f"<details{unfolded}><summary><span class='title'>{_name(layer)}</span>"
             f"<span class='soft'>{_shape(layer)}, closest: {escape(study.labels[best])} "
-            f"{layer.entries[best].error:.3f}</span></summary>"
-            f"<div class='grid-of'>{_curves(study, layer)}{_maps(study, layer)}</div></details>"
+            f"{layer.entries[best].error:.3f}</span></summary><div class='grid-of'>"
+            f"{_curves(study, layer)}<div class='maps'>{''.join(maps)}</div></div></details>"
         )
+    legend = "".join(f"<li>{_swatched(study, name)}</li>" for name in study.labels)
     return (
         "<h2>Spectra, convergence and factors</h2>"
-        f"{_legend(study, study.labels)}"
+        f"<ul class='legend'>{legend}</ul>"
         "<p class='soft'>Images of factors: the signed root of each entry over the largest, "
         "<span class='whole'>negative <span class='scale' role='img' "
         "aria-label='from orange over clear to blue'></span> positive</span>; factors of more than "
@@ -168,49 +147,46 @@ def _layers(study: Study) -> str:
 
 
 def _curves(study: Study, layer: Layer) -> str:
-    charts = []
-    spectra = [
-        Line(name, study.labels[name], entry.spectrum.rank, entry.spectrum.value)
-        for name, entry in layer.entries.items()
-        if entry.spectrum
-    ]
-    if spectra:
-        chart = lines(spectra, "rank", "eigenvalue", "Eigenvalues of the estimates", dots=False)
-        charts.append(("Eigenvalues", chart, "Of the estimates of F, those above rounding."))
-    if layer.by_step:
-        line = Line("kfoc", "K-FOC", *layer.by_step)
-        chart = lines([line], "half steps", "1 − σ/σ∞", "Convergence of the power iteration")
-        note = (
-            f"1 − σ/σ∞ of the plain iteration on the first batch ({study.first_batch:,} samples)."
-        )
-        charts.append(("Power iteration", chart, note))
-    samples = [Line(name, study.labels[name], *curve) for name, curve in layer.by_samples.items()]
-    if samples:
-        chart = lines(samples, "samples", "relative distance", "Distance to the final estimate")
-        note = f"‖estimate − final‖ / ‖final‖; final: all {study.num_samples:,} samples."
-        charts.append(("Estimates by samples", chart, note))
+    # Head -> lines, what is along, the chart's title, and what is below it.
+    charts = {
+        "Eigenvalues": (
+            [
+                Line(name, study.labels[name], entry.spectrum.rank, entry.spectrum.value)
+                for name, entry in layer.entries.items()
+                if entry.spectrum
+            ],
+            "rank",
+            "Eigenvalues of the estimates",
+            "Of the estimates of F, those above rounding.",
+        ),
+        "Power iteration": (
+            [Line("kfoc", "K-FOC", *layer.by_step)] if layer.by_step else [],
+            "half steps",
+            "Convergence of the power iteration",
+            f"1 − σ/σ∞ of the plain iteration on the first batch ({study.first_batch:,} samples).",
+        ),
+        "Estimates by samples": (
+            [Line(name, study.labels[name], *curve) for name, curve in layer.by_samples.items()],
+            "samples",
+            "Distance to the final estimate",
+            f"‖estimate − final‖ / ‖final‖; final: all {study.num_samples:,} samples.",
+        ),
+    }
     return "".join(
-        f"<figure><h4>{head}</h4>{chart}<figcaption>{escape(note)}</figcaption></figure>"
-        for head, chart, note in charts
+        f"<figure><h4>{head}</h4>{lines(drawn, along, title, dots=head != 'Eigenvalues')}"
+        f"<figcaption>{escape(note)}</figcaption></figure>"
+        for head, (drawn, along, title, note) in charts.items()
+        if drawn
     )
 
 
-def _maps(study: Study, layer: Layer) -> str:
-    figures = [
-        _map(study.labels[name], picture)
-        for name, entry in layer.entries.items()
-        for picture in entry.heatmaps
-    ]
-    return f"<div class='maps wide'>{''.join(figures)}</div>" if figures else ""
-
-
 def _map(label: str, picture: Heatmap) -> str:
-    rows, columns = picture.shape
-    words = f"{label}: {picture.name}, {rows:,} × {columns:,}"
+    size = f"{picture.shape[0]:,} × {picture.shape[1]:,}"
+    words = f"{label}: {picture.name}, {size}"
     return (
-        f"<figure class='map'><img src='{picture.uri}' alt='{escape(words)}'>"
+        f"<figure class='map'><img src='{image(picture.pixels)}' alt='{escape(words)}'>"
         f"<figcaption><b>{escape(label)}</b><br>{escape(picture.name)}, "
-        f"<span class='whole'>{rows:,} × {columns:,}</span></figcaption></figure>"
+        f"<span class='whole'>{size}</span></figcaption></figure>"
     )
 
 
@@ -222,52 +198,34 @@ def _numbers(study: Study) -> str:
             head = (
                 f'<th scope="rowgroup" rowspan="{len(layer.entries)}" class="name">{_name(layer)}'
                 f'<br><span class="soft">{_shape(layer)}</span></th>'
-                if not position
-                else ""
             )
-            bold = " class='best'" if name == best else ""
-            rows.append(
-                f"<tr>{head}<td class='text'><span class='swatch {name}'></span>"
-                f"{escape(study.labels[name])}</td><td{bold}>{_figure(entry.error)}</td>"
-                f"<td>{_figure(entry.standard_error)}</td><td>{_figure(entry.fisher_error)}</td>"
-                f"<td>{_figure(entry.fisher_error_std)}</td>{_costs(entry)}</tr>"
-            )
-    errors = ("error", "std. error", "to the Fisher itself", "its std. error")
-    heads = ("estimator", *errors, "time", "structure", "numbers", "bytes", "plan")
-    text = ("estimator", "structure", "plan")
-    columns = "".join(
-        f"<th scope='col'{' class=text' if head in text else ''}>{head}</th>"
-        for head in (*heads, "half steps")
-    )
-    return (
-        "<h2>All numbers</h2><div class='scroll' tabindex='0' role='region' "
-        "aria-label='All numbers'><table><thead><tr><th scope='col'>layer</th>"
-        f"{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+            errors = [_figure(e) for e in (entry.error, entry.standard_error)]
+            errors += [_figure(e) for e in (entry.fisher_error, entry.fisher_error_std)]
+            if name == best:
+                errors[0] = f"<b>{errors[0]}</b>"
+            words = _swatched(study, name), escape(entry.structure), escape(entry.plan) or "–"
+            cells = _cells((*words, *errors, *_costs(entry)), len(words))
+            rows.append((head if not position else "") + cells)
+    heads = ("layer", "estimator", "structure", "plan", "error", "std. error")
+    costs = ("to the Fisher itself", "its std. error", "time", "half steps", "numbers", "bytes")
+    return _table("All numbers", (*heads, *costs), rows, 4)
 
 
 def _figure(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4f}"
 
 
-def _costs(entry: Entry) -> str:
+def _costs(entry: Entry) -> tuple[str, ...]:
     steps = f"{entry.steps}{'' if entry.converged else ' (limit)'}" if entry.steps else "–"
-    return (
-        f"<td>{duration(entry.seconds)}</td>"
-        f"<td class='text'>{escape(entry.structure)}</td><td>{entry.numbers:,}</td>"
-        f"<td>{quantity(entry.bytes)}B</td><td class='text'>{escape(entry.plan) or '–'}</td>"
-        f"<td>{steps}</td>"
-    )
+    return duration(entry.seconds), steps, f"{entry.numbers:,}", f"{quantity(entry.bytes)}B"
 
 
 def _skipped(study: Study) -> str:
-    if not study.skipped:
-        return ""
     items = "".join(
         f"<li><code>{escape(name)}</code>: {escape(reason)}</li>"
         for name, reason in study.skipped.items()
     )
-    return f"<h2>Layers without a comparison</h2><ul>{items}</ul>"
+    return f"<h2>Layers without a comparison</h2><ul>{items}</ul>" if items else ""
 
 
 _DRAWN = (

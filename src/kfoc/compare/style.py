@@ -1,43 +1,26 @@
 """The report's style sheet: a light and a dark palette, one column on a narrow screen."""
 
-LIGHT = {
-    "page": "#fcfcfa",
-    "card": "#ffffff",
-    "ink": "#1c2024",
-    "soft": "#565d66",
-    "rule": "#dcdfe3",
-    "diagonal": "#767b83",
-    "kfac": "#b4540a",
-    "kfoc": "#1f5fae",
-    "ekfac": "#94358a",
-    "ekfoc": "#0b7a63",
-    "optimum": "#1c2024",
+# On a light page, and on a dark one.
+PALETTE = {
+    "page": ("#fcfcfa", "#14171a"),
+    "card": ("#ffffff", "#1b1f23"),
+    "ink": ("#1c2024", "#e8eaed"),
+    "soft": ("#565d66", "#a8afb8"),
+    "rule": ("#dcdfe3", "#343a41"),
+    "diagonal": ("#767b83", "#989fa8"),
+    "kfac": ("#b4540a", "#e8904a"),
+    "kfoc": ("#1f5fae", "#6ba6f0"),
+    "ekfac": ("#94358a", "#d388cc"),
+    "ekfoc": ("#0b7a63", "#3fbf9f"),
+    "optimum": ("#1c2024", "#e8eaed"),
 }
-DARK = {
-    "page": "#14171a",
-    "card": "#1b1f23",
-    "ink": "#e8eaed",
-    "soft": "#a8afb8",
-    "rule": "#343a41",
-    "diagonal": "#989fa8",
-    "kfac": "#e8904a",
-    "kfoc": "#6ba6f0",
-    "ekfac": "#d388cc",
-    "ekfoc": "#3fbf9f",
-    "optimum": "#e8eaed",
-}
-KEYS = ("diagonal", "kfac", "kfoc", "ekfac", "ekfoc", "optimum")
+LIGHT, DARK = ({name: pair[k] for name, pair in PALETTE.items()} for k in (0, 1))
 
 
 def sheet() -> str:
     """The CSS of the page."""
-    colours = "".join(
-        f".fill.{key},.swatch.{key}{{fill:var(--{key});background:var(--{key})}}"
-        f".line.{key}{{stroke:var(--{key})}}"
-        for key in KEYS
-    )
     dark = f"@media (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
-    return f":root{{color-scheme:light dark;{_variables(LIGHT)}}}{dark}{_RULES}{colours}"
+    return f":root{{color-scheme:light dark;{_variables(LIGHT)}}}{dark}{_RULES}"
 
 
 def _variables(palette: dict[str, str]) -> str:
@@ -76,23 +59,15 @@ gap:24px 32px}
 .size{font-weight:400;font-size:.82rem;margin-left:6px}
 figure{margin:0}
 svg{display:block;width:100%;max-width:420px;height:auto;overflow:visible}
-svg text{font-size:11px;fill:var(--ink);font-variant-numeric:tabular-nums}
-svg .tick{fill:var(--soft)}
-svg .exponent{font-size:8.5px}
-.grid{stroke:var(--rule)}
-.axis,.notch{stroke:var(--soft);fill:none}
-.line{fill:none;stroke-width:1.8;stroke-linejoin:round}
-.whisker{stroke:var(--ink);fill:none;stroke-width:1}
+svg text{font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto;position:relative;margin:0 0 12px}
 table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;min-width:100%}
-caption{text-align:left;color:var(--soft);font-size:.8rem;padding-bottom:6px}
 th,td{padding:6px 14px 6px 0;text-align:right;white-space:nowrap;
 border-bottom:1px solid var(--rule)}
 th{font-weight:600}
 thead th{color:var(--soft);font-size:.78rem;font-weight:500;vertical-align:bottom}
-th:first-child,td.text,th.text{text-align:left}
+th:first-child,.text{text-align:left}
 th.name{white-space:normal;overflow-wrap:anywhere;min-width:9em;max-width:20em}
-.best{font-weight:700}
 details{border-top:1px solid var(--rule)}
 details:last-of-type{border-bottom:1px solid var(--rule)}
 summary{cursor:pointer;padding:11px 0;display:flex;flex-wrap:wrap;gap:2px 16px;
@@ -104,8 +79,8 @@ summary:focus-visible{outline:2px solid var(--kfoc);outline-offset:2px}
 summary .title{font-weight:600;overflow-wrap:anywhere;min-width:0}
 summary .soft{font-size:.85rem;font-variant-numeric:tabular-nums}
 details>.grid-of{padding:8px 0 26px}
-.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:18px 22px}
-.wide{grid-column:1/-1}
+.maps{grid-column:1/-1;display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));
+gap:18px 22px}
 .map{width:100%;max-width:190px}
 .map img{display:block;width:100%;aspect-ratio:1;image-rendering:pixelated;
 border:1px solid var(--rule);background:var(--card)}

@@ -1,7 +1,8 @@
-"""The comparison in the terminal."""
+"""The comparison in the terminal; and of each estimator over all layers, as the report has it."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 from rich import box
@@ -22,9 +23,39 @@ def show(study: Study, console: Console) -> None:
         console.print(_by_layer(study, title, _fisher_error))
     time = "Time by layer, for its block alone"
     console.print(_by_layer(study, time, lambda entry: duration(entry.seconds)))
-    console.print(_costs(study))
+    costs = _table("Each estimator, over all layers", "estimator")
+    narrow = [k for k, head in enumerate(OVERVIEW) if head != "range over layers"]
+    for k in narrow:
+        costs.add_column(OVERVIEW[k], justify="right")
+    for name, cells in overview(study).items():
+        costs.add_row(escape(study.labels[name]), *(cells[k] for k in narrow))
+    console.print(costs)
     for name, reason in study.skipped.items():
         console.print(f"[dim]Without a comparison:[/dim] {escape(f'{name}: {reason}')}")
+
+
+OVERVIEW = (
+    *("median error", "range over layers", "closest at layers"),
+    *("time of the fit", "÷ K-FAC", "numbers kept"),
+)
+
+
+def overview(study: Study) -> dict[str, tuple[str, ...]]:
+    """Of each estimator, what `OVERVIEW` names."""
+    base = study.seconds.get("kfac")
+    found: dict[str, tuple[str, ...]] = {}
+    for name in study.labels:
+        errors = [layer.entries[name].error for layer in study.layers]
+        closest = sum(study.closest(layer) == name for layer in study.layers)
+        found[name] = (
+            f"{statistics.median(errors):.3f}" if errors else "–",
+            f"{min(errors):.3f} – {max(errors):.3f}" if errors else "–",
+            f"{closest} of {len(errors)}",
+            duration(study.seconds[name]),
+            f"{study.seconds[name] / base:.2f}" if base else "–",
+            quantity(study.numbers(name)).strip(),
+        )
+    return found
 
 
 def _error(entry: Entry) -> str:
@@ -38,9 +69,7 @@ def _fisher_error(entry: Entry) -> str:
 def _by_layer(
     study: Study, title: str, cell: Callable[[Entry], str], mark_closest: bool = False
 ) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    # Four estimators and a short name fit 80 columns; longer names are folded.
-    table.add_column("layer", overflow="fold", min_width=10)
+    table = _table(title, "layer")
     for label in study.labels.values():
         table.add_column(escape(label), justify="right")
     for layer in study.layers:
@@ -52,21 +81,8 @@ def _by_layer(
     return table
 
 
-def _costs(study: Study) -> Table:
-    table = Table(
-        title="Cost of a fit, all layers and the model", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("estimator")
-    for head in ("time", "/ K-FAC", "numbers kept", "closest at layers"):
-        table.add_column(head, justify="right")
-    base = study.seconds.get("kfac")
-    for name, label in study.labels.items():
-        closest = sum(study.closest(layer) == name for layer in study.layers)
-        table.add_row(
-            escape(label),
-            duration(study.seconds[name]),
-            f"{study.seconds[name] / base:.2f}" if base else "-",
-            quantity(study.numbers(name)).strip(),
-            f"{closest} of {len(study.layers)}",
-        )
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    # Four estimators and a short name fit 80 columns; longer names are folded.
+    table.add_column(first, overflow="fold", min_width=10)
     return table

@@ -2,78 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from kfoc import Block, Estimator
+from kfoc import Estimator
 
 
-class State(NamedTuple):
-    """An estimator's state of one layer, and whose it is."""
+def timed(estimator: Estimator, seconds: dict[str, float], cuda: bool = False) -> Estimator:
+    """A copy of the estimator that adds to `seconds` what it spends on each layer, in all passes.
 
-    layer: str
-    own: Any
+    Four methods of the copy are others. All else that a fit may ask of an estimator, a budget of
+    memory for one, is as it was. The forward and backward pass are not in the seconds.
 
-
-@dataclass(frozen=True)
-class Timed(Estimator):
-    """An estimator that also adds up its seconds by layer, of all passes.
-
-    The forward and backward pass, which layers share, is not in them.
-
-    Attributes:
-        base: the estimator.
-        synchronise: wait for the GPU before the clock is read.
-        seconds: layer -> what was spent so far.
+    Args:
+        cuda: wait for the GPU before the clock is read.
     """
+    clocked = copy.copy(estimator)
+    # Whose a state is; the state is kept here as well, so that its id stays its own.
+    owners: dict[int, tuple[str, Any]] = {}
 
-    base: Estimator
-    synchronise: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    def clock(name: str) -> Any:
+        method = getattr(estimator, name)  # which calls itself untimed
 
-    def check(self) -> None:
-        self.base.check()
+        def call(first: Any, *arguments: Any, **options: Any) -> Any:
+            layer = first if name == "init" else owners.pop(id(first))[0]
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = method(first, *arguments, **options)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[layer] = seconds.get(layer, 0.0) + time.perf_counter() - start
+            if name != "finish":
+                state = result[0] if name == "next_pass" else result
+                owners[id(state)] = layer, state
+            return result
 
-    @property
-    def pass_limit(self) -> int:
-        return self.base.pass_limit
+        return call
 
-    @property
-    def largest_factor(self) -> int | None:
-        return self.base.largest_factor
-
-    @contextmanager
-    def _on(self, layer: str) -> Iterator[None]:
-        if self.synchronise:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        if self.synchronise:
-            torch.cuda.synchronize()
-        self.seconds[layer] += time.perf_counter() - start
-
-    def init(self, layer: str, samples: Any) -> State:
-        with self._on(layer):
-            return State(layer, self.base.init(layer, samples))
-
-    def update(self, state: State, samples: Any, *, alone: bool) -> State:
-        with self._on(state.layer):
-            return state._replace(own=self.base.update(state.own, samples, alone=alone))
-
-    def next_pass(self, state: State) -> tuple[State, bool]:
-        with self._on(state.layer):
-            own, done = self.base.next_pass(state.own)
-        return state._replace(own=own), done
-
-    def change(self, state: State) -> float | None:
-        return self.base.change(state.own)
-
-    def finish(self, state: State, num_samples: float) -> Block:
-        with self._on(state.layer):
-            return self.base.finish(state.own, num_samples)
+    for name in ("init", "update", "next_pass", "finish"):
+        object.__setattr__(clocked, name, clock(name))  # of a frozen dataclass too
+    return clocked

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kfoc.blocks import Block, placed
 from kfoc.common.ambient import Plain
+from kfoc.curvature.arithmetic import Comparison, compared, merged
 from kfoc.curvature.damped import DampedCurvature, Dampings, dampings
 from kfoc.curvature.file import Stored, read, write
 from kfoc.errors import naming
-from kfoc.merge import Comparison, compared, merged
 from kfoc.parameters.coverage import Coverage, ParameterCount, coverage
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
@@ -98,7 +98,8 @@ class Curvature(Plain, Mapping[str, Block]):
             scale: `num_samples` gives the sum over the data in place of the mean.
 
         Raises:
-            ValueError: bad arguments, or a block that is not finite or positive semi-definite.
+            ValueError: bad arguments, or a block that is not finite or positive semi-definite, or
+                is a large sum of Kronecker products; the message names the layer.
         """
         chosen = dampings(self.layers, damping, scale, method)
         blocks = {}

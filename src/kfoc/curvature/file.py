@@ -39,6 +39,7 @@ REPORT: dict[str, tuple[type, ...]] = {
     "converged": (bool,),
     "plan": (str,),
     "unchecked": (str,),
+    "head": (int, type(None)),
 }
 
 

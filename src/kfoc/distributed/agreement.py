@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from kfoc.distributed import Ranks, RanksError
 from kfoc.estimators import Estimator
 from kfoc.estimators.certificate import Probes
-from kfoc.estimators.pooling import Pooling
 from kfoc.model.batches import mapped, moved
 from kfoc.running.checkpointed import Run as Saved
 from kfoc.running.checkpointed import fingerprint
@@ -84,22 +83,13 @@ def check_same(ranks: Ranks, run: Run, more: Mapping[str, str]) -> None:
 
 def pool(ranks: Ranks, run: Run) -> None:
     """Make the states of this rank's data those of all ranks', see `Estimator.pooled`."""
-    _together(ranks, run, run.estimator.pooled)
-    if not run.passes:
-        ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
-
-
-def synchronise(ranks: Ranks, run: Run) -> None:
-    """Let all ranks' states take in what they keep, see `Estimator.synchronised`."""
-    _together(ranks, run, run.estimator.synchronised)
-
-
-def _together(ranks: Ranks, run: Run, pooling: Callable[[Any], Pooling[Any]]) -> None:
     _agree(ranks, run)
     names = sorted(run.states.keys() - run.settled)
-    poolings = [pooling(run.states[name]) for name in names]
+    poolings = [run.estimator.pooled(run.states[name]) for name in names]
     for name, state in zip(names, ranks.pooled(poolings), strict=True):
         run.states[name] = state
+    if not run.passes:
+        ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
 
 
 def _agree(ranks: Ranks, run: Run) -> None:

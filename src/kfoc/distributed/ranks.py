@@ -67,7 +67,6 @@ class Ranks:
         rank: this process's number in the group.
         world: how many there are.
         traffic: what was sent so far, over all fits with this object.
-        due: whether a rank said before the last batch that states should be synchronised.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -101,18 +100,17 @@ class Ranks:
     def start(self) -> None:
         """Begin a pass."""
         self.samples = self.steps = 0
-        self.due = False
 
-    def first_index(self, count: int, due: bool) -> int:
+    def first_index(self, count: int) -> int:
         """The number in the whole data set of the first of this rank's next `count` samples."""
-        return self._step(_BATCH, count, due)[0]
+        return self._step(_BATCH, count)[0]
 
-    def others_go_on(self, due: bool) -> bool:
+    def others_go_on(self) -> bool:
         """Take part, without data, in a step that others may have left; whether any had."""
-        return self._step(_ENDED, 0, due)[1]
+        return self._step(_ENDED, 0)[1]
 
-    def _step(self, kind: int, count: int, due: bool) -> tuple[int, bool]:
-        told = self._tell(kind, count, due)
+    def _step(self, kind: int, count: int) -> tuple[int, bool]:
+        told = self._tell(kind, count)
         if {row[0] for row in told} - {_BATCH, _ENDED}:
             raise RanksError(f"the ranks are at different places: {told}")
         counts = [row[1] for row in told]
@@ -120,7 +118,6 @@ class Ranks:
         going = any(row[0] == _BATCH for row in told)
         self.samples += sum(counts)
         self.steps += going
-        self.due = going and any(row[3] for row in told)
         return first, going
 
     def section(self, mark: int = 0) -> bool:
@@ -202,9 +199,9 @@ class Ranks:
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor.cuda() if self._on_gpu else tensor
 
-    def _tell(self, kind: int, number: int, due: bool = False) -> list[list[int]]:
+    def _tell(self, kind: int, number: int) -> list[list[int]]:
         """Every rank's message; raises where one says that it failed."""
-        own = self._sendable(torch.tensor([kind, number, self.steps, due]))
+        own = self._sendable(torch.tensor([kind, number, self.steps]))
         found = [torch.empty_like(own) for _ in range(self.world)]
         self._called(lambda: distributed.all_gather(found, own, self.group))
         self.traffic.statuses += 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from kfoc.blocks import Block
 from kfoc.errors import Footprint
-from kfoc.estimators.pooling import Pooling, unpooled
+from kfoc.estimators.pooling import Pooling
+from kfoc.parameters.layout import Layout
 from kfoc.samples.base import LayerSamples
 
 
@@ -20,6 +22,10 @@ class Estimator(ABC):
 
     def check(self) -> None:  # noqa: B027  (most have no options)
         """Raise ValueError for options that make no sense; called before any data is read."""
+
+    def sized(self, layouts: Mapping[str, Layout]) -> Estimator:
+        """The estimator for layers of these sizes, by name: how much it keeps may depend on all."""
+        return self
 
     @abstractmethod
     def init(self, layer: str, samples: LayerSamples) -> Any:
@@ -78,21 +84,6 @@ class Estimator(ABC):
             ValueError: an estimator whose states cannot be pooled.
         """
         raise ValueError(f"{self} cannot be fitted over several ranks: leave out group=...")
-
-    def shared(self, state: Any) -> Any:
-        """A new state, of a fit over ranks: it may keep samples until `synchronised` is called."""
-        return state
-
-    def due(self, state: Any) -> bool:
-        """Whether a state holds as much as it should before `synchronised` is called."""
-        return False
-
-    def synchronised(self, state: Any) -> Pooling[Any]:
-        """The state after all ranks have taken in what they keep.
-
-        Called on all ranks at once between two batches, where one rank's state is due.
-        """
-        return unpooled(state)
 
     @property
     def pass_limit(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kfoc.estimators.kfoc import KFOC
 from kfoc.estimators.pooling import Pooling, Sum, summed
 from kfoc.linalg.eigen import eigh
 from kfoc.linalg.scaling import beyond, check_representable, magnitude
+from kfoc.parameters.layout import Layout
 from kfoc.plans.base import CHUNK
 from kfoc.samples.base import gradient_chunks
 from kfoc.samples.linear import Samples
@@ -70,6 +72,10 @@ class EigenCorrected(FactoredEstimator):
     def pass_limit(self) -> int:
         return self.base.pass_limit + 1
 
+    def sized(self, layouts: Mapping[str, Layout]) -> EigenCorrected:
+        base = self.base.sized(layouts)
+        return replace(self, base=base) if isinstance(base, FactoredEstimator) else self
+
     def init_one(self, layer: str, samples: Samples) -> _State:
         return _State(self.base.init_one(layer, samples))
 
@@ -89,16 +95,6 @@ class EigenCorrected(FactoredEstimator):
         (count,) = yield from summed(state.samples)
         state.samples = round(count)
         return state
-
-    def shared_one(self, state: _State) -> None:
-        self.base.shared_one(state.base)
-
-    def due_one(self, state: _State) -> bool:
-        return state.base is not None and self.base.due_one(state.base)
-
-    def synchronised_one(self, state: _State) -> Pooling[None]:
-        if state.base is not None:
-            yield from self.base.synchronised_one(state.base)
 
     def next_pass_one(self, state: _State) -> tuple[_State, bool]:
         if state.basis is not None or state.uncorrected is not None:

@@ -82,15 +82,6 @@ class FactoredEstimator(Estimator):
     @abstractmethod
     def pooled_one(self, state: Any) -> Pooling[Any]: ...
 
-    def shared_one(self, state: Any) -> None:
-        """As `shared`, in place; and so the two below."""
-
-    def due_one(self, state: Any) -> bool:
-        return False
-
-    def synchronised_one(self, state: Any) -> Pooling[None]:
-        return unpooled(None)
-
     def decayed_one(self, state: Any, factor: float) -> Any:
         return super().decayed(state, factor)
 
@@ -199,18 +190,6 @@ class FactoredEstimator(Estimator):
             for one, settled in zip(*state, strict=True)
         ]
         return _Groups((yield from together(poolings)), state.settled)
-
-    def shared(self, state: Any) -> Any:
-        for one in _single(state):
-            self.shared_one(one)
-        return state
-
-    def due(self, state: Any) -> bool:
-        return any(self.due_one(one) for one in _single(state))
-
-    def synchronised(self, state: Any) -> Pooling[Any]:
-        yield from together([self.synchronised_one(one) for one in _single(state)])
-        return state
 
     def change(self, state: Any) -> float | None:
         changes = [self.change_one(one) for one in _single(state)]

@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from torch import Tensor
 
-from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock
+from kfoc.blocks import Block
 from kfoc.common.ambient import plainly
 from kfoc.common.arguments import whole
-from kfoc.errors import Footprint, out_of_memory
-from kfoc.estimators import single_output
-from kfoc.estimators.aggregation import Aggregation, Approx, Running, Term
+from kfoc.errors import Footprint
+from kfoc.estimators.aggregation import Aggregation, Approx
+from kfoc.estimators.exact import Exact
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
-from kfoc.estimators.low_rank import LowRank, numbers_held
-from kfoc.estimators.online import Exact, Online
-from kfoc.estimators.over_ranks import synchronised
+from kfoc.estimators.online import Online
+from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling
-from kfoc.linalg.scaling import balance, check_representable
-from kfoc.nearest.accelerated import fit_contraction, leading_pair
-from kfoc.nearest.contraction import Contraction, Side
+from kfoc.estimators.running import Running
+from kfoc.estimators.sums import ExactSums, Sums
+from kfoc.linalg.scaling import check_representable
 from kfoc.nearest.power import KroneckerFit
-from kfoc.plans.choose import PLANS, SINGLE_POSITION, contract, sketch_rank
-from kfoc.plans.cost import Size
-from kfoc.plans.sketch import Sketchable, fit_from_sketch
+from kfoc.parameters.layout import Layout
+from kfoc.plans.choose import PLANS, SINGLE_POSITION
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
+from kfoc.samples.one_hot import FULL_VOCABULARY
 from kfoc.samples.tied import Tied
-
-T = TypeVar("T")
 
 AGGREGATIONS = ("online", "running", "approx", "exact")
 
 
 @dataclass(frozen=True)
-class KFOC(FactoredEstimator):
+class KFOC(Options, FactoredEstimator):
     """K-FOC (Schnaus, Lee & Triebel 2021), over any number of batches.
 
     A single batch gets its optimum under every aggregation. Several are combined by:
 
-    - `"online"` (default): stochastic power iteration, one pass. Every batch adds one half step
-      of both factors to two running sums, taken at the sums themselves with this batch's own
-      first half step mixed in; memory for two factors (and `buffer`), no inner iteration.
+    - `"online"` (default): one pass. The leading singular triples of all batches so far are kept
+      (the head), each buffer's are merged with them in closed form, and of what that leaves out
+      the half steps are summed at the best pair (the tail); see `kfoc.estimators.head`. Within
+      some thousandths of the optimum, for any size and order of batches and number of ranks
+      (docs/choosing.md); memory for `head + 1` pairs of factors, and `buffer`.
     - `"running"` (paper): each batch is solved, and merged with the estimate so far by
       Algorithm 1 on the two terms, weighted by their sample counts. One pass.
     - `"approx"` (paper): each batch is solved, and the factors are averaged separately, `right`
@@ -60,6 +58,11 @@ class KFOC(FactoredEstimator):
         passes: at most so many passes over the data (`"exact"` alone).
         decay: `"online"` alone: each batch scales the sums before it by this number in (0, 1],
             an exponential moving average over batches; None keeps them all.
+        head: `"online"` and `"exact"`: how many singular triples are kept between buffers, a pair
+            of factors each. None: 4 (`2 * rank + 4` of a sum), or for models of large layers as
+            many as `head_memory` allows: 3, 2, 1 or none, the tail alone, the farther from the
+            optimum the fewer they are (a block's report says how many). At least `rank`, of a sum.
+        head_memory: bytes that all layers' heads may take together, where `head` is None.
         buffer: `"online"` and `"exact"`: a layer's samples are collected until they hold so many
             numbers, and taken in as one batch. A data set that fits gets its optimum in one pass,
             and beyond it small batches cost no more than large ones (not with `decay`). A layer of
@@ -68,19 +71,9 @@ class KFOC(FactoredEstimator):
         memory_limit: bytes that a contraction may take for what it keeps between half steps.
         plan: the contraction to use (see `kfoc.plans.choose`); None chooses the cheapest.
         rank: how many Kronecker products to add up. With more than one the blocks are
-            `LowRankBlock`s, closer to F and possibly indefinite; see `kfoc.estimators.low_rank`.
-            For `"online"` and `"exact"`, without `decay` and `plan`.
+            `LowRankBlock`s, closer to F and possibly indefinite; see `kfoc.estimators.sums`.
+            For `"online"` and `"exact"`, without `plan`.
     """
-
-    aggregation: str = "online"
-    rtol: float = 1e-6
-    max_steps: int = 1000
-    passes: int = 20
-    decay: float | None = None
-    buffer: int = 2**19
-    memory_limit: int = 2**30
-    plan: str | None = None
-    rank: int = 1
 
     def check(self) -> None:
         if self.aggregation not in AGGREGATIONS:
@@ -93,18 +86,20 @@ class KFOC(FactoredEstimator):
             raise ValueError(f"rtol must not be negative, found {self.rtol}")
         for name in ("max_steps", "passes", "rank"):
             whole(name, getattr(self, name), 1)
-        for name in ("buffer", "memory_limit"):
+        for name in ("buffer", "memory_limit", "head_memory"):
             whole(name, getattr(self, name), 0)
+        if self.head is not None:
+            whole("head", self.head, self.rank if self.rank > 1 else 0)
         if self.decay is not None and (self.aggregation != "online" or not 0 < self.decay <= 1):
             raise ValueError(
                 f'decay must lie in (0, 1] and goes with aggregation="online", found {self.decay} '
                 f"with {self.aggregation!r}"
             )
         many = self.rank > 1
-        if many and (self.aggregation in ("running", "approx") or self.decay or self.plan):
+        if many and (self.aggregation in ("running", "approx") or self.plan):
             raise ValueError(
-                f'rank={self.rank} goes with aggregation="online" or "exact", and without decay '
-                f"and plan, found {self}"
+                f'rank={self.rank} goes with aggregation="online" or "exact", and without plan, '
+                f"found {self}"
             )
 
     @property
@@ -115,44 +110,51 @@ class KFOC(FactoredEstimator):
     def sums_rows(self) -> bool:
         return self.aggregation in ("online", "exact") and self.decay is None
 
-    def init_one(self, layer: str, samples: Samples) -> Aggregation | LowRank:
-        if self.rank > 1 and not samples.diagonal:
-            return LowRank(self, samples)
-        return _STRATEGIES[self.aggregation](self, samples)
+    def sized(self, layouts: Mapping[str, Layout]) -> KFOC:
+        if self.head is not None or self.aggregation not in ("online", "exact"):
+            return self
+        pairs = sum(map(_pair_numbers, layouts.values())) * 4
+        least = self.rank if self.rank > 1 else 0
+        fitting = self.head_memory // max(1, pairs)
+        return replace(self, head=max(least, min(self.head_size, fitting)))
+
+    def init_one(self, layer: str, samples: Samples) -> Aggregation:
+        several = self.rank > 1 and not samples.diagonal
+        return (_OF_SUMS if several else _STRATEGIES)[self.aggregation](self, samples)
 
     def footprint_one(self, samples: Samples) -> Footprint:
         factors = factors_bytes(samples)
-        if self.rank > 1 and not samples.diagonal:
-            held = numbers_held(self, samples) * samples.grads.element_size()
-            return Footprint(held, self.rank * factors)
+        several = self.rank > 1 and not samples.diagonal
+        block = factors * (self.rank if several else 1)
         if self.aggregation not in ("online", "exact"):
             return Footprint(factors, factors)
+        pairs = self.head_size + 1
+        if (Sums if several else Online).sums_fisher(self, samples):
+            pairs = 0
+        # Between the passes of "exact", what is held fixed and its images.
+        if self.aggregation == "exact":
+            pairs = max(pairs, 2 * (2 * self.rank + 4) if several else 1)
         # What is pending, or F in its place, beside the sums; tokens may be the wider numbers.
         inputs = samples.embedding.inputs if isinstance(samples, Tied) else samples.inputs
         each = max(samples.grads.element_size(), inputs.tensor.element_size())
-        return Footprint(factors + self.buffer * each, factors)
+        return Footprint(pairs * factors + self.buffer * each, block)
 
-    def update_one(
-        self, state: Aggregation | LowRank, samples: Samples, *, alone: bool
-    ) -> Aggregation | LowRank:
+    def update_one(self, state: Aggregation, samples: Samples, *, alone: bool) -> Aggregation:
         state.add(samples, alone)
         return state
 
-    def next_pass_one(self, state: Aggregation | LowRank) -> tuple[Aggregation | LowRank, bool]:
+    def next_pass_one(self, state: Aggregation) -> tuple[Aggregation, bool]:
         return state, state.next_pass()
 
     def streaming(self) -> KFOC:
         # Without the buffer, whose samples would have to be taken in at once at every decay.
-        online = self.aggregation == "online" and self.rank == 1
-        return replace(self, decay=1.0) if online else self
+        return replace(self, decay=1.0) if self.aggregation == "online" else self
 
-    def decayed_one(self, state: Aggregation | LowRank, factor: float) -> Aggregation | LowRank:
-        if isinstance(state, LowRank):
-            return super().decayed_one(state, factor)
+    def decayed_one(self, state: Aggregation, factor: float) -> Aggregation:
         state.decay(factor)
         return state
 
-    def pooled_one(self, state: Aggregation | LowRank) -> Pooling[Aggregation | LowRank]:
+    def pooled_one(self, state: Aggregation) -> Pooling[Aggregation]:
         if self.decay is not None:
             raise ValueError(
                 f"decay={self.decay} counts batches one after the other, and ranks have theirs at "
@@ -161,108 +163,20 @@ class KFOC(FactoredEstimator):
         yield from state.pooled()
         return state
 
-    def shared_one(self, state: Aggregation | LowRank) -> None:
-        if isinstance(state, Online):
-            state.waits = True
+    def change_one(self, state: Aggregation) -> float | None:
+        return state.change()
 
-    def due_one(self, state: Aggregation | LowRank) -> bool:
-        return isinstance(state, Online) and state.due
+    def finish_one(self, state: Aggregation, num_samples: float) -> Block:
+        return state.block(num_samples)
 
-    def synchronised_one(self, state: Aggregation | LowRank) -> Pooling[None]:
-        if isinstance(state, Online):
-            yield from synchronised(state)
 
-    def change_one(self, state: Aggregation | LowRank) -> float | None:
-        if isinstance(state, LowRank):
-            sigmas = state.norms
-        else:
-            sigmas = state.sigmas if isinstance(state, Exact) else []
-        if len(sigmas) < 2:
-            return None
-        return abs(sigmas[-1] - sigmas[-2]) / (sigmas[-1] or 1.0)
-
-    def finish_one(self, state: Aggregation | LowRank, num_samples: float) -> Block:
-        if isinstance(state, LowRank):
-            return state.block(num_samples)
-        left, right = state.result(num_samples)
-        kind = KroneckerDiagonalBlock if right.ndim == 1 else KroneckerBlock
-        return kind(left, right, report=state.report)
-
-    def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
-        """The optimum of one batch, of the mean over its samples.
-
-        Where memory does not suffice for the planned contraction, by one that keeps nothing.
-        """
-        return self._within_memory(lambda config: config._solved(samples, certify))
-
-    def _within_memory(self, solve: Callable[[KFOC], T]) -> T:
-        try:
-            return solve(self)
-        except (RuntimeError, MemoryError) as error:
-            if self.plan or not self.memory_limit or not out_of_memory(error):
-                raise
-        return solve(replace(self, memory_limit=0))
-
-    def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
-        if samples.shape[0] == 1 and not samples.diagonal and self.plan is None:
-            return single_output.solved(samples)
-        contraction, scale = self.contraction(samples)
-        return self._contracted(samples, contraction, scale / samples.num_samples, certify)
-
-    def _contracted(
-        self, samples: Samples, contraction: Contraction, scale: float, certify: bool
-    ) -> KroneckerFit:
-        rank = self._sketch_rank(samples, contraction)
-        if rank and isinstance(contraction, Sketchable):
-            return fit_from_sketch(
-                contraction,
-                samples.shape,
-                rank,
-                rtol=self.rtol,
-                max_steps=self.max_steps,
-                certify=certify,
-                scale=scale,
-            )
-        return fit_contraction(
-            contraction,
-            rtol=self.rtol,
-            max_steps=self.max_steps,
-            certify=certify or contraction.certifies,
-            scale=scale,
-        )
-
-    def _sketch_rank(self, samples: Samples, contraction: Contraction) -> int:
-        """See `planner.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
-        is only nearly the optimum."""
-        if isinstance(samples, Tied) or samples.diagonal or self.rtol < 1e-8 or self.max_steps < 20:
-            return 0
-        element_size = samples.grads.element_size()
-        return sketch_rank(Size.of(samples), contraction.plan, self.memory_limit, element_size)
-
-    def term(self, samples: Samples) -> Term:
-        """As `solve`, without forming the factors where that can be had."""
-        return self._within_memory(lambda config: config._term(samples))
-
-    def _term(self, samples: Samples) -> Term:
-        contraction, scale = self.contraction(samples)
-        scale /= samples.num_samples
-        factors: dict[Side, Tensor]
-        if self._sketch_rank(samples, contraction):
-            fit = self._contracted(samples, contraction, scale, certify=False)
-            left, right = balance(fit.left, fit.right, 1.0)
-            factors = {"left": left, "right": right}
-            return Term(None, factors, fit.sigma, fit.steps, fit.converged, fit.plan)
-        found = leading_pair(contraction, self.rtol, self.max_steps)
-        # Both of unit norm, and zeros where F is.
-        scales = found.scales(1.0)
-        factors = {"left": found.left * scales[0], "right": found.right * scales[1]}
-        sigma = found.sigma * scale
-        return Term(contraction, factors, sigma, found.steps, found.converged, contraction.plan)
-
-    def contraction(self, samples: Samples) -> tuple[Contraction, float]:
-        """The planned contraction of the rescaled samples, and the factor that it then lacks."""
-        rescaled, scale = samples.rescaled()
-        return contract(rescaled, self.memory_limit, self.plan), scale
+def _pair_numbers(layout: Layout) -> int:
+    """Of a pair of factors of a layer, all its groups together; an upper bound."""
+    if layout.kind in ("stacked", "flat"):
+        return 0
+    groups, (o, i) = layout.groups, layout.shape
+    inputs = i if layout.kind == "columns" and i > FULL_VOCABULARY else i * i
+    return groups * ((o // groups) ** 2 + inputs)
 
 
 _STRATEGIES: dict[str, Callable[[KFOC, Samples], Aggregation]] = {
@@ -270,6 +184,10 @@ _STRATEGIES: dict[str, Callable[[KFOC, Samples], Aggregation]] = {
     "running": Running,
     "online": Online,
     "exact": Exact,
+}
+_OF_SUMS: dict[str, Callable[[KFOC, Samples], Aggregation]] = {
+    "online": Sums,
+    "exact": ExactSums,
 }
 
 

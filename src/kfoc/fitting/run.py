@@ -17,7 +17,7 @@ from kfoc.common.ambient import as_called, callers
 from kfoc.common.threads import seeded
 from kfoc.curvature.curvature import Curvature
 from kfoc.distributed import Ranks
-from kfoc.distributed.agreement import pool, sharded, synchronise
+from kfoc.distributed.agreement import pool, sharded
 from kfoc.errors import Footprint, advised, naming, within
 from kfoc.estimators import Estimator
 from kfoc.estimators.certificate import Probes
@@ -179,6 +179,13 @@ class Run:
         self.uncovered.by_graph = found
 
     @cached_property
+    def sized(self) -> Estimator:
+        """The estimator, for this model."""
+        return self.estimator.sized(
+            {name: self.selection.layout(name) for name in self.selection.modules}
+        )
+
+    @cached_property
     def is_sharded(self) -> bool:
         return sharded(self.model)
 
@@ -220,15 +227,12 @@ class Run:
                 index += self._batch(batch, record, index, number, alone)
             batch, number = following, number + 1
             self.read = index
-            if self.ranks and self.ranks.due:
-                synchronise(self.ranks, self)
             if meter:
                 meter.show(number, index, last=following is _END)
             if following is not _END:
                 keeper.after_batch(self, index, number)
-        while self.ranks and self.ranks.others_go_on(self._due()):
-            if self.ranks.due:
-                synchronise(self.ranks, self)
+        while self.ranks and self.ranks.others_go_on():
+            pass
         samples = self.ranks.samples if self.ranks else index
         if not samples:
             raise ValueError(f"data has no batches (pass {self.earlier + 1})")
@@ -242,10 +246,6 @@ class Run:
         self.num_samples, self.passes, self.read = samples, self.passes + 1, 0
         return number
 
-    def _due(self) -> bool:
-        waiting = (self.states[name] for name in self.states.keys() - self.settled)
-        return any(self.estimator.due(state) for state in waiting)
-
     def adopt(self, name: str, silent: LayerSamples) -> None:
         """Begin the state of a layer that other ranks' samples reached, and none of this one's."""
         self._begin(name, silent)
@@ -258,8 +258,7 @@ class Run:
         if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
             self.settled.add(name)
             return False
-        state = self.estimator.init(name, samples)
-        self.states[name] = self.estimator.shared(state) if self.ranks else state
+        self.states[name] = self.sized.init(name, samples)
         if self.num_probes:
             self.probes[name] = Probes(self.num_probes, self.seed, name, samples, self._drawn)
         return True
@@ -291,7 +290,7 @@ class Run:
             self._check_same(outputs, targets, number)
             self._look(outputs, record)
             with advised("the backward pass", "use smaller batches, or fewer layers by layers=..."):
-                first = self.ranks.first_index(count, self._due()) if self.ranks else index
+                first = self.ranks.first_index(count) if self.ranks else index
             work = _Work(inputs, targets, number, first, index, alone)
             late = self._derivatives(outputs, record, work)
             del outputs  # and with it the graph
@@ -584,7 +583,7 @@ class Run:
         o, i = samples.shape
         each = 4 if self._drawn else 2
         probes = each * self.num_probes * o * i * samples.grads.element_size()
-        return self.estimator.footprint(samples) + Footprint(probes, 0)
+        return self.sized.footprint(samples) + Footprint(probes, 0)
 
     def _silent(self, reached: set[str], count: int) -> None:
         """Layers that this batch did not reach have zero gradients for its samples."""
@@ -659,8 +658,7 @@ class Run:
             state = self.states.pop(name)
             change = self.estimator.change(state)
             block = self.estimator.finish(state, self.num_samples)
-        # Merges of sums of products end at few steps, by design.
-        if not block.report.converged and block.report.plan != "merged":
+        if not block.report.converged:
             self.unsettled[name] = change
         check_range(name, block, self.scales.get(name, (0.0, 0.0)))
         if self.num_probes:

@@ -163,7 +163,7 @@ class Dense(_Explicit):
     def _take(self, fisher: Tensor, shape: tuple[int, int]) -> None:
         self._shape = o, i = shape
         fisher = mirrored(fisher).view(o, i, o, i)
-        self._matrix = fisher.transpose(1, 2).reshape(o * o, i * i)
+        self.matrix = fisher.transpose(1, 2).reshape(o * o, i * i)
 
     @property
     def certifies(self) -> bool:
@@ -171,21 +171,21 @@ class Dense(_Explicit):
 
     def start(self) -> Tensor:
         o, i = self._shape
-        diagonal = self._matrix.view(o * o, i, i).diagonal(dim1=1, dim2=2)
+        diagonal = self.matrix.view(o * o, i, i).diagonal(dim1=1, dim2=2)
         return diagonal.sum(1).view(o, o) / math.sqrt(i)
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         o, i = self._shape
         flat = representation.reshape(-1)
         if side == "left":
-            image = (flat @ self._matrix).view(i, i)
+            image = (flat @ self.matrix).view(i, i)
         else:
-            image = (self._matrix @ flat).view(o, o)
+            image = (self.matrix @ flat).view(o, o)
         # The sums over the matrix round differently above and below the diagonal.
         return (image + image.mT) / 2
 
     def squared_norm(self) -> float:
-        return self._matrix.square().sum(dtype=torch.float64).item()
+        return self.matrix.square().sum(dtype=torch.float64).item()
 
 
 def add_fisher(total: Tensor, samples: LayerSamples, scale: float = 1.0) -> None:

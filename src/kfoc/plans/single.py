@@ -127,20 +127,23 @@ class Primal(Coefficients):
     ) -> None:
         vectors, constant = self._vectors[side], self._constants[side]
         repeats = vectors.shape[0] // self._count
+        signed = not self.positive(representation, side)
         # The weights go on both sides as roots: the product is then a Gram matrix, and PSD.
-        # Rounding and extrapolation can bring a weight under zero, and no further.
-        weights = representation.clamp_min(0)
+        # Rounding and extrapolation can bring a weight under zero, and no further; of a factor
+        # that is not PSD they go on one side.
+        weights = representation if signed else representation.clamp_min(0)
         weights = weights.repeat(repeats) if repeats > 1 else weights
         inner = total if constant is None else total[:-1, :-1]
         if constant is not None:
             total[:-1, -1].addmv_(vectors.mT, weights, alpha=alpha * constant, beta=beta)
             corner = alpha * constant**2 * weights.sum()
             total[-1, -1] = corner + beta * total[-1, -1] if beta else corner
-        roots = weights.sqrt()
+        roots = weights if signed else weights.sqrt()
         for start, stop in self._parts(vectors):
             rows = vectors[start:stop]
             scaled = torch.mul(rows, roots[start:stop, None], out=self._scratch.like(rows))
-            add_symmetric(inner, scaled, scaled, alpha=alpha, beta=beta)
+            other = rows if signed else scaled
+            add_symmetric(inner, other, scaled, alpha=alpha, beta=beta)
             beta = 1.0
 
     @staticmethod

@@ -32,8 +32,9 @@ class _Explicit(Contraction):
         return self.apply(representation, side)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
-        # Half steps are linear; rounding must not leave the diagonal negative in the end.
-        return representation.clamp(min=0) if side == "right" else representation
+        # Rounding must not leave the diagonal negative, of a factor that is PSD.
+        diagonal = side == "right" and self.positive(representation, side)
+        return representation.clamp(min=0) if diagonal else representation
 
     def positive(self, representation: Tensor, side: Side) -> bool:
         """Whether the factor is positive semi-definite to rounding."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import enum
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 
@@ -15,14 +13,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ImportError as error:
     raise SystemExit(
         f"the command line needs {error.name}, which is not installed:"
@@ -32,7 +23,7 @@ except ImportError as error:
 from kfoc.compare.command import compare
 from kfoc.reproduce import data
 from kfoc.reproduce.experiment import Experiment, convolutional, fully_connected, run_seed
-from kfoc.reproduce.store import Store, StoreError
+from kfoc.reproduce.store import Store
 
 SEEDS = 10
 # What --quick does instead: the same networks, fewer seeds, the curvature of fewer digits.
@@ -92,47 +83,39 @@ def reproduce(
     """
     count = seeds or (QUICK_SEEDS if quick else SEEDS)
     try:
-        _require_packages()
+        if importlib.util.find_spec("matplotlib") is None:  # before the long run, not after it
+            raise data.DataError(f"the figures need matplotlib: {data.INSTALL}")
         experiments = _experiments(quick, csv, target, mnist, only)
-        store = Store.open(out, {e.name: e.settings() | {"threads": threads} for e in experiments})
-    except (data.DataError, StoreError) as error:
-        _fail(str(error))
+        store = Store(out, {e.name: e.settings() | {"threads": threads} for e in experiments})
+    except data.DataError as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    # One by default: batches of one sample gain nothing from more, and their times less noise.
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        # One by default: batches of one sample gain nothing from more, and their times less noise.
-        with _threads(threads):
-            for experiment in experiments:
-                _run(experiment, count, store)
+        for experiment in experiments:
+            _run(experiment, count, store)
         _finish(store)
     except KeyboardInterrupt:
-        _interrupted(experiments, count, store)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
+        units = {unit for experiment in experiments for unit in experiment.units(count)}
+        console.print(
+            f"Interrupted. {len(units & store.done())} of {len(units)} fits are finished and kept"
+            f" in {escape(str(store.path))}; the same command goes on from there.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         torch.set_num_threads(before)
-
-
-def _require_packages() -> None:
-    # Before the long run, not after it.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise data.DataError(f"the figures need matplotlib, which is not installed: {data.INSTALL}")
 
 
 def _experiments(
     quick: bool, csv: Path | None, target: str | None, mnist: Path | None, only: Name | None
 ) -> list[Experiment]:
-    if csv is not None and target is None:
-        raise data.DataError("--csv needs --target COLUMN, the column to predict")
-    if target is not None and csv is None:
-        raise data.DataError("--target names a column of --csv FILE, which is not given")
-    chosen = set(Name) if csv is None and mnist is None else set()
-    chosen |= {Name.fully_connected} if csv is not None else set()
-    chosen |= {Name.convolutional} if mnist is not None else set()
+    if (csv is None) != (target is None):
+        raise data.DataError("--csv FILE and --target COLUMN, the column to predict, go together")
+    given = {Name.fully_connected: csv, Name.convolutional: mnist}
+    chosen = {name for name, path in given.items() if path is not None} or set(Name)
     if only is not None and only not in chosen:
         raise data.DataError(
             f"--only {only.value} leaves nothing to do with the data that --csv or --mnist gives"
@@ -150,17 +133,10 @@ def _experiments(
 
 def _run(experiment: Experiment, seeds: int, store: Store) -> None:
     units, done = experiment.units(seeds), store.done()
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(
-            experiment.name, total=len(units), completed=len(done.intersection(units))
-        )
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        finished = len(done.intersection(units))
+        task = progress.add_task(experiment.name, total=len(units), completed=finished)
 
         def say(text: str) -> None:
             progress.update(task, description=f"{experiment.name}, {text}")
@@ -168,9 +144,7 @@ def _run(experiment: Experiment, seeds: int, store: Store) -> None:
         for seed in range(seeds):
             pending = [unit for unit in units if unit.seed == seed and unit not in done]
             # A finished seed's network need not be trained again.
-            if not pending:
-                continue
-            for _, records in run_seed(experiment, seed, pending, say):
+            for records in run_seed(experiment, seed, pending, say) if pending else ():
                 store.add(records)
                 progress.advance(task)
         progress.update(task, description=f"{experiment.name}, done")
@@ -186,19 +160,3 @@ def _finish(store: Store) -> None:
     for summary in summaries:
         written += draw(summary, store.folder)
     console.print("Written:", ", ".join(escape(str(path)) for path in written), soft_wrap=True)
-
-
-def _interrupted(experiments: list[Experiment], seeds: int, store: Store) -> NoReturn:
-    units = {unit for experiment in experiments for unit in experiment.units(seeds)}
-    finished = len(units & store.done())
-    console.print(
-        f"Interrupted. {finished} of {len(units)} fits are finished and kept in"
-        f" {escape(str(store.folder / 'results.json'))}; the same command goes on from there.",
-        soft_wrap=True,
-    )
-    raise typer.Exit(INTERRUPTED)
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(2)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import math
-import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,9 +52,6 @@ class Dataset:
         return Dataset(self.inputs[:size], self.targets[:size], f"{size:,} of {self.source}")
 
 
-# --- Shipped with mlxtend -----------------------------------------------------------------------
-
-
 def boston() -> Dataset:
     """Boston Housing: 506 houses, 13 columns, the price as the target."""
     loaders = _mlxtend_data()
@@ -88,26 +83,16 @@ def _mlxtend_data() -> Any:
     return mlxtend.data
 
 
-# --- The user's own table -----------------------------------------------------------------------
-
-
 def read_csv(path: Path, target: str) -> Dataset:
     """A table of numbers with a header, of which `target` is to be predicted from all others.
 
     Separated by commas, semicolons or tabs, whichever the header has most of.
     """
-    names, rows = _table(path)
+    names, table = _table(path)
     if target not in names:
         raise DataError(f"{path} has no column {target!r}; its columns are {', '.join(names)}")
     if len(names) < 2:
         raise DataError(f"{path} has only the target column {target!r}, and no inputs")
-    numbers = [
-        [_number(field, path, names[j], line) for j, field in enumerate(fields)]
-        for line, fields in rows
-    ]
-    if len(numbers) < 2:
-        raise DataError(f"{path} has {len(numbers)} row(s) of numbers; at least 2 are needed")
-    table = torch.tensor(numbers, dtype=torch.float64)
     column = names.index(target)
     targets = table[:, column]
     if bool((targets == targets[0]).all()):
@@ -117,48 +102,36 @@ def read_csv(path: Path, target: str) -> Dataset:
     return _regression(inputs, targets, source)
 
 
-def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Column names, and (line number, fields) of every row that is not blank."""
+def _table(path: Path) -> tuple[list[str], Tensor]:
+    """Column names, and a row of every line that is not blank."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
+        lines = path.read_text(encoding="utf-8-sig").replace('"', "").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path} is not a text file in UTF-8") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    lines = text.splitlines()
     if not lines or not lines[0].strip():
         raise DataError(f"{path} has no header: its first line must name the columns")
     delimiter = max(",;\t", key=lines[0].count)
-    reader = csv.reader(lines, delimiter=delimiter)
-    try:
-        (_, names), *rows = [(reader.line_num, [f.strip() for f in row]) for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    fields = [[field.strip() for field in line.split(delimiter)] for line in lines]
+    names, places = fields[0], [k for k, row in enumerate(fields) if k and any(row)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path} has more than one column named {', '.join(map(repr, twice))}")
-    rows = [(line, fields) for line, fields in rows if any(fields)]
-    for line, fields in rows:
-        if len(fields) != len(names):
-            raise DataError(
-                f"{path}, line {line}: {len(fields)} fields, but the header has {len(names)}"
-            )
-    return names, rows
-
-
-def _number(field: str, path: Path, column: str, line: int) -> float:
-    place = f"{path}, line {line}, column {column!r}"
-    if not field:
-        raise DataError(f"{place}: the field is empty; every field must be a number")
-    try:
-        number = float(field)
-    except ValueError:
-        raise DataError(f"{place}: {field!r} is not a number") from None
-    if not math.isfinite(number):
-        raise DataError(f"{place}: {field!r} is not finite")
-    return number
+    for k in places:
+        if len(fields[k]) != len(names):
+            found = f"{len(fields[k])} fields, but the header has {len(names)}"
+            raise DataError(f"{path}, line {k + 1}: {found}")
+    if len(places) < 2:
+        raise DataError(f"{path} has {len(places)} row(s) of numbers; at least 2 are needed")
+    rows = [lines[k] for k in places]
+    table = np.genfromtxt(rows, delimiter=delimiter, comments="\0").reshape(-1, len(names))
+    for row, column in np.argwhere(~np.isfinite(table))[:1]:  # NaN is what is no number, too
+        k = places[row]
+        raise DataError(
+            f"{path}, line {k + 1}, column {names[column]!r}: {fields[k][column]!r} is no finite"
+            " number; every field must be one"
+        )
+    return names, torch.from_numpy(table)
 
 
 def _regression(inputs: Tensor, targets: Tensor, source: str) -> Dataset:
@@ -176,9 +149,6 @@ def _standardised(columns: Tensor) -> Tensor:
     # A constant column carries nothing: zeros, rather than rounding noise blown up to unit size.
     constant = deviation <= 1e-12
     return torch.where(constant, torch.zeros_like(centred), centred / deviation)
-
-
-# --- The user's own MNIST -----------------------------------------------------------------------
 
 
 def read_idx_directory(directory: Path) -> Dataset:
@@ -216,28 +186,17 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     try:
         data = path.read_bytes()
         content = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    start = 4 * (1 + dimensions)
-    if len(content) < start:
-        raise DataError(f"{path} is cut off: {len(content)} bytes, not even the header")
-    magic, *sizes = struct.unpack(f">{1 + dimensions}I", content[:start])
-    # Two zero bytes, 0x08 for unsigned bytes, then the number of dimensions.
-    if magic != 0x0800 + dimensions:
+        magic, *sizes = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
+        # Two zero bytes, 0x08 for unsigned bytes, then the number of dimensions.
+        if magic != 0x0800 + dimensions:
+            raise ValueError(f"it begins with {magic}, not {0x0800 + dimensions}")
+        values = np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(sizes)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
-            f"{path} has the magic number {magic}, not {0x0800 + dimensions}"
-            f" (unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''})"
-        )
-    expected = math.prod(sizes)
-    if len(content) - start != expected:
-        raise DataError(
-            f"{path} should hold {'x'.join(map(str, sizes))} = {expected} bytes after its header,"
-            f" but holds {len(content) - start}"
-        )
-    if expected == 0:
-        raise DataError(f"{path} is empty: its sizes are {'x'.join(map(str, sizes))}")
-    body = bytearray(content[start:])
-    return torch.frombuffer(body, dtype=torch.uint8).reshape(sizes)
+            f"{path} is damaged, or no idx file of unsigned bytes in {dimensions} dimension(s)"
+            f" ({error}): get it again"
+        ) from None
+    return torch.from_numpy(values.copy())
 
 
 def _classification(images: Tensor, labels: Tensor, source: str) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -55,13 +55,6 @@ class Unit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Training:
-    epochs: int
-    batch_size: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class Experiment:
     """One network on one data set.
 
@@ -76,7 +69,7 @@ class Experiment:
     likelihood: str
     build: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
-    training: Training
+    training: dict[str, float]
     batch_sizes: tuple[BatchSize, ...]
     comparable: bool
 
@@ -89,7 +82,7 @@ class Experiment:
             "samples": len(self.samples),
             "batch sizes": list(self.batch_sizes),
             "comparable with the paper": self.comparable,
-            "training": asdict(self.training),
+            "training": self.training,
             "likelihood": self.likelihood,
             "fisher": "mc-plain, 1 sample, float64",
             "torch": torch.__version__,
@@ -125,7 +118,7 @@ def fully_connected(data: Dataset, comparable: bool) -> Experiment:
         build=lambda: Regression(columns),
         loss=half_mean_squared_error,
         # The paper does not say how long it trains. The longer, the further all errors rise.
-        training=Training(epochs=20, batch_size=32, learning_rate=1e-3),
+        training={"epochs": 20, "batch_size": 32, "learning_rate": 1e-3},
         batch_sizes=(*(size for size in (1, 10, 100) if size < len(data)), "all"),
         comparable=comparable,
     )
@@ -144,7 +137,7 @@ def convolutional(data: Dataset, digits: int | None = None) -> Experiment:
         likelihood="categorical",
         build=LeNet5,
         loss=nn.functional.cross_entropy,
-        training=Training(epochs=15, batch_size=64, learning_rate=1e-3),
+        training={"epochs": 15, "batch_size": 64, "learning_rate": 1e-3},
         batch_sizes=sizes,
         comparable=True,
     )
@@ -158,54 +151,40 @@ def run_seed(
     seed: int,
     pending: Iterable[Unit],
     say: Callable[[str], object] = lambda text: None,
-) -> Iterator[tuple[Unit, list[Record]]]:
+) -> Iterator[list[Record]]:
     """Train this seed's network, form its exact blocks, then yield the records of each unit."""
     say(f"seed {seed}: training the network")
-    network = train(
-        experiment.build, experiment.loss, experiment.data, seed, **asdict(experiment.training)
-    ).double()
-    say(f"seed {seed}: the exact blocks")
-    exact = {"mc-plain": _exact_blocks(experiment, network, seed, "mc-plain")}
+    training: dict[str, Any] = experiment.training
+    network = train(experiment.build, experiment.loss, experiment.data, seed, **training).double()
+    exact: dict[str, tuple[dict[str, ExactBlock], float]] = {}
+
+    def exact_blocks(fisher: str) -> None:
+        say(f"seed {seed}: the exact blocks")
+        estimator = kfoc.BlockDiagonal(max_size=LARGEST_BLOCK)
+        found, seconds = timed_fit(experiment, network, estimator, seed, 1000, fisher)
+        blocks = {
+            layer: ExactBlock.from_dense(found[module].to_dense(), *found[module].shape)
+            for module, layer in experiment.layers.items()
+        }
+        exact[fisher] = blocks, seconds
+
+    exact_blocks("mc-plain")
     for unit in pending:
-        say(f"seed {seed}: {unit.method}, batch size {unit.batch_size}")
         fisher = "exact" if unit.method in AGAINST_EXACT else "mc-plain"
         if fisher not in exact:
-            exact[fisher] = _exact_blocks(experiment, network, seed, fisher)
-        blocks, seconds_exact = exact[fisher]
+            exact_blocks(fisher)
+        say(f"seed {seed}: {unit.method}, batch size {unit.batch_size}")
+        blocks, seconds = exact[fisher]
         if unit.method in ("optimum", "expected"):
             start = time.perf_counter()
             errors = {layer: block.optimal_error() for layer, block in blocks.items()}
-            seconds = seconds_exact + time.perf_counter() - start
+            seconds += time.perf_counter() - start
         else:
             errors, seconds = _fit_and_measure(experiment, network, blocks, unit)
-        yield unit, _records(unit, errors, seconds)
-
-
-def _records(unit: Unit, errors: dict[str, float], seconds: float) -> list[Record]:
-    return [
-        Record(
-            dataset=unit.dataset,
-            layer=layer,
-            method=unit.method,
-            batch_size=unit.batch_size,
-            seed=unit.seed,
-            relative_error=error,
-            seconds=seconds,
-        )
-        for layer, error in errors.items()
-    ]
-
-
-def _exact_blocks(
-    experiment: Experiment, network: nn.Module, seed: int, fisher: str
-) -> tuple[dict[str, ExactBlock], float]:
-    estimator = kfoc.BlockDiagonal(max_size=LARGEST_BLOCK)
-    curvature, seconds = timed_fit(experiment, network, estimator, seed, 1000, fisher)
-    blocks = {}
-    for module, layer in experiment.layers.items():
-        rows, columns = curvature[module].shape
-        blocks[layer] = ExactBlock.from_dense(curvature[module].to_dense(), rows, columns)
-    return blocks, seconds
+        yield [
+            Record(layer=layer, relative_error=error, seconds=seconds, **unit._asdict())  # type: ignore[typeddict-item]
+            for layer, error in errors.items()
+        ]
 
 
 def _fit_and_measure(
@@ -213,16 +192,15 @@ def _fit_and_measure(
 ) -> tuple[dict[str, float], float]:
     estimator = ESTIMATORS.get(unit.method, kfoc.KFOC)()
     fisher = DRAWS.get(unit.method, "mc-plain")
-    curvature, seconds = timed_fit(
-        experiment, network, estimator, unit.seed, unit.batch_size, fisher
-    )
+    found, seconds = timed_fit(experiment, network, estimator, unit.seed, unit.batch_size, fisher)
     errors = {}
     for module, layer in experiment.layers.items():
-        block = curvature[module]
-        if unit.method == "diagonal":
-            errors[layer] = exact[layer].diagonal_error(block.diagonal)
-        else:
-            errors[layer] = exact[layer].kronecker_error(block.left, block.right)
+        block = found[module]
+        errors[layer] = (
+            exact[layer].diagonal_error(block.diagonal)
+            if unit.method == "diagonal"
+            else exact[layer].kronecker_error(block.left, block.right)
+        )
     return errors, seconds
 
 
@@ -232,7 +210,7 @@ def timed_fit(
     estimator: Any,
     seed: int,
     batch_size: BatchSize,
-    fisher: str = "mc-plain",
+    fisher: str,
 ) -> tuple[Any, float]:
     """The curvature of the samples, and the seconds of this one fit, no other method's hooks live.
 
@@ -240,21 +218,10 @@ def timed_fit(
     """
     samples = experiment.samples
     size = len(samples) if batch_size == "all" else batch_size
-    inputs, targets = samples.inputs.double().split(size), _targets(samples).split(size)
-    batches = list(zip(inputs, targets, strict=True))
+    targets = samples.targets.double() if samples.targets.is_floating_point() else samples.targets
+    batches = list(zip(samples.inputs.double().split(size), targets.split(size), strict=True))
+    options: dict[str, Any] = {"likelihood": experiment.likelihood, "fisher": fisher, "seed": seed}
+    layers = tuple(experiment.layers)
     start = time.perf_counter()
-    curvature = kfoc.fit(
-        network,
-        batches,
-        likelihood=experiment.likelihood,
-        estimator=estimator,
-        fisher=fisher,
-        mc_samples=1,
-        layers=tuple(experiment.layers),
-        seed=seed,
-    )
+    curvature = kfoc.fit(network, batches, estimator=estimator, layers=layers, **options)
     return curvature, time.perf_counter() - start
-
-
-def _targets(samples: Dataset) -> Tensor:
-    return samples.targets.double() if samples.targets.is_floating_point() else samples.targets

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from kfoc.reproduce.experiment import ESTIMATORS, BatchSize
-from kfoc.reproduce.report import title
+from kfoc.files.writing import replacing
+from kfoc.reproduce.experiment import ESTIMATORS
+from kfoc.reproduce.results import look
 from kfoc.reproduce.summary import NAMES, Key, Summary
 
-# Okabe and Ito's colours, told apart with any colour vision. The aggregations often lie on one
-# another: those drawn first are wider, so that each still shows.
+# The aggregations often lie on one another: those drawn first are wider, so that each still shows.
 STYLES: dict[str, dict[str, Any]] = {
-    "diagonal": {"color": "#777777", "marker": "s", "ms": 6, "lw": 1.8},
-    "kfac": {"color": "#D55E00", "marker": "o", "ms": 6, "lw": 1.8},
-    "kfoc_exact": {"color": "#CC79A7", "marker": "o", "ms": 11, "lw": 5},
-    "kfoc_online": {"color": "#009E73", "marker": "D", "ms": 7.5, "lw": 3},
-    "kfoc_running": {"color": "#0072B2", "marker": "v", "ms": 6, "lw": 1.8},
-    "kfoc_approx": {"color": "#E69F00", "marker": "^", "ms": 6, "lw": 1.8},
+    "diagonal": look("diagonal") | {"marker": "s", "ms": 6, "lw": 1.8},
+    "kfac": look("K-FAC") | {"marker": "o", "ms": 6, "lw": 1.8},
+    "kfoc_exact": look("EKFAC") | {"marker": "o", "ms": 11, "lw": 5},
+    "kfoc_online": look("EK-FOC") | {"marker": "D", "ms": 7.5, "lw": 3},
+    "kfoc_running": look("K-FOC") | {"marker": "v", "ms": 6, "lw": 1.8},
+    "kfoc_approx": look("no curvature") | {"marker": "^", "ms": 6, "lw": 1.8},
 }
 # The paper's values stand a little to the right, so that they do not hide ours.
 ASIDE = 1.13
@@ -33,84 +31,48 @@ ASIDE = 1.13
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
     """One panel a layer, written to `folder`."""
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "kfoc",
-    }
+    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "kfoc"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
     paths = []
     with rc_context(style):
         figure = Figure(figsize=(5.0 * len(summary.layers), 5.2), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(summary.layers), sharey=True, squeeze=False)[0]
         for panel, layer in zip(axes, summary.layers, strict=True):
             _panel(panel, summary, layer)
         axes[0].set_ylabel("relative error  ‖F − approximation‖ / ‖F‖")
-        figure.suptitle(title(summary), fontsize=12)
+        figure.suptitle(summary.title, fontsize=12)
         figure.legend(handles=_legend(summary), loc="outside lower center", ncols=4, frameon=False)
         for suffix in ("png", "svg"):
             paths.append(folder / f"{summary.name}.{suffix}")
-            content = io.BytesIO()
             # Without a date the same results give the same file.
             metadata = {"Date": None} if suffix == "svg" else None
-            figure.savefig(content, format=suffix, dpi=160, metadata=metadata)
-            paths[-1].write_bytes(content.getvalue())
+            with replacing(paths[-1]) as path:
+                figure.savefig(path, format=suffix, dpi=160, metadata=metadata)
     return paths
 
 
 def _panel(panel: Axes, summary: Summary, layer: str) -> None:
-    sizes = summary.batch_sizes
+    sizes, samples = summary.batch_sizes, summary.settings["samples"]
+    places = {size: float(samples if size == "all" else size) for size in sizes}
     for method, style in STYLES.items():
+        colour = {"color": style["color"]}
         stats = [summary.errors[Key(layer, method, size)] for size in sizes]
-        x = [_position(size, summary) for size in sizes]
-        panel.fill_between(
-            x, [s.low for s in stats], [s.high for s in stats], alpha=0.13, lw=0, **_color(style)
-        )
-        panel.plot(x, [s.mean for s in stats], mec="white", mew=0.6, **style)
-        _paper_markers(panel, summary, layer, method)
+        means, low, high = zip(*stats, strict=True)
+        panel.fill_between([*places.values()], low, high, alpha=0.13, lw=0, **colour)
+        panel.plot([*places.values()], means, mec="white", mew=0.6, **style)
+        faint = {"fmt": style["marker"], "ms": 6, "mfc": "none", "alpha": 0.55, "zorder": 4}
+        faint |= {"elinewidth": 1, "capsize": 2} | colour
+        for size, place in places.items():
+            if stat := summary.paper.get(Key(layer, method, size)):
+                ends = [[stat.mean - stat.low], [stat.high - stat.mean]]
+                panel.errorbar(ASIDE * place, stat.mean, ends, **faint)
     panel.axhline(summary.optimum(layer).mean, color="black", lw=1.2, ls="--", zorder=3)
-    panel.set_xscale("log")
-    panel.set_xticks(
-        [_position(size, summary) for size in sizes], [_label(s, summary) for s in sizes]
-    )
+    labels = [f"all\n({samples:,})" if size == "all" else f"{size:,}" for size in sizes]
+    panel.set(xscale="log", xlabel="batch size", title=layer.capitalize(), ylim=(-0.03, 1.03))
+    panel.set_xticks([*places.values()], labels)
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xlabel("batch size")
-    panel.set_title(layer.capitalize())
-    panel.set_ylim(-0.03, 1.03)
     panel.grid(axis="y", color="#e5e5e5", lw=0.8)
     panel.set_axisbelow(True)
-
-
-def _paper_markers(panel: Axes, summary: Summary, layer: str, method: str) -> None:
-    for size in summary.batch_sizes:
-        stat = summary.paper.get(Key(layer, method, size))
-        if stat is not None:
-            panel.errorbar(
-                ASIDE * _position(size, summary),
-                stat.mean,
-                [[stat.mean - stat.low], [stat.high - stat.mean]],
-                fmt=STYLES[method]["marker"],
-                ms=6,
-                mfc="none",
-                elinewidth=1,
-                capsize=2,
-                alpha=0.55,
-                zorder=4,
-                **_color(STYLES[method]),
-            )
-
-
-def _color(style: dict[str, Any]) -> dict[str, Any]:
-    return {"color": style["color"]}
-
-
-def _position(size: BatchSize, summary: Summary) -> float:
-    return float(summary.settings["samples"]) if size == "all" else float(size)
-
-
-def _label(size: BatchSize, summary: Summary) -> str:
-    return f"all\n({summary.settings['samples']:,})" if size == "all" else f"{size:,}"
 
 
 def _legend(summary: Summary) -> list[Line2D]:

@@ -135,8 +135,8 @@ def log_determinant(block: DampedBlock, precision: Tensor, scale: Tensor) -> Ten
     """`ln det (scale * F + precision * I)`, in float64, from the factorisation that there is.
 
     Raises:
-        ValueError: the matrix is not positive definite; or a derivative is asked for of a large
-            sum of Kronecker products, which has no eigenvalues at hand.
+        ValueError: the matrix is not positive definite; or a derivative is asked for of a kind of
+            block of the caller's own, which has no eigenvalues at hand.
     """
     if isinstance(block, DampedGroups):
         return torch.stack([log_determinant(b, precision, scale) for b in block.blocks]).sum()

@@ -18,8 +18,7 @@ from kfoc.blocks import (
     LowRankBlock,
     Report,
 )
-from kfoc.nearest.pair import nearest_to_pair
-from kfoc.subspace import recompressed
+from kfoc.nearest.pair import nearest_to_pair, recompressed
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from torch.nn import functional
 
 import kfoc
 import oracle
-from kfoc.estimators import aggregation
+from head_and_tail import Recursion
+from kfoc.estimators import head
 from kfoc.likelihoods.draws import Draws
+from kfoc.nearest.pair import PRECISION, combined, products, singular
 from models import FEW_PASSES, batches, convolutional, images, trained
 
 ESTIMATORS = {
@@ -143,14 +145,6 @@ def test_kfac_is_what_its_papers_say(size: int) -> None:
     torch.testing.assert_close(curvature["3"].right, inputs.mT @ inputs / 20)
 
 
-@pytest.fixture(params=["formed", "added"])
-def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batches' factors are formed, or added to the estimate without, as large ones are."""
-    if request.param == "added":
-        monkeypatch.setattr(aggregation, "FORMED", 0)
-
-
-@pytest.mark.usefixtures("factors")
 def test_approx_averages_the_factors_of_the_batches() -> None:
     model, (x, y) = convolutional(), images(20)
     size = 8  # 8, 8, 4
@@ -173,7 +167,6 @@ def test_approx_averages_the_factors_of_the_batches() -> None:
         )
 
 
-@pytest.mark.usefixtures("factors")
 def test_running_is_algorithm_1_on_estimate_and_batch() -> None:
     model, (x, y) = convolutional(), images(20)
     found = kfoc.fit(
@@ -207,13 +200,15 @@ def test_the_sum_of_two_products_in_closed_form(kind: str, scale: float) -> None
     lefts, rights = [first / first.norm(), left / left.norm()], [second, right]
     rights = [each / each.norm() for each in rights]
     total = 3.0 * torch.kron(lefts[0], rights[0]) + scale * torch.kron(lefts[1], rights[1])
-    cosines = tuple((a * b).sum().item() for a, b in (lefts, rights))
-    sigma, *shares = aggregation.combined((3.0, scale), (cosines[0], cosines[1]))
-    factors = [x * a + y * b for (x, y), (a, b) in zip(shares, (lefts, rights), strict=True)]
+    stacks = torch.stack(lefts), torch.stack(rights)
+    grams = [products([stack]) for stack in stacks]
+    found = singular(grams, torch.tensor([3.0, scale]), [1, 1], PRECISION)
+    sigma, shares = found.sigmas[0].item(), [each[:1] for each in found.shares]
+    factors = [combined([s], share)[0] for s, share in zip(stacks, shares, strict=True)]
     best = oracle.optimum(total, 5, 5)[0]
     assert sigma == pytest.approx(best.norm().item(), rel=1e-12)
-    assert [each.norm().item() for each in factors] == pytest.approx([1, 1], rel=1e-12)
-    assert all(share >= 0 for pair in shares for share in pair)
+    assert [each.norm().item() for each in factors] == pytest.approx([1, 1], rel=1e-9)
+    assert all((share >= 0).all() for share in shares)
     torch.testing.assert_close(sigma * torch.kron(*factors), best, rtol=1e-9, atol=1e-10)
 
 
@@ -244,56 +239,44 @@ def test_online_is_within_a_hundredth_of_the_optimum(size: int) -> None:
         assert error <= oracle.relative_error(fisher, kfac[layer].to_dense())
 
 
-def test_online_follows_its_own_recursion() -> None:
-    """The update written out with dense matrices: predict, correct, and the scale of the sketch."""
-    model, (x, y) = convolutional(), images(20)
-    found = kfoc.fit(model, batches(x, y, 8), fisher="empirical", estimator=kfoc.KFOC(buffer=0))
+@pytest.mark.parametrize("size", [4, 1, 0])
+def test_online_is_head_and_tail(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Recursion` has them, where no half steps are left out."""
+    monkeypatch.setattr(head, "ENOUGH", 1000)
+    model, (x, y) = convolutional(), images(36)
+    estimator = kfoc.KFOC(buffer=0, head=size)
+    found = kfoc.fit(model, batches(x, y, 4), fisher="empirical", estimator=estimator)
     for layer in LAYERS:
-        o, i = found[layer].shape
-        left, right, core = torch.zeros(o * o), torch.zeros(i * i), 0.0
-        for part, labels in batches(x, y, 8):
+        recursion = Recursion(*found[layer].shape, size)
+        for part, labels in batches(x, y, 4):
             fisher = oracle.fisher_block(
                 model, layer, part, cotangents(model, part, labels, "empirical")
             )
-            a = oracle.rearranged(fisher, o, i) * len(part)
-            if not core:
-                start = a @ torch.eye(i).flatten()
-                v = unit(a.mT @ start)
-                u = unit(a @ v)
-            else:
-                u, v = unit(left + a @ unit(right)), unit(right + a.mT @ unit(left))
-            left, right, core = left + a @ v, right + a.mT @ u, core + (u @ a @ v).item()
-        expected = torch.kron(left.view(o, o), right.view(i, i)) / core / 20
-        torch.testing.assert_close(found[layer].to_dense(), expected)
+            recursion.add(oracle.rearranged(fisher, *found[layer].shape) * len(part))
+        expected = recursion.product() / 36
+        torch.testing.assert_close(found[layer].to_dense(), expected, rtol=1e-5, atol=1e-8)
+        assert found[layer].report.head == size
 
 
 @pytest.mark.parametrize("decay", [None, 0.5])
-def test_decay_counts_batches_whatever_their_size(decay: float | None) -> None:
+def test_decay_counts_batches_whatever_their_size(
+    decay: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches of more samples than a small layer takes in at once, with dense matrices beside."""
+    monkeypatch.setattr(head, "ENOUGH", 1000)
     model, o, i = nn.Linear(3, 2), 2, 4
-    x, y = torch.randn(400, 3), torch.randn(400, 2)
+    x, y = torch.randn(1600, 3), torch.randn(1600, 2)
     estimator = kfoc.KFOC(decay=decay, buffer=0)
-    data = batches(x, y, 50 if decay is None else 100)
+    data = batches(x, y, 200 if decay is None else 400)
     found = kfoc.fit(model, data, "gaussian", fisher="empirical", estimator=estimator)[""]
-    left, right, core, weight = torch.zeros(o * o), torch.zeros(i * i), 0.0, 0.0
+    recursion, weight = Recursion(o, i), 0.0
     for part, targets in data:
-        cotangents = (targets - model(part).detach())[None]
-        a = oracle.rearranged(oracle.fisher_block(model, "", part, cotangents), o, i) * len(part)
-        kept = decay or 1.0
-        left, right, core, weight = kept * left, kept * right, kept * core, kept * weight
-        if not core:
-            v = unit(a.mT @ (a @ torch.eye(i).flatten()))
-            u = unit(a @ v)
-        else:
-            u, v = unit(left + a @ unit(right)), unit(right + a.mT @ unit(left))
-        left, right, core = left + a @ v, right + a.mT @ u, core + (u @ a @ v).item()
-        weight += len(part)
-    expected = torch.kron(left.view(o, o), right.view(i, i)) / core / weight
-    torch.testing.assert_close(found.to_dense(), expected)
-
-
-def unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+        directions = (targets - model(part).detach())[None]
+        fisher = oracle.fisher_block(model, "", part, directions)
+        recursion.scale(decay or 1.0)
+        recursion.add(oracle.rearranged(fisher, o, i) * len(part))
+        weight = (decay or 1.0) * weight + len(part)
+    torch.testing.assert_close(found.to_dense(), recursion.product() / weight)
 
 
 def test_decay_forgets_old_batches() -> None:
@@ -404,7 +387,7 @@ def test_what_did_not_converge_is_told_once(case: str, sweeps: bool, tmp_path: P
     data = batches(x, y, 20 if case == "one batch" else 5)
     groups: dict[str, Any] = {}
     if sweeps:  # the largest layer by itself, and the others in another one
-        bytes_held = {"exact, rank 2": 617_000, "eigen-corrected": 75_000}.get(case, 70_000)
+        bytes_held = {"exact, rank 2": 617_000, "eigen-corrected": 208_000}.get(case, 205_000)
         groups = {"memory_budget": bytes_held, "storage": tmp_path / "blocks"}
     with pytest.warns(RuntimeWarning, match="did not converge") as caught:
         found = kfoc.fit(model, data, estimator=UNSETTLED[case], **groups)

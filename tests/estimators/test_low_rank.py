@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from kfoc.nearest.pair import recompressed
+from kfoc.nearest.subspace import Matrix, coordinates, leading, matrices
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
-from kfoc.subspace import Matrix, coordinates, leading, matrices, recompressed
 from models import batches, convolutional, images, trained
 
 
@@ -76,7 +77,7 @@ def test_one_pass_comes_close(rank: int, size: int, buffer: int) -> None:
     for layer, block in found.items():
         fisher = exact[layer].to_dense()
         _, error = best(fisher, *block.shape, rank)
-        assert block.report.plan == "merged"
+        assert block.report.head == 2 * rank + 4
         assert oracle.relative_error(fisher, block.to_dense()) < error + 0.003
 
 
@@ -165,10 +166,12 @@ def test_batches_of_different_scales_and_positions(
     ][::order]
     fisher = dense_of(parts)
     estimator = kfoc.KFOC(aggregation, rank=3, buffer=buffer, rtol=0, passes=300)
-    block = streamed(estimator, parts)  # so small that "online" drops nothing
+    block = streamed(estimator, parts)
     expected, _ = best(fisher, 3, 4, 3)
     assert block.report.converged
-    assert oracle.relative_error(expected, block.to_dense()) < 1e-7
+    # Of three samples, the largest by far, there is little that would not be among the leading.
+    streams = aggregation == "online" and buffer < 10_000
+    assert oracle.relative_error(expected, block.to_dense()) < (0.06 if streams else 1e-7)
 
 
 def test_groups_and_more_products_than_there_are() -> None:
@@ -238,7 +241,6 @@ def test_refuses_what_does_not_go_together() -> None:
     for bad in (
         kfoc.KFOC("running", rank=2),
         kfoc.KFOC("approx", rank=2),
-        kfoc.KFOC(decay=0.9, rank=2),
         kfoc.KFOC(plan="gram", rank=2),
     ):
         with pytest.raises(ValueError, match='rank=2 goes with aggregation="online" or "exact"'):

@@ -58,51 +58,6 @@ class Matrix(HalfSteps):
 
 
 @dataclass(frozen=True)
-class Terms(HalfSteps):
-    """`A = sum_k vec(lefts[k]) vec(rights[k])^T`, each symmetric or antisymmetric."""
-
-    lefts: Tensor
-    rights: Tensor
-
-    @property
-    def symmetric(self) -> bool:  # type: ignore[override]
-        return torch.equal(self.lefts, self.lefts.mT)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.lefts.shape[-1], self.rights.shape[-1]
-
-    def to_left(self, rights: Tensor) -> Tensor:
-        products = rights.flatten(1) @ self.rights.flatten(1).mT
-        return (products @ self.lefts.flatten(1)).view(-1, *self.lefts.shape[1:])
-
-    def to_right(self, lefts: Tensor) -> Tensor:
-        products = lefts.flatten(1) @ self.lefts.flatten(1).mT
-        return (products @ self.rights.flatten(1)).view(-1, *self.rights.shape[1:])
-
-
-@dataclass(frozen=True)
-class Weighted(HalfSteps):
-    """A sum of operators, each with a weight."""
-
-    parts: Sequence[tuple[HalfSteps, float]]
-
-    @property
-    def symmetric(self) -> bool:  # type: ignore[override]
-        return all(part.symmetric for part, _ in self.parts)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.parts[0][0].shape
-
-    def to_left(self, rights: Tensor) -> Tensor:
-        return torch.stack([part.to_left(rights) * scale for part, scale in self.parts]).sum(0)
-
-    def to_right(self, lefts: Tensor) -> Tensor:
-        return torch.stack([part.to_right(lefts) * scale for part, scale in self.parts]).sum(0)
-
-
-@dataclass(frozen=True)
 class Singular:
     """Singular triples of A.
 
@@ -176,6 +131,11 @@ def starts(shape: tuple[int, int], count: int, sign: int, like: Tensor) -> Tenso
     return matrices(torch.linalg.qr(coordinates(stack, sign))[0], i, sign).to(like)
 
 
+def orthonormal(stack: Tensor, sign: int) -> Tensor:
+    """An orthonormal basis of symmetric (sign 1) or antisymmetric matrices (k, n, n)."""
+    return matrices(torch.linalg.qr(coordinates(stack, sign))[0], stack.shape[-1], sign)
+
+
 def leading(
     steps: HalfSteps, rank: int, count: int, *, rtol: float, max_steps: int, like: Tensor
 ) -> Singular:
@@ -243,29 +203,3 @@ def combined(found: Sequence[Singular], count: int) -> Singular:
         max(part.steps for part in found),
         all(part.converged for part in found),
     )
-
-
-def recompressed(lefts: Tensor, rights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The closest sum of `rank` Kronecker products to `sum_k kron(lefts[k], rights[k])`.
-
-    In closed form, from the QR factors of both sides. Each term's factors are both symmetric or
-    both antisymmetric.
-
-    Returns:
-        (rank, o, o) and (rank, i, i), balanced.
-    """
-    found = []
-    for sign in (1, -1):
-        first, second = coordinates(lefts, sign), coordinates(rights, sign)
-        if not first.numel() or not second.numel():
-            continue
-        (q, r), (p, s) = torch.linalg.qr(first), torch.linalg.qr(second)
-        u, sigmas, v = torch.linalg.svd(r @ s.mT, full_matrices=False)
-        found.append(
-            Singular(
-                matrices(q @ u, lefts.shape[-1], sign),
-                matrices(p @ v.mT, rights.shape[-1], sign),
-                sigmas,
-            )
-        )
-    return combined(found, rank).terms(rank)

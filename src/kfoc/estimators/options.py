@@ -1,0 +1,101 @@
+"""What a KFOC is asked for, and how it solves one batch: all that aggregations know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kfoc.errors import out_of_memory
+from kfoc.estimators import single_output
+from kfoc.nearest.accelerated import fit_contraction
+from kfoc.nearest.contraction import Contraction
+from kfoc.nearest.power import KroneckerFit
+from kfoc.plans.choose import contract, sketch_rank
+from kfoc.plans.cost import Size
+from kfoc.plans.sketch import Sketchable, fit_from_sketch
+from kfoc.samples.linear import Samples
+from kfoc.samples.tied import Tied
+
+# How many triples are kept where memory is no matter: with fewer, a stream of small batches that
+# come sorted is farther from the optimum (docs/choosing.md).
+HEAD = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `KFOC`, which describes them."""
+
+    aggregation: str = "online"
+    rtol: float = 1e-6
+    max_steps: int = 1000
+    passes: int = 20
+    decay: float | None = None
+    buffer: int = 2**20
+    memory_limit: int = 2**30
+    plan: str | None = None
+    rank: int = 1
+    head: int | None = None
+    head_memory: int = 2**30
+
+    @property
+    def head_size(self) -> int:
+        """How many singular triples are kept between buffers."""
+        if self.head is not None:
+            return self.head
+        return HEAD if self.rank == 1 else 2 * self.rank + 4
+
+    def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
+        """The optimum of one batch, of the mean over its samples.
+
+        Where memory does not suffice for the planned contraction, by one that keeps nothing.
+        """
+        return self._within_memory(lambda config: config._solved(samples, certify))
+
+    def _within_memory(self, solve: Callable[[Options], KroneckerFit]) -> KroneckerFit:
+        try:
+            return solve(self)
+        except (RuntimeError, MemoryError) as error:
+            if self.plan or not self.memory_limit or not out_of_memory(error):
+                raise
+        return solve(replace(self, memory_limit=0))
+
+    def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
+        if samples.shape[0] == 1 and not samples.diagonal and self.plan is None:
+            return single_output.solved(samples)
+        contraction, scale = self.contraction(samples)
+        return self._contracted(samples, contraction, scale / samples.num_samples, certify)
+
+    def _contracted(
+        self, samples: Samples, contraction: Contraction, scale: float, certify: bool
+    ) -> KroneckerFit:
+        rank = self._sketch_rank(samples, contraction)
+        if rank and isinstance(contraction, Sketchable):
+            return fit_from_sketch(
+                contraction,
+                samples.shape,
+                rank,
+                rtol=self.rtol,
+                max_steps=self.max_steps,
+                certify=certify,
+                scale=scale,
+            )
+        return fit_contraction(
+            contraction,
+            rtol=self.rtol,
+            max_steps=self.max_steps,
+            certify=certify or contraction.certifies,
+            scale=scale,
+        )
+
+    def _sketch_rank(self, samples: Samples, contraction: Contraction) -> int:
+        """See `planner.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
+        is only nearly the optimum."""
+        if isinstance(samples, Tied) or samples.diagonal or self.rtol < 1e-8 or self.max_steps < 20:
+            return 0
+        element_size = samples.grads.element_size()
+        return sketch_rank(Size.of(samples), contraction.plan, self.memory_limit, element_size)
+
+    def contraction(self, samples: Samples) -> tuple[Contraction, float]:
+        """The planned contraction of the rescaled samples, and the factor that it then lacks."""
+        rescaled, scale = samples.rescaled()
+        return contract(rescaled, self.memory_limit, self.plan), scale

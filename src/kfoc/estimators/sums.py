@@ -1,0 +1,304 @@
+"""The best sum of r Kronecker products, over any number of batches.
+
+The leading r singular triples of the rearranged F. A data set that fits `buffer`, and any layer
+whose F does, gets them exactly, in one pass; otherwise head and tail, as a single product, with a
+head of more triples than are asked for. `"exact"` then takes a half step of the subspace iteration
+over the whole data set per pass, until the sigmas settle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kfoc.blocks import Block, LowRankBlock, Report
+from kfoc.estimators.online import Online
+from kfoc.estimators.options import Options
+from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.linalg.products import mirrored
+from kfoc.nearest.contraction import Contraction, Side, opposite
+from kfoc.nearest.pair import Pieces
+from kfoc.nearest.power import settled
+from kfoc.nearest.subspace import (
+    HalfSteps,
+    Matrix,
+    Singular,
+    combined,
+    leading,
+    leading_of,
+    orthonormal,
+    refined,
+)
+from kfoc.plans.base import CHUNK
+from kfoc.samples.base import gradient_chunks
+from kfoc.samples.linear import Samples
+
+# Half steps to a buffer's own triples, and their tolerance: what is left out of it costs more than
+# their errors.
+MERGE_STEPS = 12
+MERGE_RTOL = 1e-3
+
+
+@dataclass(frozen=True)
+class SampleSteps(HalfSteps):
+    """The half steps of a batch: `left = sum X right X^T` and `right = sum X^T left X`.
+
+    The plans of `kfoc.plans` count on factors that are symmetric, and some on semi-definite ones;
+    these make do with any.
+    """
+
+    samples: Samples
+    memory_limit: int
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.samples.num_positions <= 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.samples.shape
+
+    def to_left(self, rights: Tensor) -> Tensor:
+        if self.samples.num_positions == 1:
+            inputs = self._inputs
+            weights = [((inputs @ right) * inputs).sum(1) for right in rights]
+            return torch.stack([self._weighted(self._grads, w) for w in weights])
+        o, _ = self.shape
+        lefts = rights.new_zeros(len(rights), o, o)
+        for gradients in self._chunks():  # (o, m, i)
+            wide = gradients.flatten(1).mT
+            for left, right in zip(lefts, rights, strict=True):
+                left.addmm_((gradients @ right).flatten(1), wide)
+        return lefts
+
+    def to_right(self, lefts: Tensor) -> Tensor:
+        if self.samples.num_positions == 1:
+            grads = self._grads
+            weights = [((grads @ left) * grads).sum(-1).sum(0) for left in lefts]
+            return torch.stack([self._weighted(self._inputs[None], w) for w in weights])
+        _o, i = self.shape
+        rights = lefts.new_zeros(len(lefts), i, i)
+        for gradients in self._chunks():
+            rows = gradients.flatten(0, 1)
+            for left, right in zip(lefts, rights, strict=True):
+                right.addmm_(rows.mT, (left @ gradients.flatten(1)).view(-1, i))
+        return rights
+
+    @cached_property
+    def _inputs(self) -> Tensor:
+        """(N, i), for one position."""
+        return self.samples.inputs.columns(0, self.samples.num_samples)[:, :, 0].mT
+
+    @property
+    def _grads(self) -> Tensor:
+        """(S, N, o)."""
+        return self.samples.grads[:, :, 0]
+
+    @staticmethod
+    def _weighted(vectors: Tensor, weights: Tensor) -> Tensor:
+        """`sum_n weights_n sum_s v v^T` for vectors (S, N, n)."""
+        rows = vectors.flatten(0, 1)
+        return rows.mT @ (rows * weights.repeat(len(vectors))[:, None])
+
+    def _chunks(self) -> Iterator[Tensor]:
+        o, i = self.shape
+        count = self.samples.num_samples * self.samples.num_directions * o * i
+        if count * self.samples.grads.element_size() > self.memory_limit:
+            return self._formed()
+        return iter(self._kept)
+
+    @cached_property
+    def _kept(self) -> list[Tensor]:
+        return list(self._formed())
+
+    def _formed(self) -> Iterator[Tensor]:
+        for gradients in gradient_chunks(self.samples, CHUNK):
+            yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
+
+
+class Sums(Online):
+    """A head and a tail, of which several triples are wanted."""
+
+    best: Pieces | None
+
+    def __init__(self, config: Options, samples: Samples) -> None:
+        super().__init__(config, samples)
+        self.best = None  # the triples, where they are known
+
+    @staticmethod
+    def sums_fisher(config: Options, samples: Samples) -> bool:
+        o, i = samples.shape
+        return (o * i) ** 2 <= config.buffer
+
+    @property
+    def count(self) -> int:
+        """Columns of the subspaces: more than asked for, as they settle faster."""
+        return 2 * self.config.rank + 4
+
+    def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
+        """As `Online.pieces`, and of antisymmetric factors, which contractions do not take."""
+        count = self._head().size
+        new = self.triples(contraction, count, count + 1)
+        if samples is None:
+            steps: HalfSteps = Matrix(contraction.matrix, self.shape)  # type: ignore[attr-defined]
+        else:
+            steps = SampleSteps(samples.rescaled()[0], self.config.memory_limit)
+        if steps.symmetric:
+            return new
+        found = leading_of(
+            steps,
+            -1,
+            self.config.rank,
+            count,
+            rtol=MERGE_RTOL,
+            max_steps=MERGE_STEPS,
+            like=self.like.new_zeros(()),
+        )
+        return new if found is None else new.with_others(_pieces(found, count))
+
+    def _leading(
+        self, steps: HalfSteps, rank: int, count: int, rtol: float, max_steps: int
+    ) -> Singular:
+        like = self.like.new_zeros(())
+        return leading(steps, rank, count, rtol=rtol, max_steps=max_steps, like=like)
+
+    def _solve(self, steps: HalfSteps, plan: str) -> None:
+        """The optimum of what is at hand."""
+        config = self.config
+        found = self._leading(steps, config.rank, self.count, config.rtol, config.max_steps)
+        self.report = Report(steps=found.steps, converged=found.converged, plan=plan)
+        self.best = _pieces(found, config.rank)
+
+    def solve_alone(self, samples: Samples) -> None:
+        rescaled, scale = samples.rescaled()
+        self._weigh(samples, scale)
+        self._solve(SampleSteps(rescaled, self.config.memory_limit), "samples")
+
+    def solve_fisher(self, fisher: Tensor) -> None:
+        o, i = self.shape
+        matrix = mirrored(fisher).view(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)
+        self._solve(Matrix(matrix, self.shape), "dense")
+
+    def block(self, num_samples: float) -> Block:
+        if self.best is None:
+            self.close()
+        best = self._head().leading(self.config.rank) if self.best is None else self.best
+        if not len(best):  # F is zero
+            left, right = (self.like.new_zeros(1, size, size) for size in self.shape)
+            return LowRankBlock(left, right, report=self.report)
+        # Sums of the same numbers, above and below the diagonal, may round differently.
+        lefts, rights = (
+            torch.stack([(f + sign * f.mT) / 2 for f, sign in zip(side, best.signs, strict=True)])
+            for side in best.sides
+        )
+        found = Singular(lefts, rights, best.sigmas.to(lefts))
+        lefts, rights = found.terms(self.config.rank, self.unit / num_samples)
+        return LowRankBlock(lefts, rights, report=self.report)
+
+
+class ExactSums(Sums):
+    """After a pass of `Sums`, the subspace iteration, one half step per pass."""
+
+    fixed: list[Fixed]
+    norms: list[float]
+
+    def __init__(self, config: Options, samples: Samples) -> None:
+        super().__init__(config, samples)
+        self.fixed = []
+        self.norms = []
+
+    def absorb(self, samples: Samples) -> None:
+        if not self.fixed:
+            super().absorb(samples)
+            return
+        rescaled, scale = samples.rescaled()
+        steps = SampleSteps(rescaled, self.config.memory_limit)
+        for fixed in self.fixed:
+            fixed.add(steps, scale / (self.unit or 1.0))
+
+    def pooled(self) -> Pooling[None]:
+        if self.fixed:
+            self.flush()
+            yield [Sum([fixed.image for fixed in self.fixed])]
+        else:
+            yield from super().pooled()
+
+    def next_pass(self) -> bool:
+        """Prepare for another pass; True where none is needed."""
+        rank, plan = self.config.rank, "subspace"
+        if not self.fixed:
+            self.close()
+            if self.best is not None or self.head is None or self.config.passes == 1:
+                if self.best is None and self.head is not None:
+                    self.report = replace(self.report, converged=False)
+                return True
+            self.fixed = Fixed.begin(self.head.leading(self.count))
+            self.head = None
+            return not self.fixed
+        self.flush()
+        found = combined([fixed.refined() for fixed in self.fixed], self.count)
+        self.norms.append(found.sigmas[:rank].norm().item())
+        precision = 4 * torch.finfo(self.like.dtype).eps
+        converged = not self.norms[-1] or settled(self.norms, self.config.rtol, precision)
+        found = found if self.fixed[0].side == "left" else found.exchanged()
+        self.best = _pieces(found, rank)
+        self.report = Report(steps=len(self.norms), converged=converged, plan=plan)
+        if converged or len(self.norms) + 1 >= self.config.passes:
+            return True
+        self.fixed = [fixed.turned() for fixed in self.fixed]
+        return False
+
+    def change(self) -> float | None:
+        if len(self.norms) < 2:
+            return None
+        return abs(self.norms[-1] - self.norms[-2]) / (self.norms[-1] or 1.0)
+
+
+@dataclass
+class Fixed:
+    """The half step from orthonormal factors on one side."""
+
+    sign: int
+    side: Side
+    factors: Tensor  # (k, n, n)
+    image: Tensor  # (k, m, m)
+
+    @staticmethod
+    def begin(found: Pieces) -> list[Fixed]:
+        """The first half step of the iteration proper, for each symmetry there is."""
+        signs = torch.tensor(found.signs)
+        return [
+            Fixed(
+                sign,
+                "left",
+                orthonormal(found.lefts[which], sign),
+                torch.zeros_like(found.rights[which]),
+            )
+            for sign in (1, -1)
+            if (which := signs == sign).any()
+        ]
+
+    def add(self, steps: HalfSteps, scale: float) -> None:
+        step = steps.to_right if self.side == "left" else steps.to_left
+        self.image += step(self.factors) * scale
+
+    def refined(self) -> Singular:
+        """The triples, with this side's factors as `lefts`."""
+        return refined(self.factors, self.image, self.sign)
+
+    def turned(self) -> Fixed:
+        """The next half step, back from the image."""
+        image = self.refined().rights
+        return Fixed(self.sign, opposite(self.side), image, torch.zeros_like(self.factors))
+
+
+def _pieces(found: Singular, count: int) -> Pieces:
+    """The first triples, but for those that are zero."""
+    kept = min(count, int((found.sigmas > 0).sum()))
+    lefts = found.lefts[:kept]
+    signs = [-1 if torch.equal(left, -left.mT) and left.any() else 1 for left in lefts]
+    return Pieces(lefts, found.rights[:kept], found.sigmas[:kept].double().cpu(), signs)

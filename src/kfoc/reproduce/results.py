@@ -1,0 +1,101 @@
+"""What the programs share: a file of results, tables of them, and a colour of each method.
+
+The file is JSON: rows, beside what they were measured under. `kfoc reproduce`, the study and the
+benchmarks write it after each row or workload, so that what is done survives Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kfoc.files.writing import write_text
+
+Row = dict[str, Any]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the markers say it again.
+LOOKS = {
+    "diagonal": ("#777777", "x"),
+    "K-FAC": ("#D55E00", "s"),
+    "K-FOC": ("#0072B2", "o"),
+    "EKFAC": ("#CC79A7", "D"),
+    "EK-FOC": ("#009E73", "^"),
+    "K-FOC, rank 2": ("#56B4E9", "v"),
+    "exact blocks": ("#000000", "*"),
+    "no curvature": ("#E69F00", "+"),
+}
+
+
+def look(method: str) -> dict[str, Any]:
+    """Colour and marker of a method, as matplotlib takes them."""
+    colour, marker = LOOKS.get(method, LOOKS["no curvature"])
+    return {"color": colour, "marker": marker}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, a line a row."""
+    write_text(path, json.dumps(content, allow_nan=False).replace('{"', '\n{"').lstrip() + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def keep(
+    rows: Iterable[Row], settings: dict[str, Any], path: Path, machine: dict[str, Any]
+) -> Iterator[Row]:
+    """Pass the rows on; all of them so far are in the file, which says whether it is complete."""
+    start = time.process_time()
+    content: dict[str, Any] = {"complete": False, "settings": settings, "machine": machine}
+    content["rows"] = []
+    for row in rows:
+        content["rows"].append(rounded(row))
+        write(path, content)
+        yield row
+    content["complete"] = True
+    content["processor seconds"] = round(time.process_time() - start)
+    write(path, content)
+
+
+def rounded(value: Any) -> Any:
+    """Six digits of every float: more of them would be noise in the file."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def values(rows: Iterable[Row], key: str, **wanted: Any) -> list[float]:
+    """A column of the rows with these values, without the missing ones."""
+    return [row[key] for row in where(rows, **wanted) if row.get(key) is not None]
+
+
+def distinct(rows: Iterable[Row], key: str) -> list[Any]:
+    """A column's values, in the order of their first appearance."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def spread(found: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation, as a table has it."""
+    if not found:
+        return "-"
+    mean = f"{statistics.fmean(found):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else "")
+
+
+def markdown(
+    header: Sequence[str], lines: Iterable[Sequence[str]], words: Collection[int] = range(1)
+) -> str:
+    """A table; columns that are not in `words` are numbers."""
+    rule = ["---" if column in words else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
