@@ -152,7 +152,7 @@ def test_timing_changes_nothing() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     data = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(3)]
     for base in (kfoc.Diagonal(), kfoc.EigenCorrected(kfoc.KFOC("exact", buffer=0))):
-        for options in ({}, {"memory_budget": 5_000_000}):
+        for options in ({}, {"memory_budget": 10_000_000}):
             seconds: dict[str, float] = {}
             found = kfoc.fit(model, data, estimator=timed(base, seconds), **options)
             expected = kfoc.fit(model, data, estimator=base, **options)
@@ -176,7 +176,7 @@ def test_a_memory_budget_is_kept_to() -> None:
     model, (x, y) = convolutional(), images(40)
     one, many = (
         measure(Subject(model, batches(x, y, 10), {"fisher": "exact"} | budget), Options(), "")
-        for budget in ({}, {"memory_budget": 5_000_000})
+        for budget in ({}, {"memory_budget": 10_000_000})
     )
     assert [layer.name for layer in one.layers] == [layer.name for layer in many.layers]
     for first, second in zip(one.layers, many.layers, strict=True):

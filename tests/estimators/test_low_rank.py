@@ -206,7 +206,7 @@ def test_extreme_scales_in_float32(scale: float, buffer: int) -> None:
         expected = plain[layer].to_dense().double()
         rescaled = kfoc.LowRankBlock(block.lefts.double() / scale, block.rights.double() / scale)
         error = (rescaled.to_dense() - expected).norm() / expected.norm()
-        assert error < 1e-3
+        assert error < 5e-3
 
 
 def test_dead_layers_have_zero_blocks() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from kfoc.interop.per_parameter import PerParameter
 from models import Data, batches, convolutional, images
 
 ONE_PASS = {
@@ -254,9 +255,9 @@ def test_errors_name_what_to_do() -> None:
         kfoc.Tracker(model, estimator=kfoc.KFOC(decay=0.9), decay=0.8).update(x, y)
     with pytest.raises(ValueError, match="several passes"):
         kfoc.Tracker(model, estimator=kfoc.EigenCorrected()).update(x, y)
-    low_rank = kfoc.Tracker(model, estimator=kfoc.KFOC(rank=2), decay=0.9)
+    dense = kfoc.Tracker(model, estimator=PerParameter(frozenset()), decay=0.9)
     with pytest.raises(ValueError, match="count less"):
-        low_rank.update(x, y)
+        dense.update(x, y)
     tracker = kfoc.Tracker(model)
     with pytest.raises(ValueError, match="this tracker has"):
         tracker.load_state_dict(kfoc.Tracker(model, seed=1).state_dict())

@@ -427,7 +427,7 @@ GOOD = {
     "kfac": 0.3,
     "kfoc_approx": 0.2,
     "kfoc_running": 0.01,
-    "kfoc_online": 0.005,
+    "kfoc_online": 0.001,
     "kfoc_exact": 0.0,
     "plain": 0.2,
     "weighted": 0.1,

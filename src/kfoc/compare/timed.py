@@ -11,7 +11,12 @@ import torch
 from kfoc import Estimator
 
 
-def timed(estimator: Estimator, seconds: dict[str, float], cuda: bool = False) -> Estimator:
+def timed(
+    estimator: Estimator,
+    seconds: dict[str, float],
+    cuda: bool = False,
+    owners: dict[int, tuple[str, Any]] | None = None,
+) -> Estimator:
     """A copy of the estimator that adds to `seconds` what it spends on each layer, in all passes.
 
     Four methods of the copy are others. All else that a fit may ask of an estimator, a budget of
@@ -19,10 +24,11 @@ def timed(estimator: Estimator, seconds: dict[str, float], cuda: bool = False) -
 
     Args:
         cuda: wait for the GPU before the clock is read.
+        owners: whose a state is, by its id; the state is kept here as well, so that its id stays
+            its own.
     """
     clocked = copy.copy(estimator)
-    # Whose a state is; the state is kept here as well, so that its id stays its own.
-    owners: dict[int, tuple[str, Any]] = {}
+    owners = {} if owners is None else owners
 
     def clock(name: str) -> Any:
         method = getattr(estimator, name)  # which calls itself untimed
@@ -43,6 +49,10 @@ def timed(estimator: Estimator, seconds: dict[str, float], cuda: bool = False) -
 
         return call
 
+    def sized(layouts: Any) -> Estimator:
+        return timed(estimator.sized(layouts), seconds, cuda, owners)
+
     for name in ("init", "update", "next_pass", "finish"):
         object.__setattr__(clocked, name, clock(name))  # of a frozen dataclass too
+    object.__setattr__(clocked, "sized", sized)
     return clocked

@@ -124,13 +124,15 @@ class Approx(Aggregation):
         if alone:
             self.solved_alone(samples)
             return
-        batch = self.solved(samples)
-        unit = max(self.unit, batch.sigma)
-        if batch.sigma:
+        rescaled, scale = samples.rescaled()  # or factors might vanish where sigma does not
+        batch = self.solved(rescaled)
+        sigma = batch.sigma * scale
+        unit = max(self.unit, sigma)
+        if sigma:
             # `right` at unit norm; the means over batches are weighted by their samples.
             if self.unit != unit:
                 self.left.mul_(self.unit / unit)
-            share = batch.sigma / unit * samples.num_samples
+            share = sigma / unit * samples.num_samples
             self.left.add_(batch.left, alpha=share / norm_of(batch.left))
             self.right.add_(batch.right, alpha=samples.num_samples / norm_of(batch.right))
             self.unit = unit

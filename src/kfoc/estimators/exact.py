@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kfoc.blocks import Report
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
@@ -64,8 +63,7 @@ class Exact(Online):
         self.sigmas.append(norm_of(self.image))
         precision = 4 * torch.finfo(self.image.dtype).eps
         converged = settled(self.sigmas, self.config.rtol, precision)
-        plan = self.report.plan
-        self.report = Report(steps=len(self.sigmas), converged=converged, plan=plan)
+        self.report = replace(self.report, steps=len(self.sigmas), converged=converged)
         if not converged and len(self.sigmas) + 1 < self.config.passes:
             self.image /= self.sigmas[-1] or 1.0
             self._fix(opposite(self.side), self.image, self.fixed.zero_())

@@ -209,6 +209,7 @@ class FactoredEstimator(Estimator):
             steps=max(report.steps for report in reports),
             converged=all(report.converged for report in reports),
             plan=reports[0].plan,
+            head=reports[0].head,
         )
         return GroupedBlock(blocks, report=report)
 

@@ -29,6 +29,9 @@ from kfoc.samples.linear import Samples
 from kfoc.samples.one_hot import FULL_VOCABULARY
 from kfoc.samples.tied import Tied
 
+# Bytes of a sigma in float64, and of one beside all of them.
+SIGMA = 16
+
 AGGREGATIONS = ("online", "running", "approx", "exact")
 
 
@@ -127,7 +130,7 @@ class KFOC(Options, FactoredEstimator):
         several = self.rank > 1 and not samples.diagonal
         block = factors * (self.rank if several else 1)
         if self.aggregation not in ("online", "exact"):
-            return Footprint(factors, factors)
+            return Footprint(factors + SIGMA, factors)
         pairs = self.head_size + 1
         if (Sums if several else Online).sums_fisher(self, samples):
             pairs = 0
@@ -137,7 +140,7 @@ class KFOC(Options, FactoredEstimator):
         # What is pending, or F in its place, beside the sums; tokens may be the wider numbers.
         inputs = samples.embedding.inputs if isinstance(samples, Tied) else samples.inputs
         each = max(samples.grads.element_size(), inputs.tensor.element_size())
-        return Footprint(pairs * factors + self.buffer * each, block)
+        return Footprint(pairs * (factors + SIGMA) + self.buffer * each, block)
 
     def update_one(self, state: Aggregation, samples: Samples, *, alone: bool) -> Aggregation:
         state.add(samples, alone)

@@ -107,10 +107,7 @@ class Online(Aggregation):
 
     def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
         """Leading triples of a contraction, about."""
-        return self.triples(contraction, TRIPLES, LENGTH)
-
-    def triples(self, contraction: Contraction, count: int, length: int) -> Pieces:
-        found = leading_triples(contraction, count, length)
+        found = leading_triples(contraction, TRIPLES, LENGTH)
         if not found.sigmas:
             return self._head().nothing
         nothing = self._head().nothing.sides

@@ -31,13 +31,14 @@ class Running(Aggregation):
         if alone:
             self.solved_alone(samples)
             return
-        batch = self.solved(samples)
+        rescaled, scale = samples.rescaled()  # or factors might vanish where sigma does not
+        batch = self.solved(rescaled)
         self.weight += samples.num_samples
         norms = norm_of(batch.left), norm_of(batch.right)
         if not all(norms):
             return
         left, right = batch.left.div_(norms[0]), batch.right.div_(norms[1])
-        sigma = batch.sigma * samples.num_samples
+        sigma = batch.sigma * scale * samples.num_samples
         self._head().add(Pieces.of(left[None], right[None], [sigma]))
 
     def _head(self) -> Head:

@@ -29,7 +29,6 @@ from kfoc.nearest.subspace import (
     Singular,
     combined,
     leading,
-    leading_of,
     orthonormal,
     refined,
 )
@@ -140,25 +139,15 @@ class Sums(Online):
         return 2 * self.config.rank + 4
 
     def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
-        """As `Online.pieces`, and of antisymmetric factors, which contractions do not take."""
-        count = self._head().size
-        new = self.triples(contraction, count, count + 1)
+        """As `Online.pieces`, of factors of both symmetries: by the subspace iteration."""
         if samples is None:
             steps: HalfSteps = Matrix(contraction.matrix, self.shape)  # type: ignore[attr-defined]
         else:
             steps = SampleSteps(samples.rescaled()[0], self.config.memory_limit)
-        if steps.symmetric:
-            return new
-        found = leading_of(
-            steps,
-            -1,
-            self.config.rank,
-            count,
-            rtol=MERGE_RTOL,
-            max_steps=MERGE_STEPS,
-            like=self.like.new_zeros(()),
-        )
-        return new if found is None else new.with_others(_pieces(found, count))
+        count = self._head().size
+        found = self._leading(steps, count, count + 2, MERGE_RTOL, MERGE_STEPS)
+        rest = found.sigmas[count:].max().item() if len(found.sigmas) > count else 0.0
+        return replace(_pieces(found, count), rest=rest)
 
     def _leading(
         self, steps: HalfSteps, rank: int, count: int, rtol: float, max_steps: int

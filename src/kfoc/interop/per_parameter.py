@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +13,7 @@ from kfoc.blocks import Block, DampedBlock, Damping, DenseBlock
 from kfoc.estimators import KFOC, Estimator
 from kfoc.layers.rule import Unsupported, checked_treatment
 from kfoc.linalg.products import add_symmetric, mirrored
+from kfoc.parameters.layout import Layout
 from kfoc.samples.base import LayerSamples
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
@@ -63,6 +65,9 @@ class PerParameter(Estimator):
     @property
     def largest_factor(self) -> int | None:
         return self.base.largest_factor
+
+    def sized(self, layouts: Mapping[str, Layout]) -> PerParameter:
+        return replace(self, base=self.base.sized(layouts))
 
     def init(self, layer: str, samples: LayerSamples) -> _State:
         if layer not in self.biased or not isinstance(samples, Samples):

@@ -60,11 +60,14 @@ def leading_triples(contraction: Contraction, count: int, length: int) -> Triple
         backs.append(contraction.advance(images[-1], "right"))
         if last:
             break
-        along = [
-            (backs[-1] * (other if implicit else left)).sum().item()
-            for left, other in zip(lefts, images, strict=True)
-        ]
-        new = backs[-1] - _combined(lefts, along)
+        new, along = backs[-1], []
+        for _ in range(2):  # twice, or rounding would leave some of the former ones in it
+            overlaps = [
+                (new * (other if implicit else left)).sum().item()
+                for left, other in zip(lefts, images, strict=True)
+            ]
+            new = new - _combined(lefts, overlaps)
+            along = along or overlaps
     contraction.forget()
     if not lefts:
         return Triples([], [], [], 0.0)

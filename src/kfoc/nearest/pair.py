@@ -48,11 +48,6 @@ class Pieces:
     def scaled(self, factor: float) -> Pieces:
         return replace(self, sigmas=self.sigmas * factor, rest=self.rest * factor)
 
-    def with_others(self, other: Pieces) -> Pieces:
-        lefts, rights = torch.cat([self.lefts, other.lefts]), torch.cat([self.rights, other.rights])
-        sigmas = torch.cat([self.sigmas, other.sigmas])
-        return Pieces(lefts, rights, sigmas, [*self.signs, *other.signs], self.rest)
-
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
         return self.lefts, self.rights
