@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from head_and_tail import Recursion
 from kfoc.distributed import Ranks, RanksError
 from kfoc.estimators import head
 from models import Data, batches, convolutional, images, trained
+from ranks import joined
 
 LAYERS = ("0", "3", "5")
 CHECKS: dict[str, Callable[[int, int], None]] = {}
@@ -549,17 +549,11 @@ def a_dead_rank_ends_the_others(rank: int, world: int) -> None:
     assert time.monotonic() - started < TIMEOUT + 3
 
 
-TIMEOUT = 15.0
+TIMEOUT = 15.0  # seconds that a rank waits for another
 
 
 def main() -> None:
-    rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    store = distributed.FileStore(str(directory / "store"), world)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
-    )
+    rank, world, directory = joined(TIMEOUT)
     results: dict[str, str] = {}
     for name, function in CHECKS.items():
         torch.manual_seed(0)

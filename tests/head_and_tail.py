@@ -23,8 +23,12 @@ class Recursion:
         larger = max(self.left.norm().item(), self.right.norm().item())
         return torch.outer(self.left, self.right) / (max(self.core, 0.3 * larger) or 1.0)
 
-    def add(self, a: Tensor, known: bool = False) -> None:
-        """Add a batch; or, where `a` is `known`, a sum of few triples that is merged as it is."""
+    def add(self, a: Tensor, known: bool = False, share: float = 1.0) -> None:
+        """Add a batch; or, where `a` is `known`, a sum of few triples that is merged as it is.
+
+        Args:
+            share: how often what the head leaves out counts in the tail.
+        """
         batch = a
         if not known:
             images = [a @ torch.eye(self.i).flatten()]
@@ -40,8 +44,9 @@ class Recursion:
         self.u, self.s, self.v = u[:, : self.size], s[: self.size], vh[: self.size].mT
         if begun or known or not self.size:
             rest = before + a - self.head
-            self.left, self.right = self.left + rest @ right, self.right + rest.mT @ left
-            self.core += (left @ rest @ right).item()
+            self.left += share * (rest @ right)
+            self.right += share * (rest.mT @ left)
+            self.core += share * (left @ rest @ right).item()
 
     def scale(self, factor: float) -> None:
         self.s, self.core = self.s * factor, self.core * factor

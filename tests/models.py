@@ -25,6 +25,18 @@ ESTIMATORS: dict[str, kfoc.Estimator] = {
 FEW_PASSES = pytest.mark.filterwarnings("ignore:.* did not converge in:RuntimeWarning")
 
 
+class Dead(nn.Module):
+    """Two linear layers, of which one is called and has no part in the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.dead = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dead(x)
+        return self.used(x)
+
+
 def convolutional(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """3 classes from (N, 2, 8, 8): a convolution and two linear layers."""
     return nn.Sequential(

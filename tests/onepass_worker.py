@@ -9,12 +9,9 @@ Reads DIRECTORY/cases.pt, and writes DIRECTORY/factors-RANK.pt: layer -> factors
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor, distributed
 
 import kfoc
 from hard_streams import Case, factors
+from ranks import joined, started
 
 TIMEOUT = 120.0  # seconds that a rank waits for another
 
@@ -35,24 +33,9 @@ def over_ranks(cases: Sequence[Case], world: int, limit: float) -> list[list[flo
     Raises:
         AssertionError: a rank failed, or has other numbers than another.
     """
-    here = Path(__file__)
-    paths = [str(Path(kfoc.__file__).parents[1]), str(here.parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as directory:
         torch.save([asdict(case) for case in cases], Path(directory) / "cases.pt")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(here), str(rank), str(world), directory], env=environment
-            )
-            for rank in range(world)
-        ]
-        try:
-            codes = [process.wait(limit) for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+        codes = started("onepass_worker.py", world, Path(directory), limit)
         assert not any(codes), f"exit codes {codes}"
         found = [torch.load(Path(directory) / f"factors-{rank}.pt") for rank in range(world)]
     for other in found[1:]:
@@ -63,13 +46,7 @@ def over_ranks(cases: Sequence[Case], world: int, limit: float) -> list[list[flo
 
 
 def main() -> None:
-    rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    store = distributed.FileStore(str(directory / "store"), world)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
-    )
+    rank, world, directory = joined(TIMEOUT)
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
     for fields in torch.load(directory / "cases.pt"):
         case = replace(Case(**fields), world=world)

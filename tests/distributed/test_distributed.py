@@ -7,16 +7,13 @@ Processes take seconds to start, so all checks of a world size run in the same o
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import kfoc
 from distributed_worker import CHECKS
 from models import convolutional, images
+from ranks import started
 
 LIMIT = 120.0  # seconds for all checks of one world size
 # Whose last rank is dead by then.
@@ -26,24 +23,7 @@ FATAL = "a_dead_rank_ends_the_others"
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     world, directory = request.param, tmp_path_factory.mktemp("ranks")
-    here = Path(__file__).parents[1]
-    paths = [str(Path(kfoc.__file__).parents[1]), str(here)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    worker = str(here / "distributed_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(world), str(directory)], env=environment
-        )
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            process.wait(LIMIT)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+    started("distributed_worker.py", world, directory, LIMIT)
     found = []
     for rank in range(world):
         path = directory / f"result-{rank}.json"

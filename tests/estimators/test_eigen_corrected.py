@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from models import batches, convolutional, images, trained
+from models import Dead, batches, convolutional, images, trained
 
 BASES = {
     "kfac": kfoc.KFAC(),
@@ -161,15 +161,6 @@ def test_blocks_without_two_eigenbases_are_kept() -> None:
 
 
 def test_dead_layers() -> None:
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.dead = nn.Linear(4, 2), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.dead(x)
-            return self.used(x)
-
     data = [(torch.randn(5, 4), None)] * 2
     found = kfoc.fit(Dead(), data, "gaussian", estimator=kfoc.EigenCorrected())
     assert not found["dead"].to_dense().any()

@@ -258,6 +258,29 @@ def test_online_is_head_and_tail(size: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert found[layer].report.head == size
 
 
+def test_half_steps_that_are_taken_count_for_those_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where all is quiet and nothing moves the best pair: of every second, then every fourth."""
+    for name, value in (("ENOUGH", 0), ("NEGLIGIBLE", 1.0), ("LOUD", 1e9)):
+        monkeypatch.setattr(head, name, value)
+    model, (x, y) = convolutional(), images(36)
+    found = kfoc.fit(
+        model, batches(x, y, 4), fisher="empirical", estimator=kfoc.KFOC(buffer=0, head=1)
+    )
+    for layer in LAYERS:
+        recursion = Recursion(*found[layer].shape, 1)
+        shares = (0, 1, 1, 0, 2, 0, 0, 0, 4)
+        for (part, labels), share in zip(batches(x, y, 4), shares, strict=True):
+            fisher = oracle.fisher_block(
+                model, layer, part, cotangents(model, part, labels, "empirical")
+            )
+            a = oracle.rearranged(fisher, *found[layer].shape) * len(part)
+            recursion.add(a, share=share)
+        expected = recursion.product() / 36
+        torch.testing.assert_close(found[layer].to_dense(), expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("decay", [None, 0.5])
 def test_decay_counts_batches_whatever_their_size(
     decay: float | None, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import kfoc
 import oracle
 from every_layer import check_every_block
 from kfoc.layers.linear import linear
+from models import Dead
 
 
 class Wrapped(nn.Module):
@@ -490,15 +491,6 @@ def test_untreatable_layers_are_skipped_or_refused_by_name(
 
 
 def test_layer_out_of_the_outputs_reach_has_a_zero_block() -> None:
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.dead = nn.Linear(4, 2), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.dead(x)
-            return self.used(x)
-
     curvature = kfoc.fit(Dead(), [(torch.randn(5, 4), None)] * 2, "gaussian")
     assert not curvature["dead"].to_dense().any()
     assert curvature["used"].to_dense().any()

@@ -77,7 +77,7 @@ class Aggregation(ABC):
         if not len(best):
             return self.like.new_zeros((self.shape[0],) * 2), self.like.new_zeros(self.right_shape)
         left, right = best.lefts[0], best.rights[0]
-        if (left.diagonal() if left.ndim == 2 else left).sum() < 0:
+        if left.trace() < 0:
             left, right = -left, -right
         sigma = best.sigmas[0].item() * scale
         # Sums of the same numbers, above and below the diagonal, may round differently.
@@ -89,16 +89,16 @@ class Aggregation(ABC):
         self.report = Report(None, None, fit.steps, converged, fit.plan)
         return fit
 
-    def solved_alone(self, samples: Samples) -> KroneckerFit:
-        """The only batch: its certificate is that of the whole data set."""
-        return self.known(self.solved(samples))
+    def solve_alone(self, samples: Samples) -> None:
+        """The result, of the only batch: its certificate is that of the whole data set."""
+        self.settle(self.solved(samples))
 
-    def known(self, fit: KroneckerFit) -> KroneckerFit:
+    def settle(self, fit: KroneckerFit) -> None:
+        """The result, which is final."""
         error = fit.relative_error
         deviation = None if error is None else 0.0
         self.report = Report(error, deviation, fit.steps, fit.converged, fit.plan)
         self.found = fit.left, fit.right
-        return fit
 
 
 class Approx(Aggregation):
@@ -122,7 +122,7 @@ class Approx(Aggregation):
 
     def add(self, samples: Samples, alone: bool) -> None:
         if alone:
-            self.solved_alone(samples)
+            self.solve_alone(samples)
             return
         rescaled, scale = samples.rescaled()  # or factors might vanish where sigma does not
         batch = self.solved(rescaled)
@@ -152,6 +152,13 @@ class Approx(Aggregation):
             return self.found
         norms = norm_of(self.left) * norm_of(self.right) * self.unit
         return balance(self.left, self.right, norms / num_samples**2)
+
+
+def last_change(sigmas: list[float]) -> float | None:
+    """How much the last of several passes changed sigma, relatively."""
+    if len(sigmas) < 2:
+        return None
+    return abs(sigmas[-1] - sigmas[-2]) / (sigmas[-1] or 1.0)
 
 
 def on_the_cone(factor: Tensor) -> Tensor:

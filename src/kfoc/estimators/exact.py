@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kfoc.estimators.aggregation import last_change
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
@@ -35,7 +36,8 @@ class Exact(Online):
         if self.side is None:
             super().absorb(samples)
             return
-        contraction, scale = self.config.contraction(samples)
+        rescaled, scale = samples.rescaled()
+        contraction = self.config.contraction(rescaled)
         step = contraction.apply(self.fixed, self.side)
         contraction.accumulate(self.image, step, opposite(self.side), scale / (self.unit or 1.0))
 
@@ -74,9 +76,7 @@ class Exact(Online):
         self.side, self.fixed, self.image = side, fixed, image
 
     def change(self) -> float | None:
-        if len(self.sigmas) < 2:
-            return None
-        return abs(self.sigmas[-1] - self.sigmas[-2]) / (self.sigmas[-1] or 1.0)
+        return last_change(self.sigmas)
 
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         if not self.sigmas:

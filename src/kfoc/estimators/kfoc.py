@@ -136,7 +136,7 @@ class KFOC(Options, FactoredEstimator):
             pairs = 0
         # Between the passes of "exact", what is held fixed and its images.
         if self.aggregation == "exact":
-            pairs = max(pairs, 2 * (2 * self.rank + 4) if several else 1)
+            pairs = max(pairs, 2 * self.columns if several else 1)
         # What is pending, or F in its place, beside the sums; tokens may be the wider numbers.
         inputs = samples.embedding.inputs if isinstance(samples, Tied) else samples.inputs
         each = max(samples.grads.element_size(), inputs.tensor.element_size())

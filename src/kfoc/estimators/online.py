@@ -93,19 +93,19 @@ class Online(Aggregation):
             self.absorb(samples.part(start, start + part))
 
     def absorb(self, samples: Samples) -> None:
-        contraction, scale = self.config.contraction(samples)
+        rescaled, scale = samples.rescaled()
         self._weigh(samples, scale)
-        self._merge(contraction, scale / (self.unit or 1.0), samples)
+        self._merge(self.config.contraction(rescaled), scale / (self.unit or 1.0), rescaled)
 
-    def _merge(self, contraction: Contraction, scale: float, samples: Samples | None) -> None:
+    def _merge(self, contraction: Contraction, scale: float, rescaled: Samples | None) -> None:
         """Add `scale` times a contraction, of samples or of F itself, to head and tail."""
         head = self._head()
         self.report = replace(self.report, plan=contraction.plan, head=head.size)
-        new = self.pieces(contraction, samples)
+        new = self.pieces(contraction, rescaled)
         if len(new):
             head.add(new.scaled(scale), half_steps(contraction, scale))
 
-    def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
+    def pieces(self, contraction: Contraction, rescaled: Samples | None) -> Pieces:
         """Leading triples of a contraction, about."""
         found = leading_triples(contraction, TRIPLES, LENGTH)
         if not found.sigmas:
@@ -157,15 +157,11 @@ class Online(Aggregation):
         else:
             self.flush()
 
-    def solve_alone(self, samples: Samples) -> None:
-        """The result, of the only batch."""
-        self.solved_alone(samples)
-
     def solve_fisher(self, fisher: Tensor) -> None:
         """The result, of all samples' F."""
         rtol, max_steps = self.config.rtol, self.config.max_steps
         contraction, scale = Dense.of(fisher, self.shape), self.unit / self.weight
-        self.known(fit_contraction(contraction, rtol=rtol, max_steps=max_steps, scale=scale))
+        self.settle(fit_contraction(contraction, rtol=rtol, max_steps=max_steps, scale=scale))
 
     def pooled(self) -> Pooling[None]:
         """F where every rank with data sums it, and otherwise heads and tails."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kfoc.errors import out_of_memory
@@ -42,27 +41,30 @@ class Options:
         """How many singular triples are kept between buffers."""
         if self.head is not None:
             return self.head
-        return HEAD if self.rank == 1 else 2 * self.rank + 4
+        return HEAD if self.rank == 1 else self.columns
+
+    @property
+    def columns(self) -> int:
+        """Of the subspace iteration: more than the triples asked for, as they settle faster."""
+        return 2 * self.rank + 4
 
     def solve(self, samples: Samples, *, certify: bool) -> KroneckerFit:
         """The optimum of one batch, of the mean over its samples.
 
         Where memory does not suffice for the planned contraction, by one that keeps nothing.
         """
-        return self._within_memory(lambda config: config._solved(samples, certify))
-
-    def _within_memory(self, solve: Callable[[Options], KroneckerFit]) -> KroneckerFit:
         try:
-            return solve(self)
+            return self._solved(samples, certify)
         except (RuntimeError, MemoryError) as error:
             if self.plan or not self.memory_limit or not out_of_memory(error):
                 raise
-        return solve(replace(self, memory_limit=0))
+        return replace(self, memory_limit=0)._solved(samples, certify)
 
     def _solved(self, samples: Samples, certify: bool) -> KroneckerFit:
         if samples.shape[0] == 1 and not samples.diagonal and self.plan is None:
             return single_output.solved(samples)
-        contraction, scale = self.contraction(samples)
+        rescaled, scale = samples.rescaled()
+        contraction = self.contraction(rescaled)
         return self._contracted(samples, contraction, scale / samples.num_samples, certify)
 
     def _contracted(
@@ -95,7 +97,6 @@ class Options:
         element_size = samples.grads.element_size()
         return sketch_rank(Size.of(samples), contraction.plan, self.memory_limit, element_size)
 
-    def contraction(self, samples: Samples) -> tuple[Contraction, float]:
-        """The planned contraction of the rescaled samples, and the factor that it then lacks."""
-        rescaled, scale = samples.rescaled()
-        return contract(rescaled, self.memory_limit, self.plan), scale
+    def contraction(self, rescaled: Samples) -> Contraction:
+        """The planned one, of samples whose magnitude is near one (`Samples.rescaled`)."""
+        return contract(rescaled, self.memory_limit, self.plan)

@@ -8,16 +8,12 @@ from a rank's own data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-from kfoc.linalg.scaling import balanced
-from kfoc.nearest.contraction import Side, opposite
-from kfoc.nearest.power import settled
 
 T = TypeVar("T")
 
@@ -77,44 +73,6 @@ def largest(*numbers: float) -> Pooling[list[float]]:
     request = Largest(list(numbers))
     yield [request]
     return request.values
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """The Kronecker product closest to a sum over ranks: unbalanced factors, and their sigma."""
-
-    left: Tensor
-    right: Tensor
-    sigma: float
-    steps: int
-    converged: bool
-
-    def balanced(self, scale: float) -> tuple[Tensor, Tensor]:
-        """The factors of `scale` times the product, of equal norms."""
-        return balanced(self.left, self.right, self.sigma * scale)
-
-
-def optimum(
-    step: Callable[[Tensor, Side], Tensor], right: Tensor, rtol: float, max_steps: int
-) -> Pooling[Optimum]:
-    """The power iteration on a sum whose terms lie with the ranks: one round per half step.
-
-    Args:
-        step: this rank's part of the half step, from a factor on a side to one on the other.
-        right: a right factor to start from, of any norm.
-    """
-    side: Side = "right"
-    current, sigmas = right / right.norm(), list[float]()
-    while True:
-        image = step(current, side).contiguous()
-        yield [Sum([image])]
-        sigmas.append(image.norm().item())
-        precision = 4 * torch.finfo(image.dtype).eps
-        converged = not sigmas[-1] or settled(sigmas, rtol, precision)
-        if converged or len(sigmas) > max_steps:
-            left, right = (image, current) if side == "right" else (current, image)
-            return Optimum(left, right, sigmas[-1], len(sigmas) - 1, converged)
-        current, side = image / sigmas[-1], opposite(side)
 
 
 def unpooled(state: Any) -> Pooling[Any]:

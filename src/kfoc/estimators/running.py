@@ -29,7 +29,7 @@ class Running(Aggregation):
 
     def add(self, samples: Samples, alone: bool) -> None:
         if alone:
-            self.solved_alone(samples)
+            self.solve_alone(samples)
             return
         rescaled, scale = samples.rescaled()  # or factors might vanish where sigma does not
         batch = self.solved(rescaled)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, LowRankBlock, Report
+from kfoc.estimators.aggregation import last_change
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
-from kfoc.linalg.products import mirrored
 from kfoc.nearest.contraction import Contraction, Side, opposite
 from kfoc.nearest.pair import Pieces
 from kfoc.nearest.power import settled
@@ -32,8 +32,7 @@ from kfoc.nearest.subspace import (
     orthonormal,
     refined,
 )
-from kfoc.plans.base import CHUNK
-from kfoc.samples.base import gradient_chunks
+from kfoc.plans.explicit import Dense, output_first
 from kfoc.samples.linear import Samples
 
 # Half steps to a buffer's own triples, and their tolerance: what is left out of it costs more than
@@ -107,16 +106,12 @@ class SampleSteps(HalfSteps):
         o, i = self.shape
         count = self.samples.num_samples * self.samples.num_directions * o * i
         if count * self.samples.grads.element_size() > self.memory_limit:
-            return self._formed()
+            return output_first(self.samples)
         return iter(self._kept)
 
     @cached_property
     def _kept(self) -> list[Tensor]:
-        return list(self._formed())
-
-    def _formed(self) -> Iterator[Tensor]:
-        for gradients in gradient_chunks(self.samples, CHUNK):
-            yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
+        return list(output_first(self.samples))
 
 
 class Sums(Online):
@@ -133,17 +128,12 @@ class Sums(Online):
         o, i = samples.shape
         return (o * i) ** 2 <= config.buffer
 
-    @property
-    def count(self) -> int:
-        """Columns of the subspaces: more than asked for, as they settle faster."""
-        return 2 * self.config.rank + 4
-
-    def pieces(self, contraction: Contraction, samples: Samples | None) -> Pieces:
+    def pieces(self, contraction: Contraction, rescaled: Samples | None) -> Pieces:
         """As `Online.pieces`, of factors of both symmetries: by the subspace iteration."""
-        if samples is None:
+        if rescaled is None:
             steps: HalfSteps = Matrix(contraction.matrix, self.shape)  # type: ignore[attr-defined]
         else:
-            steps = SampleSteps(samples.rescaled()[0], self.config.memory_limit)
+            steps = SampleSteps(rescaled, self.config.memory_limit)
         count = self._head().size
         found = self._leading(steps, count, count + 2, MERGE_RTOL, MERGE_STEPS)
         rest = found.sigmas[count:].max().item() if len(found.sigmas) > count else 0.0
@@ -158,7 +148,7 @@ class Sums(Online):
     def _solve(self, steps: HalfSteps, plan: str) -> None:
         """The optimum of what is at hand."""
         config = self.config
-        found = self._leading(steps, config.rank, self.count, config.rtol, config.max_steps)
+        found = self._leading(steps, config.rank, config.columns, config.rtol, config.max_steps)
         self.report = Report(steps=found.steps, converged=found.converged, plan=plan)
         self.best = _pieces(found, config.rank)
 
@@ -168,9 +158,7 @@ class Sums(Online):
         self._solve(SampleSteps(rescaled, self.config.memory_limit), "samples")
 
     def solve_fisher(self, fisher: Tensor) -> None:
-        o, i = self.shape
-        matrix = mirrored(fisher).view(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)
-        self._solve(Matrix(matrix, self.shape), "dense")
+        self._solve(Matrix(Dense.of(fisher, self.shape).matrix, self.shape), "dense")
 
     def block(self, num_samples: float) -> Block:
         if self.best is None:
@@ -225,11 +213,11 @@ class ExactSums(Sums):
                 if self.best is None and self.head is not None:
                     self.report = replace(self.report, converged=False)
                 return True
-            self.fixed = Fixed.begin(self.head.leading(self.count))
+            self.fixed = Fixed.begin(self.head.leading(self.config.columns))
             self.head = None
             return not self.fixed
         self.flush()
-        found = combined([fixed.refined() for fixed in self.fixed], self.count)
+        found = combined([fixed.refined() for fixed in self.fixed], self.config.columns)
         self.norms.append(found.sigmas[:rank].norm().item())
         precision = 4 * torch.finfo(self.like.dtype).eps
         converged = not self.norms[-1] or settled(self.norms, self.config.rtol, precision)
@@ -242,9 +230,7 @@ class ExactSums(Sums):
         return False
 
     def change(self) -> float | None:
-        if len(self.norms) < 2:
-            return None
-        return abs(self.norms[-1] - self.norms[-2]) / (self.norms[-1] or 1.0)
+        return last_change(self.norms)
 
 
 @dataclass

@@ -45,11 +45,6 @@ class Contraction(ABC):
     def start(self) -> Tensor:
         """A left representation: the half step from the unit factor `right = I / sqrt(i)`."""
 
-    @property
-    def reads_upper(self) -> bool:
-        """Whether `apply` and `overlap` read matrices on and above the diagonal alone."""
-        return False
-
     @abstractmethod
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         """Half step from an explicit factor on `side` to a representation on the other side."""

@@ -12,7 +12,7 @@ from kfoc.nearest.contraction import Contraction
 
 
 @dataclass(frozen=True)
-class Triples:
+class Represented:
     """`sum_j sigmas[j] vec(lefts[j]) vec(rights[j])^T`, of orthonormal factors as represented.
 
     Attributes:
@@ -25,7 +25,7 @@ class Triples:
     rest: float
 
 
-def leading_triples(contraction: Contraction, count: int, length: int) -> Triples:
+def leading_triples(contraction: Contraction, count: int, length: int) -> Represented:
     """At most `count` triples of `Q Q^T A`, Q being a basis of `A I`, `A A^T A I`, ...
 
     A Golub-Kahan bidiagonalisation (Golub & Kahan 1965) of `length` left factors, in coefficients
@@ -35,7 +35,8 @@ def leading_triples(contraction: Contraction, count: int, length: int) -> Triple
     in A alone: as the next batches will be, so summing up batches loses less than by A's own
     triples.
 
-    The triples need not be exact: the sum goes on with what they leave of A.
+    Few left factors, as each is orthogonalised once: rounding would leave the first in the later
+    ones of many. The triples need not be exact: the sum goes on with what they leave of A.
     """
     implicit = contraction.implicit
     lefts: list[Tensor] = []
@@ -60,17 +61,14 @@ def leading_triples(contraction: Contraction, count: int, length: int) -> Triple
         backs.append(contraction.advance(images[-1], "right"))
         if last:
             break
-        new, along = backs[-1], []
-        for _ in range(2):  # twice, or rounding would leave some of the former ones in it
-            overlaps = [
-                (new * (other if implicit else left)).sum().item()
-                for left, other in zip(lefts, images, strict=True)
-            ]
-            new = new - _combined(lefts, overlaps)
-            along = along or overlaps
+        along = [
+            (backs[-1] * (other if implicit else left)).sum().item()
+            for left, other in zip(lefts, images, strict=True)
+        ]
+        new = backs[-1] - _combined(lefts, along)
     contraction.forget()
     if not lefts:
-        return Triples([], [], [], 0.0)
+        return Represented([], [], [], 0.0)
     others = backs if implicit else images
     gram = torch.tensor(
         [[(image * other).sum().item() for other in others] for image in images],
@@ -80,7 +78,7 @@ def leading_triples(contraction: Contraction, count: int, length: int) -> Triple
     sigmas = values.clamp_min(0).sqrt().flip(0).tolist()
     shares = vectors.flip(1).mT.tolist()
     kept = sum(sigma > 1e-6 * sigmas[0] for sigma in sigmas[:count])
-    return Triples(
+    return Represented(
         [_combined(lefts, shares[j]) for j in range(kept)],
         [_combined(images, [s / sigmas[j] for s in shares[j]]) for j in range(kept)],
         sigmas[:kept],

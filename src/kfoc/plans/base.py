@@ -23,10 +23,6 @@ class Coefficients(Contraction):
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def reads_upper(self) -> bool:
-        return True
-
     def advance(self, representation: Tensor, side: Side) -> Tensor:
         if self._last is None or self._last[0] is not representation:
             self._last = representation, self._image(representation, side)

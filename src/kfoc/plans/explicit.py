@@ -54,14 +54,10 @@ class Gradients(_Explicit):
         """For dtype and device."""
         return self._samples.grads
 
-    def _formed(self) -> Iterator[Tensor]:
-        for gradients in gradient_chunks(self._samples, CHUNK):
-            yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
-
     def _chunks(self) -> Iterator[Tensor]:
         if self._keep and self._stored is None:
-            self._stored = list(self._formed())
-        return iter(self._stored) if self._stored is not None else self._formed()
+            self._stored = list(output_first(self._samples))
+        return iter(self._stored) if self._stored is not None else output_first(self._samples)
 
     def start(self) -> Tensor:
         o, i = self._samples.shape
@@ -186,6 +182,12 @@ class Dense(_Explicit):
 
     def squared_norm(self) -> float:
         return self.matrix.square().sum(dtype=torch.float64).item()
+
+
+def output_first(samples: Samples) -> Iterator[Tensor]:
+    """Per-sample gradients X by chunks, (o, S n, i)."""
+    for gradients in gradient_chunks(samples, CHUNK):
+        yield gradients.flatten(0, 1).transpose(0, 1).contiguous()
 
 
 def add_fisher(total: Tensor, samples: LayerSamples, scale: float = 1.0) -> None:
