@@ -239,21 +239,26 @@ def test_online_is_within_a_hundredth_of_the_optimum(size: int) -> None:
         assert error <= oracle.relative_error(fisher, kfac[layer].to_dense())
 
 
+@pytest.mark.parametrize("decay", [None, 0.6])
 @pytest.mark.parametrize("size", [4, 1, 0])
-def test_online_is_head_and_tail(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_is_head_and_tail(
+    size: int, decay: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As `Recursion` has them, where no half steps are left out."""
     monkeypatch.setattr(head, "ENOUGH", 1000)
     model, (x, y) = convolutional(), images(36)
-    estimator = kfoc.KFOC(buffer=0, head=size)
+    estimator = kfoc.KFOC(buffer=0, head=size, decay=decay)
     found = kfoc.fit(model, batches(x, y, 4), fisher="empirical", estimator=estimator)
     for layer in LAYERS:
-        recursion = Recursion(*found[layer].shape, size)
+        recursion, weight = Recursion(*found[layer].shape, size), 0.0
         for part, labels in batches(x, y, 4):
+            recursion.scale(decay or 1.0)
+            weight = (decay or 1.0) * weight + len(part)
             fisher = oracle.fisher_block(
                 model, layer, part, cotangents(model, part, labels, "empirical")
             )
             recursion.add(oracle.rearranged(fisher, *found[layer].shape) * len(part))
-        expected = recursion.product() / 36
+        expected = recursion.product() / weight
         torch.testing.assert_close(found[layer].to_dense(), expected, rtol=1e-5, atol=1e-8)
         assert found[layer].report.head == size
 
@@ -424,6 +429,19 @@ def test_what_did_not_converge_is_told_once(case: str, sweeps: bool, tmp_path: P
         changes = [float(part.split(")")[0]) for part in text.split("changed sigma by ")[1:]]
         assert len(changes) == len(unsettled)
         assert all(0 < change < 1 for change in changes)
+
+
+@pytest.mark.filterwarnings("ignore:.* did not converge in:RuntimeWarning")
+@pytest.mark.parametrize("passes", [2, 3])
+def test_exact_of_few_passes_is_a_half_step(passes: int) -> None:
+    """Which is a projection: what is left of F is orthogonal to it, converged or not."""
+    model, (x, y) = convolutional(), images(20)
+    estimator = kfoc.KFOC("exact", passes=passes, buffer=0, rtol=1e-12)
+    found = kfoc.fit(model, batches(x, y, 5), fisher="empirical", estimator=estimator)
+    for layer in LAYERS:
+        fisher = oracle.fisher_block(model, layer, x, cotangents(model, x, y, "empirical"))
+        block = found[layer].to_dense()
+        assert (fisher * block).sum().item() == pytest.approx(block.norm().item() ** 2, rel=1e-9)
 
 
 def test_exact_of_one_pass_is_that_of_online() -> None:
