@@ -236,12 +236,12 @@ def online_merges_heads_and_adds_tails(rank: int, world: int) -> None:
     model, (x, y) = convolutional(), images(45 if world == 2 else 90)
     data = batches(x, y, 5)
     shares = [data[k::world] for k in range(world)]  # of different lengths
-    enough, head.ENOUGH = head.ENOUGH, 1000  # all half steps
+    negligible, head.NEGLIGIBLE = head.NEGLIGIBLE, -1.0  # all half steps
     try:
         estimator = kfoc.KFOC(buffer=0)
         curvature = fitted(model, shares[rank], fisher="exact", estimator=estimator)
     finally:
-        head.ENOUGH = enough
+        head.NEGLIGIBLE = negligible
     for layer in LAYERS:
         o, i = curvature[layer].shape
         recursions = []

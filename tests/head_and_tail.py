@@ -23,11 +23,12 @@ class Recursion:
         larger = max(self.left.norm().item(), self.right.norm().item())
         return torch.outer(self.left, self.right) / (max(self.core, 0.3 * larger) or 1.0)
 
-    def add(self, a: Tensor, known: bool = False, share: float = 1.0) -> None:
+    def add(self, a: Tensor, known: bool = False, share: float = 1.0, triples: int = 2) -> None:
         """Add a batch; or, where `a` is `known`, a sum of few triples that is merged as it is.
 
         Args:
             share: how often what the head leaves out counts in the tail.
+            triples: of the batch's own.
         """
         batch = a
         if not known:
@@ -36,7 +37,7 @@ class Recursion:
                 images.append(unit(a @ (a.mT @ unit(images[-1]))))
             basis = torch.linalg.qr(torch.stack(images, 1))[0]
             u, s, vh = torch.linalg.svd(basis.mT @ a, full_matrices=False)
-            batch = basis @ (u[:, :2] * s[:2]) @ vh[:2]
+            batch = basis @ (u[:, :triples] * s[:triples]) @ vh[:triples]
         u, s, vh = torch.linalg.svd(self.head + batch + self.tail, full_matrices=False)
         left, right = u[:, 0], vh[0]
         begun, before = len(self.s) > 0, self.head

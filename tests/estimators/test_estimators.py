@@ -245,7 +245,7 @@ def test_online_is_head_and_tail(
     size: int, decay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `Recursion` has them, where no half steps are left out."""
-    monkeypatch.setattr(head, "ENOUGH", 1000)
+    monkeypatch.setattr(head, "NEGLIGIBLE", -1.0)
     model, (x, y) = convolutional(), images(36)
     estimator = kfoc.KFOC(buffer=0, head=size, decay=decay)
     found = kfoc.fit(model, batches(x, y, 4), fisher="empirical", estimator=estimator)
@@ -266,8 +266,11 @@ def test_online_is_head_and_tail(
 def test_half_steps_that_are_taken_count_for_those_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where all is quiet and nothing moves the best pair: of every second, then every fourth."""
-    for name, value in (("ENOUGH", 0), ("NEGLIGIBLE", 1.0), ("LOUD", 1e9)):
+    """Where all is quiet and nothing moves the best pair: of every second, then every fourth.
+
+    And batches have one triple of their own, not two, as soon as that is known.
+    """
+    for name, value in (("NEGLIGIBLE", 1.0), ("LOUD", 1e9)):
         monkeypatch.setattr(head, name, value)
     model, (x, y) = convolutional(), images(36)
     found = kfoc.fit(
@@ -275,13 +278,13 @@ def test_half_steps_that_are_taken_count_for_those_left_out(
     )
     for layer in LAYERS:
         recursion = Recursion(*found[layer].shape, 1)
-        shares = (0, 1, 1, 0, 2, 0, 0, 0, 4)
-        for (part, labels), share in zip(batches(x, y, 4), shares, strict=True):
+        shares, triples = (0, 1, 1, 0, 2, 0, 0, 0, 4), (2, 2, 2, 1, 1, 1, 1, 1, 1)
+        for (part, labels), share, count in zip(batches(x, y, 4), shares, triples, strict=True):
             fisher = oracle.fisher_block(
                 model, layer, part, cotangents(model, part, labels, "empirical")
             )
             a = oracle.rearranged(fisher, *found[layer].shape) * len(part)
-            recursion.add(a, share=share)
+            recursion.add(a, share=share, triples=count)
         expected = recursion.product() / 36
         torch.testing.assert_close(found[layer].to_dense(), expected, rtol=1e-5, atol=1e-8)
 
@@ -291,7 +294,7 @@ def test_decay_counts_batches_whatever_their_size(
     decay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of more samples than a small layer takes in at once, with dense matrices beside."""
-    monkeypatch.setattr(head, "ENOUGH", 1000)
+    monkeypatch.setattr(head, "NEGLIGIBLE", -1.0)
     model, o, i = nn.Linear(3, 2), 2, 4
     x, y = torch.randn(1600, 3), torch.randn(1600, 2)
     estimator = kfoc.KFOC(decay=decay, buffer=0)

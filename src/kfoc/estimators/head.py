@@ -30,10 +30,9 @@ TAMED = 0.3
 
 # Where the tail moves the best pair so little that sigma changes by less than this share, half
 # steps are taken of a sample of what is quiet: at most of every so many, which then count for the
-# others. What moves the best pair is known from so many on.
-NEGLIGIBLE = 3e-4
+# others.
+NEGLIGIBLE = 1e-3
 SPARSEST = 4
-ENOUGH = 2
 
 # Loud is what adds to the half steps more than so many times the mean.
 LOUD = 2.0
@@ -88,8 +87,8 @@ class Head:
         tail: (sum of D r, sum of D^T l); None as long as nothing was left out.
         core: sum of `<D, l r^T>`.
         met: how many pieces came with half steps, and `bounds` the sum of what they add to them.
-        steps: of how many of the quiet ones they were taken.
-        every, waiting: they are taken of one in so many, which counts as often, and since when.
+        every, waiting: of the quiet ones they are taken of one in so many, which counts as often,
+            and how many went without since.
     """
 
     size: int
@@ -100,7 +99,6 @@ class Head:
     core: float
     met: int
     bounds: float
-    steps: int
     every: int
     waiting: int
 
@@ -113,7 +111,7 @@ class Head:
         self.tail = None
         self.core = 0.0
         self.met, self.bounds = 0, 0.0
-        self.steps, self.every, self.waiting = 0, 1, 0
+        self.every, self.waiting = 1, 0
 
     def scale(self, factor: float) -> None:
         """Let all that was added so far count `factor` times."""
@@ -122,6 +120,11 @@ class Head:
             total.mul_(factor)
         self.core *= factor
         self.bounds *= factor
+
+    @property
+    def quiet(self) -> bool:
+        """Whether what is left out hardly moved the best pair, when that was last looked at."""
+        return self.every > 1
 
     def add(self, new: Pieces, half_steps: HalfSteps | None = None) -> None:
         """Add A, of which `new` are about the leading triples.
@@ -163,7 +166,7 @@ class Head:
         self.waiting += 1
         alone = merged.symmetric()
         moves = True
-        if self.steps >= ENOUGH and self.tail is not None and alone is not None:
+        if self.tail is not None and alone is not None:
             # What the whole sum has along the best pair of the head alone:
             # sum_j s_j <l_j, l> <r_j, r> over the triples of the whole.
             without = [gram[:, : len(each)] @ each for gram, each in zip(grams, alone, strict=True)]
@@ -175,7 +178,6 @@ class Head:
         if self.waiting < self.every:
             return 0
         share, self.waiting = self.waiting, 0
-        self.steps += 1
         self.every = 1 if moves else min(2 * self.every, SPARSEST)
         return share
 

@@ -107,7 +107,9 @@ class Online(Aggregation):
 
     def pieces(self, contraction: Contraction, rescaled: Samples | None) -> Pieces:
         """Leading triples of a contraction, about."""
-        found = leading_triples(contraction, TRIPLES, LENGTH)
+        # Forming them is most of a large layer's price. Where what is left out of buffers hardly
+        # moves the best pair, the second of one would not either; if it does, the tail tells.
+        found = leading_triples(contraction, 1 if self._head().quiet else TRIPLES, LENGTH)
         if not found.sigmas:
             return self._head().nothing
         nothing = self._head().nothing.sides
