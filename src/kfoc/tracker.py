@@ -172,7 +172,7 @@ class Tracker(Plain):
         states, shapes = decoded(state["states"], device), decoded(state["shapes"], device)
         hints = {"states": "dict[str, object]", "shapes": "dict[str, LayerSamples]"}
         check_all({"states": states, "shapes": shapes}, hints, {"LayerSamples": LayerSamples})
-        check_states(states, shapes, run.estimator.init)
+        check_states(states, shapes, run.estimator.begin)
         run.selection.promote(run.selection.watched.keys() & states.keys())
         run.selection.unwatch()
         unknown = [name for name in {**states, **shapes} if name not in run.selection.blocks]

@@ -112,14 +112,13 @@ def test_coordinates_are_orthonormal(sign: int) -> None:
 
 def streamed(estimator: kfoc.KFOC, parts: list[Samples]) -> kfoc.Block:
     """The block of a layer with these batches of samples, over as many passes as it asks for."""
-    state = estimator.init("layer", parts[0])
+    state = estimator.begin("layer", parts[0])
     for _ in range(estimator.pass_limit):
         for part in parts:
-            state = estimator.update(state, part, alone=False)
-        state, done = estimator.next_pass(state)
-        if done:
+            state.add(part, alone=False)
+        if state.next_pass():
             break
-    return estimator.finish(state, sum(part.num_samples for part in parts))
+    return state.block(sum(part.num_samples for part in parts))
 
 
 def dense_of(parts: list[Samples]) -> Tensor:

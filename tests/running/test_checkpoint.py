@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import kfoc
 from documents import code_blocks
+from kfoc.estimators.base import State
 from kfoc.files.encoding import decoded, encoded
 from kfoc.interop.per_parameter import per_parameter
 from kfoc.running import checkpointed as checkpoints
@@ -461,20 +462,27 @@ def test_progress_goes_on(tmp_path: Path) -> None:
     assert [(p.batch, p.samples) for p in seen] == [(k, 4 * k) for k in (3, 4, 5)]
 
 
-class Opaque(kfoc.Diagonal):
-    """An estimator of one's own, whose state holds what cannot be written down."""
+class Opaque(State):
+    """A state that holds what cannot be written down."""
 
-    def init(self, layer: str, samples: Any) -> Any:
-        return lambda: None
+    def __init__(self) -> None:
+        self.held = lambda: None
 
-    def update(self, state: Any, samples: Any, *, alone: bool) -> Any:
-        return state
+    def add(self, samples: Any, alone: bool) -> None: ...
+
+    def block(self, num_samples: float) -> kfoc.Block:
+        raise AssertionError("the first batch is the last")
+
+
+class OfMyOwn(kfoc.Diagonal):
+    def begin(self, layer: str, samples: Any) -> State:
+        return Opaque()
 
 
 def test_a_state_that_cannot_be_saved_shows_in_the_first_batch(tmp_path: Path) -> None:
     model, (x, y) = convolutional(), images(20)
     with pytest.raises(ValueError, match="a state holds a function, which cannot be saved"):
-        kfoc.fit(model, batches(x, y, 4), estimator=Opaque(), checkpoint=tmp_path)
+        kfoc.fit(model, batches(x, y, 4), estimator=OfMyOwn(), checkpoint=tmp_path)
 
 
 class Scaled(kfoc.Gaussian):

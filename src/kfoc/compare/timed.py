@@ -4,55 +4,71 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-from kfoc import Estimator
+from kfoc import Block, Estimator
+from kfoc.estimators.base import State
+from kfoc.estimators.pooling import Pooling
+from kfoc.samples.base import LayerSamples
+
+T = TypeVar("T")
 
 
-def timed(
-    estimator: Estimator,
-    seconds: dict[str, float],
-    cuda: bool = False,
-    owners: dict[int, tuple[str, Any]] | None = None,
-) -> Estimator:
+def timed(estimator: Estimator, seconds: dict[str, float], cuda: bool = False) -> Estimator:
     """A copy of the estimator that adds to `seconds` what it spends on each layer, in all passes.
 
-    Four methods of the copy are others. All else that a fit may ask of an estimator, a budget of
-    memory for one, is as it was. The forward and backward pass are not in the seconds.
+    All else that a fit may ask of an estimator, a budget of memory for one, is as it was. The
+    forward and backward pass are not in the seconds.
 
     Args:
         cuda: wait for the GPU before the clock is read.
-        owners: whose a state is, by its id; the state is kept here as well, so that its id stays
-            its own.
     """
     clocked = copy.copy(estimator)
-    owners = {} if owners is None else owners
 
-    def clock(name: str) -> Any:
-        method = getattr(estimator, name)  # which calls itself untimed
-
-        def call(first: Any, *arguments: Any, **options: Any) -> Any:
-            layer = first if name == "init" else owners.pop(id(first))[0]
+    def begin(layer: str, samples: LayerSamples) -> State:
+        def clock(call: Callable[..., T], *arguments: Any) -> T:
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            result = method(first, *arguments, **options)
+            result = call(*arguments)
             if cuda:
                 torch.cuda.synchronize()
             seconds[layer] = seconds.get(layer, 0.0) + time.perf_counter() - start
-            if name != "finish":
-                state = result[0] if name == "next_pass" else result
-                owners[id(state)] = layer, state
             return result
 
-        return call
+        return _Timed(clock(estimator.begin, layer, samples), clock)
 
     def sized(layouts: Any) -> Estimator:
-        return timed(estimator.sized(layouts), seconds, cuda, owners)
+        return timed(estimator.sized(layouts), seconds, cuda)
 
-    for name in ("init", "update", "next_pass", "finish"):
-        object.__setattr__(clocked, name, clock(name))  # of a frozen dataclass too
-    object.__setattr__(clocked, "sized", sized)
+    for name, method in (("begin", begin), ("sized", sized)):
+        object.__setattr__(clocked, name, method)  # of a frozen dataclass too
     return clocked
+
+
+@dataclass
+class _Timed(State):
+    state: State
+    clock: Callable[..., Any]
+
+    def add(self, samples: LayerSamples, alone: bool) -> None:
+        self.clock(self.state.add, samples, alone)
+
+    def next_pass(self) -> bool:
+        return self.clock(self.state.next_pass)
+
+    def change(self) -> float | None:
+        return self.state.change()
+
+    def decay(self, factor: float) -> None:
+        self.clock(self.state.decay, factor)
+
+    def pooled(self) -> Pooling[None]:
+        yield from self.state.pooled()
+
+    def block(self, num_samples: float) -> Block:
+        return self.clock(self.state.block, num_samples)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfoc.distributed import Ranks, RanksError
 from kfoc.estimators import Estimator
+from kfoc.estimators.base import State
 from kfoc.estimators.certificate import Probes
 from kfoc.model.batches import mapped, moved
 from kfoc.running.checkpointed import Run as Saved
@@ -28,7 +29,7 @@ class Run(Saved, Protocol):
     """What of a fit is read and written here."""
 
     estimator: Estimator
-    states: dict[str, Any]
+    states: dict[str, State]
     shapes: dict[str, LayerSamples]
     probes: dict[str, Probes]
     settled: set[str]
@@ -82,12 +83,10 @@ def check_same(ranks: Ranks, run: Run, more: Mapping[str, str]) -> None:
 
 
 def pool(ranks: Ranks, run: Run) -> None:
-    """Make the states of this rank's data those of all ranks', see `Estimator.pooled`."""
+    """Make the states of this rank's data those of all ranks', see `State.pooled`."""
     _agree(ranks, run)
     names = sorted(run.states.keys() - run.settled)
-    poolings = [run.estimator.pooled(run.states[name]) for name in names]
-    for name, state in zip(names, ranks.pooled(poolings), strict=True):
-        run.states[name] = state
+    ranks.pooled([run.states[name].pooled() for name in names])
     if not run.passes:
         ranks.pooled([run.probes[name].pooled() for name in sorted(run.probes)])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock, Report
+from kfoc.estimators.base import State
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
 from kfoc.estimators.pooling import largest as largest_of
@@ -20,7 +21,7 @@ from kfoc.nearest.power import KroneckerFit
 from kfoc.samples.linear import Samples
 
 
-class Aggregation(ABC):
+class Aggregation(State):
     """The state of one layer: how batches add up to an estimate."""
 
     # All that a state holds, and may hold where it is read from a file; so in the classes below.
@@ -44,24 +45,8 @@ class Aggregation(ABC):
     def add(self, samples: Samples, alone: bool) -> None: ...
 
     @abstractmethod
-    def decay(self, factor: float) -> None:
-        """Let all that was added so far count `factor` times."""
-
-    @abstractmethod
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         """Left and right, balanced, of the mean Fisher over `num_samples` samples."""
-
-    @abstractmethod
-    def pooled(self) -> Pooling[None]:
-        """Take in the other ranks' data, see `Estimator.pooled`."""
-
-    def next_pass(self) -> bool:
-        """Prepare for another pass; True where none is needed."""
-        return True
-
-    def change(self) -> float | None:
-        """See `Estimator.change`."""
-        return None
 
     def block(self, num_samples: float) -> Block:
         left, right = self.result(num_samples)
@@ -141,11 +126,10 @@ class Approx(Aggregation):
         (unit,) = yield from largest_of(self.unit)
         self.left.mul_(self.unit / (unit or 1.0))
         self.unit = unit
-        yield [Sum([self.left, self.right])]
+        yield [Sum(self.totals())]
 
-    def decay(self, factor: float) -> None:
-        self.left.mul_(factor)
-        self.right.mul_(factor)
+    def totals(self) -> list[Tensor]:
+        return [self.left, self.right]
 
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
         if self.found is not None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from kfoc.blocks import DenseBlock
 from kfoc.errors import Footprint
-from kfoc.estimators.base import Estimator
-from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.estimators.base import Estimator, State
 from kfoc.linalg.products import mirrored
 from kfoc.plans.explicit import add_fisher
 from kfoc.samples.base import LayerSamples
 
 
-class _State(NamedTuple):
-    matrix: Tensor
+@dataclass
+class _State(State):
+    matrix: Tensor  # (o * i, o * i), summed over the samples
     shape: tuple[int, int]
+
+    def add(self, samples: LayerSamples, alone: bool) -> None:
+        add_fisher(self.matrix, samples)
+
+    def totals(self) -> list[Tensor]:
+        return [self.matrix]
+
+    def block(self, num_samples: float) -> DenseBlock:
+        return DenseBlock(mirrored(self.matrix) / num_samples, self.shape)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class BlockDiagonal(Estimator):
 
     max_size: int = 4096
 
-    def init(self, layer: str, samples: LayerSamples) -> _State:
+    def begin(self, layer: str, samples: LayerSamples) -> State:
         o, i = samples.shape
         if o * i > self.max_size:
             raise ValueError(
@@ -41,22 +49,7 @@ class BlockDiagonal(Estimator):
             )
         return _State(samples.grads.new_zeros(o * i, o * i), (o, i))
 
-    def update(self, state: _State, samples: LayerSamples, *, alone: bool) -> _State:
-        add_fisher(state.matrix, samples)
-        return state
-
     def footprint(self, samples: LayerSamples) -> Footprint:
         o, i = samples.shape
         size = (o * i) ** 2 * samples.grads.element_size()
         return Footprint(size, size)
-
-    def decayed(self, state: _State, factor: float) -> _State:
-        state.matrix.mul_(factor)
-        return state
-
-    def pooled(self, state: _State) -> Pooling[_State]:
-        yield [Sum([state.matrix])]
-        return state
-
-    def finish(self, state: _State, num_samples: float) -> DenseBlock:
-        return DenseBlock(mirrored(state.matrix) / num_samples, state.shape)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, EigenBlock, KroneckerBlock, Report
 from kfoc.errors import Footprint
+from kfoc.estimators.base import State
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.kfoc import KFOC
 from kfoc.estimators.pooling import Pooling, Sum, summed
@@ -23,17 +23,69 @@ from kfoc.samples.linear import Samples
 
 
 @dataclass
-class _State:
+class _State(State):
     """One layer: its base state until that is done, and then the eigenbasis and the sums."""
 
-    base: Any
+    base: State | None
     samples: int = 0  # in a pass
     basis: tuple[Tensor, Tensor] | None = None  # (o, o), (i, i)
     sums: Tensor | None = None  # (o, i)
     report: Report = field(default_factory=Report)
     vanished: bool = False  # a factor of the base is zero
     uncorrected: Block | None = None  # a base block without two eigenbases
-    change: float | None = None  # of sigma in the base's last pass
+    changed: float | None = None  # sigma, in the base's last pass
+
+    def add(self, samples: Samples, alone: bool) -> None:
+        if self.base is not None:
+            self.base.add(samples, alone)
+            self.samples += samples.num_samples
+        elif self.basis is not None and self.sums is not None:
+            add_squares(self.sums, samples, self.basis)
+
+    def pooled(self) -> Pooling[None]:
+        if self.base is None:
+            yield [Sum([self.sums] if self.sums is not None else [])]
+            return
+        yield from self.base.pooled()
+        (count,) = yield from summed(self.samples)
+        self.samples = round(count)
+
+    def next_pass(self) -> bool:
+        if self.base is None:
+            return True
+        done = self.base.next_pass()
+        self.changed = self.base.change()
+        if not done:
+            self.samples = 0
+            return False
+        block = self.base.block(self.samples)
+        self.base = None  # its memory is not needed any more
+        if not isinstance(block, KroneckerBlock) or block.right.ndim != 2:
+            self.uncorrected = block
+            return True
+        largest = [magnitude(factor.diagonal()) for factor in (block.left, block.right)]
+        for found in largest:
+            check_representable(found, block.dtype, "its base's factor")
+        self.vanished = not all(largest)
+        _, left = eigh(block.left, "the left factor")
+        _, right = eigh(block.right, "the right factor")
+        report = block.report
+        self.report = Report(steps=report.steps, converged=report.converged, plan=report.plan)
+        self.basis = left.to(block.left.dtype), right.to(block.right.dtype)
+        self.sums = torch.zeros_like(block.left[:, :1] * block.right[:1])
+        return False
+
+    def change(self) -> float | None:
+        return self.changed
+
+    def block(self, num_samples: float) -> Block:
+        if self.uncorrected is not None:
+            return self.uncorrected
+        if self.basis is None or self.sums is None:
+            raise ValueError("the eigenvalues take a pass over the data after the base's")
+        if self.vanished and self.sums.any():
+            raise ValueError(beyond("its base's factor", self.sums.dtype, "0"))
+        return EigenBlock(*self.basis, self.sums / num_samples, report=self.report)
 
 
 @dataclass(frozen=True)
@@ -76,50 +128,8 @@ class EigenCorrected(FactoredEstimator):
         base = self.base.sized(layouts)
         return replace(self, base=base) if isinstance(base, FactoredEstimator) else self
 
-    def init_one(self, layer: str, samples: Samples) -> _State:
-        return _State(self.base.init_one(layer, samples))
-
-    def update_one(self, state: _State, samples: Samples, *, alone: bool) -> _State:
-        if state.basis is not None and state.sums is not None:
-            add_squares(state.sums, samples, state.basis)
-        else:
-            state.base = self.base.update_one(state.base, samples, alone=alone)
-            state.samples += samples.num_samples
-        return state
-
-    def pooled_one(self, state: _State) -> Pooling[_State]:
-        if state.sums is not None:
-            yield [Sum([state.sums])]
-            return state
-        state.base = yield from self.base.pooled_one(state.base)
-        (count,) = yield from summed(state.samples)
-        state.samples = round(count)
-        return state
-
-    def next_pass_one(self, state: _State) -> tuple[_State, bool]:
-        if state.basis is not None or state.uncorrected is not None:
-            return state, True
-        state.base, done = self.base.next_pass_one(state.base)
-        state.change = self.base.change_one(state.base)
-        if not done:
-            state.samples = 0
-            return state, False
-        block = self.base.finish_one(state.base, state.samples)
-        if not isinstance(block, KroneckerBlock) or block.right.ndim != 2:
-            state.uncorrected = block
-            return state, True
-        largest = [magnitude(factor.diagonal()) for factor in (block.left, block.right)]
-        for found in largest:
-            check_representable(found, block.dtype, "its base's factor")
-        state.vanished = not all(largest)
-        _, left = eigh(block.left, "the left factor")
-        _, right = eigh(block.right, "the right factor")
-        report = block.report
-        state.report = Report(steps=report.steps, converged=report.converged, plan=report.plan)
-        state.basis = left.to(block.left.dtype), right.to(block.right.dtype)
-        state.sums = torch.zeros_like(block.left[:, :1] * block.right[:1])
-        state.base = None  # its memory is not needed any more
-        return state, False
+    def begin_one(self, layer: str, samples: Samples) -> State:
+        return _State(self.base.begin_one(layer, samples))
 
     def footprint_one(self, samples: Samples) -> Footprint:
         base = self.base.footprint_one(samples)
@@ -129,18 +139,6 @@ class EigenCorrected(FactoredEstimator):
         o, i = samples.shape
         size = factors_bytes(samples) + o * i * samples.grads.element_size()
         return Footprint(max(base.state, size), max(base.block, size))
-
-    def change_one(self, state: _State) -> float | None:
-        return state.change
-
-    def finish_one(self, state: _State, num_samples: float) -> Block:
-        if state.uncorrected is not None:
-            return state.uncorrected
-        if state.basis is None or state.sums is None:
-            raise ValueError("the eigenvalues take a pass over the data after the base's")
-        if state.vanished and state.sums.any():
-            raise ValueError(beyond("its base's factor", state.sums.dtype, "0"))
-        return EigenBlock(*state.basis, state.sums / num_samples, report=state.report)
 
 
 def add_squares(total: Tensor, samples: Samples, basis: tuple[Tensor, Tensor]) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
-from torch import Tensor
-
-from kfoc.blocks import Block, GroupedBlock, KroneckerBlock, Report
+from kfoc.blocks import Block, GroupedBlock, Report
 from kfoc.errors import Footprint
-from kfoc.estimators.base import Estimator
+from kfoc.estimators.base import Estimator, State
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
-from kfoc.estimators.pooling import Pooling, Sum, largest, together, unpooled
-from kfoc.linalg.scaling import balanced
-from kfoc.plans.base import CHUNK
-from kfoc.samples.base import LayerSamples, gradient_chunks
+from kfoc.estimators.pooling import Pooling, together
+from kfoc.estimators.rows import Rows
+from kfoc.samples.base import LayerSamples
 from kfoc.samples.direct import Direct
 from kfoc.samples.grouped import Depthwise, Grouped
 from kfoc.samples.linear import Samples
@@ -30,25 +28,73 @@ LARGEST_FACTOR = 2**14
 DENSE_LIMIT = 1024
 
 
-class _Other(NamedTuple):
-    """The state of a layer that another estimator takes care of."""
+@dataclass
+class _Groups(State):
+    """A grouped layer: its groups' states, and which of them need no further pass."""
 
-    estimator: Estimator
-    state: Any
-
-
-class _Groups(NamedTuple):
-    """The states of a grouped layer's groups, and which of them need no further pass."""
-
-    states: list[Any]
+    states: list[State]
     settled: list[bool]
 
+    def add(self, samples: Grouped | Depthwise, alone: bool) -> None:
+        groups = samples.grouped().groups if isinstance(samples, Depthwise) else samples.groups
+        # A settled group must not see the passes that another one still needs.
+        for state, settled, group in zip(self.states, self.settled, groups, strict=True):
+            if not settled:
+                state.add(group, alone)
 
-class _Rows(NamedTuple):
-    """The state of a layer whose rows have nothing in common: each row's F, times `1 / unit`."""
+    def next_pass(self) -> bool:
+        each = zip(self.states, self.settled, strict=True)
+        self.settled = [settled or state.next_pass() for state, settled in each]
+        return all(self.settled)
 
-    total: Tensor  # (o, i, i)
-    unit: float
+    def change(self) -> float | None:
+        changes = [state.change() for state in self.states]
+        return max((change for change in changes if change is not None), default=None)
+
+    def decay(self, factor: float) -> None:
+        for state in self.states:
+            state.decay(factor)
+
+    def pooled(self) -> Pooling[None]:
+        each = zip(self.states, self.settled, strict=True)
+        yield from together([state.pooled() for state, settled in each if not settled])
+
+    def block(self, num_samples: float) -> Block:
+        blocks = tuple(state.block(num_samples) for state in self.states)
+        reports = [block.report for block in blocks]
+        # The groups' own errors say nothing of what lies between the groups: no error of the whole.
+        report = Report(
+            steps=max(report.steps for report in reports),
+            converged=all(report.converged for report in reports),
+            plan=reports[0].plan,
+            head=reports[0].head,
+        )
+        return GroupedBlock(blocks, report=report)
+
+
+@dataclass
+class _AsPositions(State):
+    """An embedding and a head that share their weight, as positions of one linear map."""
+
+    state: State
+
+    def add(self, samples: Tied, alone: bool) -> None:
+        self.state.add(samples.as_positions(), alone)
+
+    def next_pass(self) -> bool:
+        return self.state.next_pass()
+
+    def change(self) -> float | None:
+        return self.state.change()
+
+    def decay(self, factor: float) -> None:
+        self.state.decay(factor)
+
+    def pooled(self) -> Pooling[None]:
+        yield from self.state.pooled()
+
+    def block(self, num_samples: float) -> Block:
+        return self.state.block(num_samples)
 
 
 class FactoredEstimator(Estimator):
@@ -70,33 +116,28 @@ class FactoredEstimator(Estimator):
         return False
 
     @abstractmethod
-    def init_one(self, layer: str, samples: Samples) -> Any:
-        """As `init`, for one group or a layer without groups; and so the three below."""
+    def begin_one(self, layer: str, samples: Samples) -> State:
+        """As `begin`, for one group or a layer without groups."""
 
-    @abstractmethod
-    def update_one(self, state: Any, samples: Samples, *, alone: bool) -> Any: ...
+    def begin_tied(self, layer: str, samples: Tied) -> State:
+        """As `begin`, for an embedding and a head that share their weight."""
+        state = self.begin_one(layer, _as_samples(samples))
+        return state if samples.diagonal else _AsPositions(state)
 
-    def next_pass_one(self, state: Any) -> tuple[Any, bool]:
-        return state, True
-
-    @abstractmethod
-    def pooled_one(self, state: Any) -> Pooling[Any]: ...
-
-    def decayed_one(self, state: Any, factor: float) -> Any:
-        return super().decayed(state, factor)
-
-    def change_one(self, state: Any) -> float | None:
-        return None
-
-    @abstractmethod
-    def finish_one(self, state: Any, num_samples: float) -> Block: ...
-
-    def init_tied(self, layer: str, samples: Tied) -> Any:
-        """As `init`, for an embedding and a head that share their weight."""
-        return self.init_one(layer, _as_samples(samples))
-
-    def update_tied(self, state: Any, samples: Tied, *, alone: bool) -> Any:
-        return self.update_one(state, _as_samples(samples), alone=alone)
+    def begin(self, layer: str, samples: LayerSamples) -> State:
+        if isinstance(samples, Direct):
+            return _other(samples).begin(layer, samples)
+        if isinstance(samples, Depthwise):
+            if self.sums_rows:
+                o, i = samples.shape
+                return Rows(samples.grads.new_zeros(o, i, i))
+            samples = samples.grouped()
+        if isinstance(samples, Grouped):
+            states = [self.begin_one(layer, group) for group in samples.groups]
+            return _Groups(states, [False] * len(states))
+        if isinstance(samples, Tied):
+            return self.begin_tied(layer, samples)
+        return self.begin_one(layer, cast(Samples, samples))
 
     def footprint_one(self, samples: Samples) -> Footprint:
         """As `footprint`, for one group or a layer without groups."""
@@ -121,105 +162,6 @@ class FactoredEstimator(Estimator):
             return self.footprint_tied(samples)
         return self.footprint_one(cast(Samples, samples))
 
-    def init(self, layer: str, samples: LayerSamples) -> Any:
-        if isinstance(samples, Direct):
-            other = _other(samples)
-            return _Other(other, other.init(layer, samples))
-        if isinstance(samples, Depthwise):
-            if self.sums_rows:
-                o, i = samples.shape
-                return _Rows(samples.grads.new_zeros(o, i, i), 0.0)
-            samples = samples.grouped()
-        if isinstance(samples, Grouped):
-            states = [self.init_one(layer, group) for group in samples.groups]
-            return _Groups(states, [False] * len(states))
-        if isinstance(samples, Tied):
-            return self.init_tied(layer, samples)
-        return self.init_one(layer, cast(Samples, samples))
-
-    def update(self, state: Any, samples: LayerSamples, *, alone: bool) -> Any:
-        if isinstance(samples, Direct):
-            updated = state.estimator.update(state.state, samples, alone=alone)
-            return _Other(state.estimator, updated)
-        if isinstance(samples, Depthwise):
-            if isinstance(state, _Rows):
-                return _with_rows(state, samples)
-            samples = samples.grouped()
-        if isinstance(samples, Grouped):
-            # A settled group must not see the passes that another one still needs.
-            states = [
-                one if settled else self.update_one(one, group, alone=alone)
-                for one, settled, group in zip(*state, samples.groups, strict=True)
-            ]
-            return _Groups(states, state.settled)
-        if isinstance(samples, Tied):
-            return self.update_tied(state, samples, alone=alone)
-        return self.update_one(state, cast(Samples, samples), alone=alone)
-
-    def next_pass(self, state: Any) -> tuple[Any, bool]:
-        if isinstance(state, _Other | _Rows):
-            return state, True
-        if not isinstance(state, _Groups):
-            return self.next_pass_one(state)
-        each = [
-            (one, True) if settled else self.next_pass_one(one)
-            for one, settled in zip(*state, strict=True)
-        ]
-        groups = _Groups([one for one, _ in each], [done for _, done in each])
-        return groups, all(groups.settled)
-
-    def decayed(self, state: Any, factor: float) -> Any:
-        if isinstance(state, _Other):
-            return _Other(state.estimator, state.estimator.decayed(state.state, factor))
-        if isinstance(state, _Rows):
-            return state._replace(total=state.total.mul_(factor))
-        if isinstance(state, _Groups):
-            return _Groups([self.decayed_one(s, factor) for s in state.states], state.settled)
-        return self.decayed_one(state, factor)
-
-    def pooled(self, state: Any) -> Pooling[Any]:
-        if isinstance(state, _Other):
-            pooled = yield from state.estimator.pooled(state.state)
-            return _Other(state.estimator, pooled)
-        if isinstance(state, _Rows):
-            return (yield from _pooled_rows(state))
-        if not isinstance(state, _Groups):
-            return (yield from self.pooled_one(state))
-        poolings = [
-            unpooled(one) if settled else self.pooled_one(one)
-            for one, settled in zip(*state, strict=True)
-        ]
-        return _Groups((yield from together(poolings)), state.settled)
-
-    def change(self, state: Any) -> float | None:
-        changes = [self.change_one(one) for one in _single(state)]
-        return max((change for change in changes if change is not None), default=None)
-
-    def finish(self, state: Any, num_samples: float) -> Block:
-        if isinstance(state, _Other):
-            return state.estimator.finish(state.state, num_samples)
-        if isinstance(state, _Rows):
-            return _rows_block(state, num_samples)
-        if not isinstance(state, _Groups):
-            return self.finish_one(state, num_samples)
-        blocks = tuple(self.finish_one(one, num_samples) for one in state.states)
-        reports = [block.report for block in blocks]
-        # The groups' own errors say nothing of what lies between the groups: no error of the whole.
-        report = Report(
-            steps=max(report.steps for report in reports),
-            converged=all(report.converged for report in reports),
-            plan=reports[0].plan,
-            head=reports[0].head,
-        )
-        return GroupedBlock(blocks, report=report)
-
-
-def _single(state: Any) -> list[Any]:
-    """The states of this estimator's own that a layer has: none, one, or one per group."""
-    if isinstance(state, _Other | _Rows):
-        return []
-    return state.states if isinstance(state, _Groups) else [state]
-
 
 def _other(samples: Direct) -> Estimator:
     o, i = samples.shape
@@ -235,35 +177,3 @@ def factors_bytes(samples: Samples) -> int:
 def _as_samples(samples: Tied) -> Samples:
     # With a diagonal factor, contracted as they are: they have all that aggregations ask for.
     return cast(Samples, samples) if samples.diagonal else samples.as_positions()
-
-
-def _with_rows(state: _Rows, samples: Depthwise) -> _Rows:
-    """Add a batch's `sum X_g^T X_g` for every row g, in the larger of the scales."""
-    rescaled, scale = samples.rescaled()
-    if not scale:
-        return state
-    unit = max(state.unit, scale)
-    total = state.total.mul_(state.unit / unit)
-    o, i = samples.shape
-    for gradients in gradient_chunks(rescaled, CHUNK):
-        rows = gradients.permute(2, 0, 1, 3).reshape(o, -1, i)
-        total.baddbmm_(rows.mT, rows, alpha=scale / unit)
-    return _Rows(total, unit)
-
-
-def _pooled_rows(state: _Rows) -> Pooling[_Rows]:
-    (unit,) = yield from largest(state.unit)
-    state.total.mul_(state.unit / (unit or 1.0))
-    yield [Sum([state.total])]
-    return _Rows(state.total, unit)
-
-
-def _rows_block(state: _Rows, num_samples: float) -> GroupedBlock:
-    total, scale = (state.total + state.total.mT) / 2, state.unit / num_samples
-    one = total.new_ones(1, 1)
-    # Norms are those of the total, near one: squares of F's own numbers may leave their range.
-    blocks = tuple(
-        KroneckerBlock(*balanced(one, each, each.norm().item() * scale), report=Report(plan="rows"))
-        for each in total
-    )
-    return GroupedBlock(blocks, report=Report(plan="rows"))

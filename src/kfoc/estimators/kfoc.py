@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kfoc.blocks import Block
 from kfoc.common.ambient import plainly
 from kfoc.common.arguments import whole
 from kfoc.errors import Footprint
@@ -17,7 +16,6 @@ from kfoc.estimators.exact import Exact
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
-from kfoc.estimators.pooling import Pooling
 from kfoc.estimators.running import Running
 from kfoc.estimators.sums import ExactSums, Sums
 from kfoc.linalg.scaling import check_representable
@@ -121,7 +119,7 @@ class KFOC(Options, FactoredEstimator):
         fitting = self.head_memory // max(1, pairs)
         return replace(self, head=max(least, min(self.head_size, fitting)))
 
-    def init_one(self, layer: str, samples: Samples) -> Aggregation:
+    def begin_one(self, layer: str, samples: Samples) -> Aggregation:
         several = self.rank > 1 and not samples.diagonal
         return (_OF_SUMS if several else _STRATEGIES)[self.aggregation](self, samples)
 
@@ -142,35 +140,9 @@ class KFOC(Options, FactoredEstimator):
         each = max(samples.grads.element_size(), inputs.tensor.element_size())
         return Footprint(pairs * (factors + SIGMA) + self.buffer * each, block)
 
-    def update_one(self, state: Aggregation, samples: Samples, *, alone: bool) -> Aggregation:
-        state.add(samples, alone)
-        return state
-
-    def next_pass_one(self, state: Aggregation) -> tuple[Aggregation, bool]:
-        return state, state.next_pass()
-
     def streaming(self) -> KFOC:
         # Without the buffer, whose samples would have to be taken in at once at every decay.
         return replace(self, decay=1.0) if self.aggregation == "online" else self
-
-    def decayed_one(self, state: Aggregation, factor: float) -> Aggregation:
-        state.decay(factor)
-        return state
-
-    def pooled_one(self, state: Aggregation) -> Pooling[Aggregation]:
-        if self.decay is not None:
-            raise ValueError(
-                f"decay={self.decay} counts batches one after the other, and ranks have theirs at "
-                "the same time: leave out decay or group=..."
-            )
-        yield from state.pooled()
-        return state
-
-    def change_one(self, state: Aggregation) -> float | None:
-        return state.change()
-
-    def finish_one(self, state: Aggregation, num_samples: float) -> Block:
-        return state.block(num_samples)
 
 
 def _pair_numbers(layout: Layout) -> int:

@@ -167,6 +167,11 @@ class Online(Aggregation):
 
     def pooled(self) -> Pooling[None]:
         """F where every rank with data sums it, and otherwise heads and tails."""
+        if self.config.decay is not None:
+            raise ValueError(
+                f"decay={self.config.decay} counts batches one after the other, and ranks have "
+                "theirs at the same time: leave out decay or group=..."
+            )
         seen = self.weight > 0 or self.pending.numel > 0
         dense, factored = yield from largest_of(
             self.fisher is not None, self.fisher is None and seen

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -73,9 +73,3 @@ def largest(*numbers: float) -> Pooling[list[float]]:
     request = Largest(list(numbers))
     yield [request]
     return request.values
-
-
-def unpooled(state: Any) -> Pooling[Any]:
-    """The state as it is, at no request."""
-    yield from ()
-    return state

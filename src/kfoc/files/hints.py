@@ -102,13 +102,13 @@ def check_all(values: Any, hints: Mapping[str, str], scope: Mapping[str, Any] = 
 
 
 def check_states(
-    states: Mapping[str, Any], shapes: Mapping[str, Any], init: Callable[[str, Any], Any]
+    states: Mapping[str, Any], shapes: Mapping[str, Any], begin: Callable[[str, Any], Any]
 ) -> None:
     """Raise ValueError for the state of a layer that is of another type than a new one's."""
     for name, state in states.items():
         if name not in shapes:
             raise ValueError(f"layer {name!r} has a state, and no shape")
-        expected = type(init(name, shapes[name]))
+        expected = type(begin(name, shapes[name]))
         if type(state) is not expected:
             raise ValueError(
                 f"the state of layer {name!r} must be a {expected.__name__}, found {state!r:.60}"

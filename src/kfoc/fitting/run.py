@@ -20,6 +20,7 @@ from kfoc.distributed import Ranks
 from kfoc.distributed.agreement import pool, sharded
 from kfoc.errors import Footprint, advised, naming, within
 from kfoc.estimators import Estimator
+from kfoc.estimators.base import State
 from kfoc.estimators.certificate import Probes
 from kfoc.fitting.options import check_options, counts
 from kfoc.fitting.ranges import check_range
@@ -133,7 +134,7 @@ class Run:
     num_probes: int
     seed: int
     selection: Selection
-    states: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
     probes: dict[str, Probes] = field(default_factory=dict)
     shapes: dict[str, LayerSamples] = field(default_factory=dict)
@@ -258,13 +259,13 @@ class Run:
         if self.sweeps and not self.sweeps.takes(name, lambda: self._footprint(samples)):
             self.settled.add(name)
             return False
-        self.states[name] = self.sized.init(name, samples)
+        self.states[name] = self.sized.begin(name, samples)
         if self.num_probes:
             self.probes[name] = Probes(self.num_probes, self.seed, name, samples, self._drawn)
         return True
 
     def _meter(self, data: Iterable[Any], report: Callable[[Progress], Any], spent: float) -> Meter:
-        changes = [self.estimator.change(state) for state in self.states.values()]
+        changes = [state.change() for state in self.states.values()]
         known = [change for change in changes if change is not None]
         batches = len(self.marks) if self.earlier else length(data)
         limit = self.earlier - self.passes + self.estimator.pass_limit
@@ -558,8 +559,7 @@ class Run:
             if index:  # the layer was not reached by the samples before: their gradients are zero
                 self._update(name, samples.silent(index), 0, False)
                 if self.decay is not None and self.weight != index:
-                    share = self.weight / index
-                    self.states[name] = self.estimator.decayed(self.states[name], share)
+                    self.states[name].decay(self.weight / index)
         if type(samples) is not type(self.shapes[name]):
             raise ValueError(
                 f"layer {name!r}: it is called in another way than in the batches before (as "
@@ -569,7 +569,7 @@ class Run:
             self.probes[name].add(samples)
         self.updates += 1
         self._note_scale(name, samples)
-        self.states[name] = self.estimator.update(self.states[name], samples, alone=alone)
+        self.states[name].add(samples, alone)
 
     def _note_scale(self, name: str, samples: LayerSamples) -> None:
         """What tells numbers that vanished from zeros."""
@@ -600,8 +600,8 @@ class Run:
             # Now and not before the next batch, which may turn out to be no good.
             if self.decay is not None and self.decay != 1:
                 self.weight *= self.decay
-                for name, state in self.states.items():
-                    self.states[name] = self.estimator.decayed(state, self.decay)
+                for state in self.states.values():
+                    state.decay(self.decay)
 
     def snapshot(self) -> Curvature:
         """The curvature of the stream so far; the states stay as they are."""
@@ -611,7 +611,7 @@ class Run:
             if name in self.states:
                 # A copy of one layer at a time: what finishes a state may change it.
                 with naming(name):
-                    block = self.estimator.finish(copy.deepcopy(self.states[name]), self.weight)
+                    block = copy.deepcopy(self.states[name]).block(self.weight)
                 check_range(name, block, self.scales.get(name, (0.0, 0.0)))
                 blocks[name] = block
             else:
@@ -625,7 +625,7 @@ class Run:
         """Hand every layer to its next pass; True where none needs one."""
         for name in self.states.keys() - self.settled:
             with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
-                self.states[name], settled = self.estimator.next_pass(self.states[name])
+                settled = self.states[name].next_pass()
             if settled:
                 self.settled.add(name)
         return self.states.keys() <= self.settled or self.passes >= self.estimator.pass_limit
@@ -656,8 +656,8 @@ class Run:
         # A layer at a time: states and blocks together would take the memory twice.
         with advised(f"layer {name!r}", _LESS_MEMORY), naming(name):
             state = self.states.pop(name)
-            change = self.estimator.change(state)
-            block = self.estimator.finish(state, self.num_samples)
+            change = state.change()
+            block = state.block(self.num_samples)
         if not block.report.converged:
             self.unsettled[name] = change
         check_range(name, block, self.scales.get(name, (0.0, 0.0)))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from kfoc.blocks import Block, DampedBlock, Damping, DenseBlock
+from kfoc.errors import Footprint
 from kfoc.estimators import KFOC, Estimator
+from kfoc.estimators.base import State
+from kfoc.estimators.pooling import Pooling
 from kfoc.layers.rule import Unsupported, checked_treatment
 from kfoc.linalg.products import add_symmetric, mirrored
 from kfoc.parameters.layout import Layout
@@ -69,40 +71,59 @@ class PerParameter(Estimator):
     def sized(self, layouts: Mapping[str, Layout]) -> PerParameter:
         return replace(self, base=self.base.sized(layouts))
 
-    def init(self, layer: str, samples: LayerSamples) -> _State:
+    def streaming(self) -> PerParameter:
+        return replace(self, base=self.base.streaming())
+
+    def begin(self, layer: str, samples: LayerSamples) -> State:
         if layer not in self.biased or not isinstance(samples, Samples):
-            return _State(self.base.init(layer, samples), None, False)
+            return self.base.begin(layer, samples)
         o, _ = samples.shape
-        state = self.base.init(layer, _without_bias(samples))
-        return _State(state, samples.grads.new_zeros(o, o), False)
+        base = self.base.begin(layer, _without_bias(samples))
+        return _State(base, samples.grads.new_zeros(o, o))
 
-    def update(self, state: _State, samples: LayerSamples, *, alone: bool) -> _State:
-        if state.bias is None:
-            return state._replace(base=self.base.update(state.base, samples, alone=alone))
-        joint = cast(Samples, samples)
-        if not state.complete:
-            rows = joint.grads.sum(2).flatten(0, 1)  # a bias has the gradient `sum_t g`
-            add_symmetric(state.bias, rows, rows)
-        return state._replace(base=self.base.update(state.base, _without_bias(joint), alone=alone))
+    def footprint(self, samples: LayerSamples) -> Footprint:
+        # Which layer it is cannot be told: with the bias it is the larger one.
+        o, _ = samples.shape
+        bias = o * o * samples.grads.element_size()
+        return self.base.footprint(samples) + Footprint(bias, bias)
 
-    def next_pass(self, state: _State) -> tuple[_State, bool]:
-        base, done = self.base.next_pass(state.base)
-        return _State(base, state.bias, True), done
 
-    def finish(self, state: _State, num_samples: float) -> Block:
-        block = self.base.finish(state.base, num_samples)
-        if state.bias is None:
-            return block
-        bias = DenseBlock(mirrored(state.bias) / num_samples, (len(state.bias), 1))
+@dataclass
+class _State(State):
+    base: State
+    bias: Tensor  # sums of the bias's outer products, on and above the diagonal
+    complete: bool = False  # a pass is over, and the bias has seen all samples
+
+    def add(self, samples: Samples, alone: bool) -> None:
+        if not self.complete:
+            rows = samples.grads.sum(2).flatten(0, 1)  # a bias has the gradient `sum_t g`
+            add_symmetric(self.bias, rows, rows)
+        self.base.add(_without_bias(samples), alone)
+
+    def next_pass(self) -> bool:
+        self.complete = True
+        return self.base.next_pass()
+
+    def change(self) -> float | None:
+        return self.base.change()
+
+    def totals(self) -> list[Tensor]:
+        return [] if self.complete else [self.bias]
+
+    def decay(self, factor: float) -> None:
+        super().decay(factor)
+        self.base.decay(factor)
+
+    def pooled(self) -> Pooling[None]:
+        yield from super().pooled()
+        yield from self.base.pooled()
+
+    def block(self, num_samples: float) -> Block:
+        block = self.base.block(num_samples)
+        bias = DenseBlock(mirrored(self.bias) / num_samples, (len(self.bias), 1))
         # The base's error is of the weight alone.
         report = replace(block.report, relative_error=None, standard_error=None)
         return SplitBlock((block, bias), report=report)
-
-
-class _State(NamedTuple):
-    base: Any
-    bias: Tensor | None  # sums of the bias's outer products, on and above the diagonal
-    complete: bool  # a pass is over, and the bias has seen all samples
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ def _check_inside(content: dict[str, Any], run: Run) -> None:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"there is a {kind} {unknown[0]!r}, which this fit does not have")
-    check_states(names["states"], names["shapes"], run.estimator.init)
+    check_states(names["states"], names["shapes"], run.estimator.begin)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
