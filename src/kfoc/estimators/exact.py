@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kfoc.estimators.aggregation import last_change
@@ -13,43 +12,41 @@ from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
 from kfoc.linalg.products import mirrored
 from kfoc.linalg.scaling import balance, norm_of
-from kfoc.nearest.contraction import Side, opposite
-from kfoc.nearest.power import settled
+from kfoc.nearest.contraction import opposite
+from kfoc.nearest.power import PowerIteration
 from kfoc.samples.linear import Samples
 
 
 class Exact(Online):
     """After a pass of `Online`, the power iteration, one half step per pass."""
 
-    side: Side | None
-    fixed: Tensor
+    power: PowerIteration | None
     image: Tensor
-    sigmas: list[float]
 
     def __init__(self, config: Options, samples: Samples) -> None:
         super().__init__(config, samples)
-        self.side = None  # of the factor that is held fixed in this pass
-        self.fixed = self.image = self.like
-        self.sigmas = []
+        self.power = None
+        self.image = self.like  # of the factor that it asks for
 
     def absorb(self, samples: Samples) -> None:
-        if self.side is None:
+        if self.power is None:
             super().absorb(samples)
             return
         rescaled, scale = samples.rescaled()
         contraction = self.config.contraction(rescaled)
-        step = contraction.apply(self.fixed, self.side)
-        contraction.accumulate(self.image, step, opposite(self.side), scale / (self.unit or 1.0))
+        factor, side = self.power.ask()
+        share = scale / (self.unit or 1.0) / self.power.norm
+        contraction.accumulate(self.image, contraction.apply(factor, side), opposite(side), share)
 
     def pooled(self) -> Pooling[None]:
-        if self.side is None:
+        if self.power is None:
             yield from super().pooled()
         else:
             self.flush()
             yield [Sum([mirrored(self.image)])]
 
     def next_pass(self) -> bool:
-        if self.side is None:
+        if self.power is None:
             left, _ = self.result(self.weight or 1.0)
             norm = norm_of(left)
             if self.head is None or not norm:  # all data was at hand at once, or is zero
@@ -58,30 +55,26 @@ class Exact(Online):
                 self.report = replace(self.report, converged=False)
                 return True
             self.head = None
-            self._fix("left", left / norm, self.like.new_zeros(self.right_shape))
+            self.power = PowerIteration(
+                "left", left / norm, self.config.rtol, self.config.passes - 1
+            )
+            self.image = self.like.new_zeros(self.right_shape)
             return False
         self.flush()
-        mirrored(self.image)
-        self.sigmas.append(norm_of(self.image))
-        precision = 4 * torch.finfo(self.image.dtype).eps
-        converged = settled(self.sigmas, self.config.rtol, precision)
-        self.report = replace(self.report, steps=len(self.sigmas), converged=converged)
-        if not converged and len(self.sigmas) + 1 < self.config.passes:
-            self.image /= self.sigmas[-1] or 1.0
-            self._fix(opposite(self.side), self.image, self.fixed.zero_())
-            return False
-        return True
-
-    def _fix(self, side: Side, fixed: Tensor, image: Tensor) -> None:
-        self.side, self.fixed, self.image = side, fixed, image
+        factor, _ = self.power.ask()
+        self.power.tell(mirrored(self.image), norm_of(self.image))
+        self.report = replace(self.report, steps=self.power.steps, converged=self.power.converged)
+        if not self.power.done:
+            self.image = factor.zero_()
+        return self.power.done
 
     def change(self) -> float | None:
-        return last_change(self.sigmas)
+        return last_change(self.power.sigmas if self.power else [])
 
     def result(self, num_samples: float) -> tuple[Tensor, Tensor]:
-        if not self.sigmas:
+        if self.power is None or not self.power.sigmas:
             return super().result(num_samples)
-        left, right = self.fixed, self.image
-        if self.side == "right":
+        left, right = self.power.factor, self.image
+        if self.power.side == "right":
             left, right = right, left
-        return balance(left, right, self.sigmas[-1] * self.unit / num_samples)
+        return balance(left, right, self.power.sigmas[-1] * self.unit / num_samples)

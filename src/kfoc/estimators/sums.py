@@ -20,9 +20,9 @@ from kfoc.estimators.aggregation import last_change
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
-from kfoc.nearest.contraction import Contraction, Side, opposite
+from kfoc.nearest.contraction import Contraction
 from kfoc.nearest.pair import Pieces
-from kfoc.nearest.power import settled
+from kfoc.nearest.power import PowerIteration
 from kfoc.nearest.subspace import (
     HalfSteps,
     Matrix,
@@ -39,6 +39,9 @@ from kfoc.samples.linear import Samples
 # their errors.
 MERGE_STEPS = 12
 MERGE_RTOL = 1e-3
+
+# Of symmetric factors, and of antisymmetric ones.
+SIGNS = 1, -1
 
 
 @dataclass(frozen=True)
@@ -180,95 +183,65 @@ class Sums(Online):
 class ExactSums(Sums):
     """After a pass of `Sums`, the subspace iteration, one half step per pass."""
 
-    fixed: list[Fixed]
-    norms: list[float]
+    power: PowerIteration | None
+    counts: list[int]
+    image: Tensor
 
     def __init__(self, config: Options, samples: Samples) -> None:
         super().__init__(config, samples)
-        self.fixed = []
-        self.norms = []
+        self.power = None  # of orthonormal factors (k, n, n), symmetric ones first
+        self.counts = []  # how many are of either symmetry
+        self.image = self.like  # of the factors that it asks for
 
     def absorb(self, samples: Samples) -> None:
-        if not self.fixed:
+        if self.power is None:
             super().absorb(samples)
             return
         rescaled, scale = samples.rescaled()
         steps = SampleSteps(rescaled, self.config.memory_limit)
-        for fixed in self.fixed:
-            fixed.add(steps, scale / (self.unit or 1.0))
+        factors, side = self.power.ask()
+        step = steps.to_right if side == "left" else steps.to_left
+        self.image += step(factors) * (scale / (self.unit or 1.0))
 
     def pooled(self) -> Pooling[None]:
-        if self.fixed:
-            self.flush()
-            yield [Sum([fixed.image for fixed in self.fixed])]
-        else:
+        if self.power is None:
             yield from super().pooled()
+        else:
+            self.flush()
+            yield [Sum([self.image])]
 
     def next_pass(self) -> bool:
         """Prepare for another pass; True where none is needed."""
-        rank, plan = self.config.rank, "subspace"
-        if not self.fixed:
+        config = self.config
+        if self.power is None:
             self.close()
-            if self.best is not None or self.head is None or self.config.passes == 1:
+            if self.best is not None or self.head is None or config.passes == 1:
                 if self.best is None and self.head is not None:
                     self.report = replace(self.report, converged=False)
                 return True
-            self.fixed = Fixed.begin(self.head.leading(self.config.columns))
-            self.head = None
-            return not self.fixed
+            begun, self.head = self.head.leading(config.columns), None
+            signs = torch.tensor(begun.signs)
+            stacks = [orthonormal(begun.lefts[signs == sign], sign) for sign in SIGNS]
+            self.counts = [len(stack) for stack in stacks]
+            self.power = PowerIteration("left", torch.cat(stacks), config.rtol, config.passes - 1)
+            self.image = torch.zeros_like(begun.rights)
+            return not len(begun)
         self.flush()
-        found = combined([fixed.refined() for fixed in self.fixed], self.config.columns)
-        self.norms.append(found.sigmas[:rank].norm().item())
-        precision = 4 * torch.finfo(self.like.dtype).eps
-        converged = not self.norms[-1] or settled(self.norms, self.config.rtol, precision)
-        found = found if self.fixed[0].side == "left" else found.exchanged()
-        self.best = _pieces(found, rank)
-        self.report = Report(steps=len(self.norms), converged=converged, plan=plan)
-        if converged or len(self.norms) + 1 >= self.config.passes:
-            return True
-        self.fixed = [fixed.turned() for fixed in self.fixed]
-        return False
+        factors, side = self.power.ask()
+        halves = factors.split(self.counts), self.image.split(self.counts)
+        parts = [refined(*part) for part in zip(*halves, SIGNS, strict=True)]
+        found = combined(parts, config.columns)
+        self.best = _pieces(found if side == "left" else found.exchanged(), config.rank)
+        norm = found.sigmas[: config.rank].norm().item()
+        self.power.tell(torch.cat([part.rights for part in parts]), norm)
+        steps, converged = self.power.steps, self.power.converged
+        self.report = Report(steps=steps, converged=converged, plan="subspace")
+        if not self.power.done:
+            self.image = factors.zero_()
+        return self.power.done
 
     def change(self) -> float | None:
-        return last_change(self.norms)
-
-
-@dataclass
-class Fixed:
-    """The half step from orthonormal factors on one side."""
-
-    sign: int
-    side: Side
-    factors: Tensor  # (k, n, n)
-    image: Tensor  # (k, m, m)
-
-    @staticmethod
-    def begin(found: Pieces) -> list[Fixed]:
-        """The first half step of the iteration proper, for each symmetry there is."""
-        signs = torch.tensor(found.signs)
-        return [
-            Fixed(
-                sign,
-                "left",
-                orthonormal(found.lefts[which], sign),
-                torch.zeros_like(found.rights[which]),
-            )
-            for sign in (1, -1)
-            if (which := signs == sign).any()
-        ]
-
-    def add(self, steps: HalfSteps, scale: float) -> None:
-        step = steps.to_right if self.side == "left" else steps.to_left
-        self.image += step(self.factors) * scale
-
-    def refined(self) -> Singular:
-        """The triples, with this side's factors as `lefts`."""
-        return refined(self.factors, self.image, self.sign)
-
-    def turned(self) -> Fixed:
-        """The next half step, back from the image."""
-        image = self.refined().rights
-        return Fixed(self.sign, opposite(self.side), image, torch.zeros_like(self.factors))
+        return last_change(self.power.sigmas if self.power else [])
 
 
 def _pieces(found: Singular, count: int) -> Pieces:

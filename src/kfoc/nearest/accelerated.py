@@ -73,6 +73,7 @@ def leading_pair(
     converged = settled(sigmas, rtol, precision, damping=damping)
     if converged or not sigmas[-1]:
         return krylov.first_pair(sigmas)
+    # What the chain has computed is not thrown away: the power iteration goes on from its end.
     if max(x.numel() for x in krylov.chain) > BASIS_LIMIT:
         return krylov.continued(sigmas, rtol, max_steps)
     soon = SOON[contraction.implicit]
@@ -93,6 +94,7 @@ def leading_pair(
             break
         if not converged:
             krylov.extend()
+    # From the start again: what is outside the cone may be near another singular pair.
     pair = krylov.pair(values[-1], converged, damping)
     return pair or power_iteration(contraction, start, "left", rtol, max_steps)
 
@@ -185,9 +187,12 @@ class _Krylov:
             pairs = zip(self.chain[: self.length], self.chain[2:], strict=True)
             self.basis = [torch.stack([x, new, torch.zeros_like(x)]).flatten(1) for x, new in pairs]
             self.chain = []
+        # In the end the image is nearly a multiple of the current one: what it adds would be lost
+        # in the rounding of the Gram matrix, if that multiple were not taken off before.
         shares = self._products(0)[0].tolist()
         for rows in self.basis:
             rows[1].mul_(shares[0] / shares[1]).sub_(rows[0])
+        # All levels are combined with the same weights, A being linear: no half step is needed.
         theta, second, weights = _ritz(self._products(0), self._products(1), precision)
         both = torch.stack([weights, weights])
         both[1, 0] = 0.0  # the change: what was added to the current one
@@ -238,6 +243,8 @@ def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, 
     The first weight is not negative. With a single direction, its value stands for both.
     Directions that have vanished in rounding get no weight.
     """
+    # In the end new and change are tiny beside the current one, and hardly differ in direction: at
+    # unit norms the first does no harm, and the eigenvalues tell the second from rounding.
     norms = gram.diagonal().clamp_min(0).sqrt()
     kept = norms > math.sqrt(precision) * norms[0]
     inverse = torch.where(kept, 1 / norms, 0.0)

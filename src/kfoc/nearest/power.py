@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -58,6 +58,48 @@ class Iterate:
         return (image, root) if self.exact_side == "left" else (root, image)
 
 
+@dataclass
+class PowerIteration:
+    """The power iteration between two half steps, for whoever can take them: it can be saved there.
+
+    Attributes:
+        side: of `factor`.
+        factor: what the next half step is from, or a representation of it, of the norm `norm`. It
+            is not brought to unit norm: contractions keep the image of the tensor they know.
+        max_steps: at most so many are taken, and one at the least.
+        sigmas: the norms of the images, and what was known before.
+        converged: whether sigma has settled.
+        done: whether `factor` is the last one, and what was told of it the exact image.
+    """
+
+    side: Side
+    factor: Tensor
+    rtol: float
+    max_steps: int
+    sigmas: list[float] = field(default_factory=list)
+    steps: int = 0
+    converged: bool = False
+    done: bool = False
+
+    @property
+    def norm(self) -> float:
+        return (self.sigmas[-1] if self.sigmas else 0.0) or 1.0
+
+    def ask(self) -> tuple[Tensor, Side]:
+        """What to take a half step from, and its side."""
+        return self.factor, self.side
+
+    def tell(self, image: Tensor, sigma: float) -> None:
+        """The image of what was asked for, in units of its `norm`, and the norm of that image."""
+        self.sigmas.append(sigma)
+        self.steps += 1
+        precision = 4 * torch.finfo(image.dtype).eps
+        self.converged = not sigma or settled(self.sigmas, self.rtol, precision)
+        self.done = self.converged or self.steps >= self.max_steps
+        if not self.done:
+            self.factor, self.side = image, opposite(self.side)
+
+
 def power_iteration(
     contraction: Contraction,
     start: Tensor,
@@ -73,34 +115,19 @@ def power_iteration(
     norm, the other is its exact image, of norm sigma: so
     `||A - left right^T||^2 = ||A||^2 - sigma^2` holds for every iterate, converged or not.
     """
-    precision = 4 * torch.finfo(start.dtype).eps
-    current, norm = start, _norm(contraction, start, side)
-    if norm == 0.0:
-        image = contraction.advance(current, side)
-        return _ordered(current, image, side, [0.0, 0.0], True)
-    sigmas = [*history, norm]
-    while True:
-        image = contraction.advance(current, side) / norm
-        sigma = _norm(contraction, image, opposite(side))
-        sigmas.append(sigma)
-        converged = settled(sigmas, rtol, precision)
-        steps = len(sigmas) - 1
-        if converged or steps >= max_steps or sigma == 0.0:
-            return _ordered(current / norm, image, side, sigmas, converged)
-        current, norm, side = image, sigma, opposite(side)
+    known = [*history, _norm(contraction, start, side)]
+    it = PowerIteration(side, start, rtol, max_steps, known, len(history))
+    while not it.done:
+        norm, image = it.norm, contraction.advance(*it.ask()) / it.norm
+        it.tell(image, _norm(contraction, image, opposite(it.side)))
+    unit = it.factor / norm
+    left, right = (unit, image) if it.side == "left" else (image, unit)
+    damping = damping_of(it.sigmas, 4 * torch.finfo(start.dtype).eps)
+    return Iterate(left, right, it.sigmas[-1], it.steps, it.converged, opposite(it.side), damping)
 
 
 def _norm(contraction: Contraction, representation: Tensor, side: Side) -> float:
     return math.sqrt(max(contraction.inner(representation, representation, side).item(), 0.0))
-
-
-def _ordered(
-    current: Tensor, image: Tensor, side: Side, sigmas: list[float], converged: bool
-) -> Iterate:
-    left, right = (current, image) if side == "left" else (image, current)
-    steps = len(sigmas) - 1
-    damping = damping_of(sigmas, 4 * torch.finfo(current.dtype).eps)
-    return Iterate(left, right, sigmas[-1], steps, converged, opposite(side), damping)
 
 
 def damping_of(sigmas: Sequence[float], precision: float) -> float:

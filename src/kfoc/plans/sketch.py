@@ -124,6 +124,8 @@ def sketched(
         reduced, lost = truncated(contraction, shape[1], rank)
         inner = PositionGram(reduced)
     precision = 4 * torch.finfo(reduced.grads.dtype).eps
+    # Tighter than what is asked for, as the reduction has an error too; but not under the
+    # precision, where the solver would go on until the factors have settled.
     found = leading_pair(inner, max(rtol / 4, 1.1 * precision), MAX_STEPS)
     if not found.converged or not found.sigma or found.damping > CLOSEST:
         return None
@@ -174,6 +176,7 @@ def _nystrom(contraction: Positions, representation: Tensor, side: Side) -> Tens
     image = contraction.times_factor(representation, side, probes)
     core = probes.mT @ image
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    # Beyond the factor's numerical rank the core is rounding, whose inverse roots are large.
     kept = values > 1e-6 * values[-1]
     return _unit((vectors[:, kept] / values[kept].sqrt()).mT @ image.mT)
 
@@ -217,6 +220,7 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
     """
     side, other, q = sketch.side, opposite(sketch.side), sketch.damping
     coefficients = contraction.apply_rows(sketch.rows, side)
+    # Factors would be formed in vain: the half step that is taken by now starts the solver.
     if sketch.lost * q / (1 - q) > HOPELESS:
         return _start(contraction, coefficients, other, 1, q)
     first = _normed(contraction.factor(coefficients, other))
@@ -231,7 +235,8 @@ def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Sta
     sigma = norm_of(second)
     if not sigma:
         return None
-    # What another half step would change in the first factor, relative to it: E, of which the
+    # The reduced problem cannot tell what it lacks, so the check is over all samples:
+    # what another half step would change in the first factor, relative to it: E, of which the
     # entries of Z^T E Z off the diagonal have the mean square ||E||^2 for Gaussian Z.
     # Where each sample has one position, probes cost next to nothing.
     count = 4 * PROBES if isinstance(contraction, Primal) else PROBES
