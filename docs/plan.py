@@ -26,13 +26,13 @@ WINGS: dict[str, dict[str, float]] = {
     "the mathematics": {
         "linalg": 1, "blocks": 2, "nearest": 1, "samples": 0, "plans": 0.5, "estimators": 1.5,
     },
-    "the model": {"parameters": 4.15, "likelihoods": 3, "layers": 3.55, "model": 3.55},
+    "the model": {"parameters": 4.18, "likelihoods": 3, "layers": 3.55, "model": 3.55},
     "a fit": {
-        "files": 5.65, "running": 5.65, "distributed": 5.65, "fitting": 5.65, "fit": 6.15,
-        "tracker": 5.15,
+        "files": 5.68, "running": 5.68, "distributed": 5.68, "fitting": 5.68, "fit": 6.18,
+        "tracker": 5.18,
     },
-    "the result": {"curvature": 7.65, "applications": 7.15, "interop": 8.15},
-    "programs": {"kfoc": 7.15, "compare": 7.15, "reproduce": 7.15},
+    "the result": {"curvature": 7.68, "applications": 7.18, "interop": 8.18},
+    "programs": {"kfoc": 7.18, "compare": 7.18, "reproduce": 7.18},
 }  # fmt: skip
 # All may import these: arrows to them would say nothing.
 FOR_ALL = {"common", "errors"}
@@ -53,8 +53,8 @@ INK = "#1c2024"
 
 
 # In inches: a box; from column to column; between rows, room at both ends and from line to line.
-WIDE, HIGH = 1.08, 0.46
-COLUMN, ROOM, TRACK = 1.24, 0.17, 0.09
+WIDE, HIGH = 1.07, 0.47
+COLUMN, ROOM, TRACK = 1.18, 0.17, 0.09
 PORT = 0.13  # from one arrow to the next, where several begin or end at a box, or pass a row
 
 Imports = dict[str, set[str]]
@@ -273,11 +273,9 @@ def room(axes: Axes, box: str, count: int, x: float, y: float, colour: str) -> N
         )
     )  # fmt: skip
     name = "import kfoc" if box == "kfoc" else box
-    axes.text(x, y + 0.02, name, color=INK, size=11, ha="center", va="bottom", zorder=4)
-    about = float(f"{count:.2g}")  # all the digits would be others with every change
-    axes.text(
-        x, y - 0.03, f"{about:,.0f} lines", color="#565d66", size=9, ha="center", va="top", zorder=4
-    )
+    axes.text(x, y + 0.01, name, color=INK, size=11.5, ha="center", va="bottom", zorder=4)
+    about = f"{float(f'{count:.2g}'):,.0f} lines"  # all the digits would change with every commit
+    axes.text(x, y - 0.03, about, color="#565d66", size=9.5, ha="center", va="top", zorder=4)
 
 
 def arrow(axes: Axes, points: list[tuple[float, float]], colour: str) -> None:
