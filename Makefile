@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # Cases of each property test in a nightly run.
 CASES ?= 2000
 
-.PHONY: reproduce reproduce-full test nightly wheel lint benchmark study study-quick notebooks docs \
-	dist clean
+.PHONY: reproduce reproduce-full test nightly wheel lint setup benchmark study study-quick notebooks \
+	docs dist clean
 
 reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quick/
 	$(BIN)/kfoc reproduce --quick --out results-quick
@@ -28,6 +28,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+setup: $(VENV)/ready  ## .venv, with all that tests, linters and documentation need
 
 $(VENV)/ready: pyproject.toml requirements-torch.txt
 	$(PYTHON) -m venv $(VENV)
