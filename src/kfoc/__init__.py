@@ -26,6 +26,7 @@ from kfoc.estimators import (
     Diagonal,
     EigenCorrected,
     Estimator,
+    State,
     nearest_kronecker_of_samples,
 )
 from kfoc.fit import fit
@@ -80,6 +81,7 @@ __all__ = [
     "Report",
     "Rows",
     "ShardedCurvature",
+    "State",
     "Tracker",
     "Treatment",
     "Unsupported",

@@ -10,10 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kfoc import Block, Estimator
-from kfoc.estimators.base import State
-from kfoc.estimators.pooling import Pooling
-from kfoc.samples.base import LayerSamples
+from kfoc import Block, Estimator, State
 
 T = TypeVar("T")
 
@@ -29,7 +26,7 @@ def timed(estimator: Estimator, seconds: dict[str, float], cuda: bool = False) -
     """
     clocked = copy.copy(estimator)
 
-    def begin(layer: str, samples: LayerSamples) -> State:
+    def begin(layer: str, samples: Any) -> State:
         def clock(call: Callable[..., T], *arguments: Any) -> T:
             if cuda:
                 torch.cuda.synchronize()
@@ -55,7 +52,7 @@ class _Timed(State):
     state: State
     clock: Callable[..., Any]
 
-    def add(self, samples: LayerSamples, alone: bool) -> None:
+    def add(self, samples: Any, alone: bool) -> None:
         self.clock(self.state.add, samples, alone)
 
     def next_pass(self) -> bool:
@@ -67,7 +64,7 @@ class _Timed(State):
     def decay(self, factor: float) -> None:
         self.clock(self.state.decay, factor)
 
-    def pooled(self) -> Pooling[None]:
+    def pooled(self) -> Any:
         yield from self.state.pooled()
 
     def block(self, num_samples: float) -> Block:

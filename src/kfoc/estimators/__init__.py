@@ -1,6 +1,6 @@
-"""Estimators: frozen configuration, and pure functions `init`, `update`, `finish` on a state."""
+"""Estimators: frozen configuration, which begins the state of every layer."""
 
-from kfoc.estimators.base import Estimator
+from kfoc.estimators.base import Estimator, State
 from kfoc.estimators.block_diagonal import BlockDiagonal
 from kfoc.estimators.diagonal import Diagonal
 from kfoc.estimators.eigen_corrected import EigenCorrected
@@ -14,5 +14,6 @@ __all__ = [
     "Diagonal",
     "EigenCorrected",
     "Estimator",
+    "State",
     "nearest_kronecker_of_samples",
 ]
