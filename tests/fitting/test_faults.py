@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import kfoc
 import oracle
 from kfoc.errors import OutOfMemory, out_of_memory
+from kfoc.estimators import kfac
 from kfoc.estimators.kfoc import AGGREGATIONS
+from kfoc.estimators.online import Online
 from kfoc.samples.base import gradient_chunks
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
@@ -190,14 +192,14 @@ def test_memory_that_runs_out_in_a_layer_is_named(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, (x, y) = convolutional(), images(12)
-    update = kfoc.KFAC.update
+    add = kfac._State.add
 
-    def failing(self: kfoc.KFAC, kept: Any, samples: Any, *, alone: bool) -> Any:
+    def failing(self: kfac._State, samples: Any, alone: bool) -> None:
         if samples.shape[0] == 6:
             raise error
-        return update(self, kept, samples, alone=alone)
+        add(self, samples, alone)
 
-    monkeypatch.setattr(kfoc.KFAC, "update", failing)
+    monkeypatch.setattr(kfac._State, "add", failing)
     before = state(model)
     message = "batch 0: layer '3': memory ran out: use smaller batches, a smaller memory_limit"
     with pytest.raises(OutOfMemory, match=message):
@@ -205,14 +207,14 @@ def test_memory_that_runs_out_in_a_layer_is_named(
     assert state(model) == before
 
 
-@pytest.mark.parametrize("step", ["next_pass", "finish"])
+@pytest.mark.parametrize("step", ["next_pass", "block"])
 def test_memory_that_runs_out_after_a_pass_is_named(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> Any:
         raise EXHAUSTED[0]
 
-    monkeypatch.setattr(kfoc.KFOC, step, failing)
+    monkeypatch.setattr(Online, step, failing)
     with pytest.raises(OutOfMemory, match=r"layer '\d': memory ran out"):
         kfoc.fit(convolutional(), [images(6)])
 

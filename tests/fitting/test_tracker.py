@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from kfoc.interop.per_parameter import PerParameter
 from models import Data, batches, convolutional, images
 
 ONE_PASS = {
@@ -245,6 +245,20 @@ def test_grouped_and_embedded_states_can_be_saved() -> None:
     assert isinstance(second.curvature()["4"], kfoc.GroupedBlock)
 
 
+class Silent(kfoc.State):
+    """Takes in nothing, and does not say how it is decayed."""
+
+    def add(self, samples: Any, alone: bool) -> None: ...
+
+    def block(self, num_samples: float) -> kfoc.Block:
+        return kfoc.DiagonalBlock(torch.zeros(1, 1))
+
+
+class Undecayed(kfoc.Estimator):
+    def begin(self, layer: str, samples: Any) -> kfoc.State:
+        return Silent()
+
+
 def test_errors_name_what_to_do() -> None:
     model, (x, y) = convolutional(), images(4)
     with pytest.raises(ValueError, match="call update"):
@@ -255,9 +269,9 @@ def test_errors_name_what_to_do() -> None:
         kfoc.Tracker(model, estimator=kfoc.KFOC(decay=0.9), decay=0.8).update(x, y)
     with pytest.raises(ValueError, match="several passes"):
         kfoc.Tracker(model, estimator=kfoc.EigenCorrected()).update(x, y)
-    dense = kfoc.Tracker(model, estimator=PerParameter(frozenset()), decay=0.9)
-    with pytest.raises(ValueError, match="count less"):
-        dense.update(x, y)
+    own = kfoc.Tracker(model, estimator=Undecayed(), decay=0.9)
+    with pytest.raises(ValueError, match="does not say how it is decayed"):
+        own.update(x, y)
     tracker = kfoc.Tracker(model)
     with pytest.raises(ValueError, match="this tracker has"):
         tracker.load_state_dict(kfoc.Tracker(model, seed=1).state_dict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -49,11 +48,21 @@ class Watching(kfoc.KFAC):
 
     seen: list[tuple[int, int]] = field(default_factory=list)
 
-    def update(self, state: Any, samples: LayerSamples, *, alone: bool) -> Any:
+    def begin(self, layer: str, samples: LayerSamples) -> kfoc.State:
+        return Watched(self.seen)
+
+
+@dataclass
+class Watched(kfoc.State):
+    seen: list[tuple[int, int]]
+
+    def add(self, samples: LayerSamples, alone: bool) -> None:
         shape = (samples.num_samples, WIDTH)
         found = [each for each in gc.get_objects() if type(each) is Tensor and each.shape == shape]
         self.seen.append((samples.shape[0], len(found)))
-        return super().update(state, samples, alone=alone)
+
+    def block(self, num_samples: float) -> kfoc.Block:
+        return kfoc.DiagonalBlock(torch.zeros(1, 1))
 
 
 def test_what_a_layer_saw_is_gone_when_the_one_below_is_taken_in() -> None:

@@ -481,7 +481,7 @@ class OfMyOwn(kfoc.Diagonal):
 
 def test_a_state_that_cannot_be_saved_shows_in_the_first_batch(tmp_path: Path) -> None:
     model, (x, y) = convolutional(), images(20)
-    with pytest.raises(ValueError, match="a state holds a function, which cannot be saved"):
+    with pytest.raises(ValueError, match="a state holds a Opaque, which cannot be saved"):
         kfoc.fit(model, batches(x, y, 4), estimator=OfMyOwn(), checkpoint=tmp_path)
 
 
