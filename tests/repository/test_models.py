@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import kfoc
 import oracle
+from documents import script
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -236,11 +236,7 @@ def test_examples_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """In float32, as the command runs; the examples' own output goes into it."""
     torch.set_default_dtype(torch.float32)
     # By path: the tests have a module of that name.
-    spec = importlib.util.spec_from_file_location("examples_models", EXAMPLES / "models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
+    table = script("examples/models.py")
     assert set(table.EXAMPLES) == set(MAY_BE_SKIPPED)
     rows = table.main(small=True)
     lines = capsys.readouterr().out.splitlines()

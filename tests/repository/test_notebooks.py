@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from documents import ROOT
+from documents import ROOT, script
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
@@ -27,12 +26,7 @@ ABSOLUTE = re.compile(r"(?:^|[\s\"'(=])(?:/[\w.~-]+){2,}|\b[A-Z]:\\\w", re.M)
 
 def command() -> ModuleType:
     """examples/notebooks/execute.py."""
-    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("examples/notebooks/execute.py")
 
 
 def committed(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from pathlib import Path
 from types import ModuleType
@@ -11,19 +10,14 @@ import pytest
 from PIL import Image
 
 import kfoc
-from documents import ROOT
+from documents import script
 
 SOURCE = Path(kfoc.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def plan() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "docs" / "plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/plan.py")
 
 
 def test_wings_name_the_folders_that_exist(plan: ModuleType) -> None:
