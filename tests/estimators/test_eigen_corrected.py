@@ -108,6 +108,12 @@ def test_groups_that_settle_in_different_passes() -> None:
         part = fisher[k * 15 : (k + 1) * 15, k * 15 : (k + 1) * 15]
         _best, _, error = oracle.optimum(part, 3, 5)
         assert oracle.relative_error(part, one.to_dense()) == pytest.approx(error, rel=1e-6)
+    # One more pass is a factor in the sums of these, where K-FOC's norms would hide it.
+    corrected = kfoc.fit(model, data, estimator=kfoc.EigenCorrected(estimator), **options)["0"]
+    assert isinstance(corrected, kfoc.GroupedBlock)
+    for k, one in enumerate(corrected.blocks):
+        part = fisher[k * 15 : (k + 1) * 15, k * 15 : (k + 1) * 15]
+        assert one.trace() == pytest.approx(part.trace().item())
 
 
 def test_probes_compare_the_four() -> None:
