@@ -32,23 +32,20 @@ ALLOWED = {
     # The result. Adding two Kronecker products is Algorithm 1 on two terms.
     "files": set(),
     "curvature": {"blocks", "files", "nearest", "parameters"},
-    # A fit.
-    "running": {
-        "blocks", "estimators.certificate", "files", "layers", "model", "samples",
-    },
-    "distributed": {
-        "curvature", "estimators", "files", "model", "parameters", "running", "samples",
-    },
+    # A fit, and the ways to run it.
+    "distributed": {"curvature", "estimators", "files", "parameters"},
     "fitting": {
-        "blocks", "curvature", "distributed", "estimators", "layers", "likelihoods", "linalg",
-        "model", "parameters", "running", "samples",
+        "blocks", "curvature", "estimators", "files", "layers", "likelihoods", "linalg", "model",
+        "parameters", "samples",
+    },
+    "running": {
+        "blocks", "curvature", "distributed", "files", "fitting", "layers", "model", "parameters",
     },
     "fit": {
-        "curvature", "distributed", "estimators", "fitting", "layers", "likelihoods", "model",
-        "running",
+        "curvature", "distributed", "estimators", "fitting", "likelihoods", "model", "running",
     },
     "tracker": {
-        "curvature", "estimators", "files", "fitting", "layers", "likelihoods", "model", "samples",
+        "curvature", "estimators", "files", "fitting", "layers", "likelihoods", "model",
     },
     # What people do with a curvature knows of curvatures, not of how they are fitted; the optimizer
     # has one that follows its model.

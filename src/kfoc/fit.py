@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,14 @@ from torch import nn
 from kfoc.common.ambient import plainly
 from kfoc.curvature.curvature import Curvature
 from kfoc.distributed import Ranks
-from kfoc.distributed.agreement import check_same, sharded, unwrapped
 from kfoc.estimators import KFOC, Estimator
-from kfoc.fitting.options import check_independent, check_options, counts
-from kfoc.fitting.run import Run
-from kfoc.layers.selection import select
+from kfoc.fitting.task import Task
 from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.named import resolved
-from kfoc.model.batches import Predict, present
-from kfoc.running.by_layers import Sweeps
-from kfoc.running.checkpointed import Checkpoint, Keeper
-from kfoc.running.progress import Progress, length, reporter
+from kfoc.model.batches import Predict
+from kfoc.model.sharding import unwrapped
+from kfoc.running.checkpointed import Checkpoint
+from kfoc.running.chosen import chosen
+from kfoc.running.progress import Progress, reporter
 
 
 @plainly
@@ -125,80 +122,32 @@ def fit(
         kfoc.distributed.RanksError: another rank failed, died, or passes other arguments.
     """
     ranks = Ranks.of(group)
-    if ranks and checkpoint is not None:
-        raise ValueError(
-            "checkpoint: the state of a fit over several ranks cannot be saved; leave out "
-            "checkpoint or group"
-        )
-    sweeps = Sweeps.within(memory_budget, storage, rereadable=not isinstance(data, Iterator))
-    if sweeps and (ranks or checkpoint is not None):
-        raise ValueError(
-            "memory_budget and storage go without group and checkpoint: leave out the one or the "
-            "other"
-        )
     with ranks.telling() if ranks else nullcontext():
-        model = unwrapped(model) if ranks else model
-        options = fisher, mc_samples, predict, probes, seed
-        saving = checkpoint, resume
-        how = progress, saving, ranks, sweeps, verify
-        return _fitted(model, data, likelihood, estimator, options, layers, *how)
-
-
-def _fitted(
-    model: nn.Module,
-    data: Iterable[Any],
-    likelihood: str | Likelihood,
-    estimator: Estimator | None,
-    options: tuple[str, int, Predict | None, int, int],
-    layers: str | Iterable[str] | None,
-    progress: bool | Callable[[Progress], Any],
-    saving: tuple[Checkpoint | str | os.PathLike[str] | None, bool],
-    ranks: Ranks | None,
-    sweeps: Sweeps | None,
-    verify: bool,
-) -> Curvature:
-    fisher, mc_samples, predict, probes, seed = options
-    estimator = KFOC() if estimator is None else estimator
-    check_options(model, estimator, fisher, predict)
-    mc_samples, probes, seed = counts(mc_samples, probes, seed)
-    options = fisher, mc_samples, predict, probes, seed
-    report = reporter(progress)
-    chosen = resolved(likelihood)
-
-    def begin() -> Run:
-        selection = select(model, layers, estimator.largest_factor)
-        more: dict[str, Any] = {"ranks": ranks, "sweeps": sweeps, "verify": verify}
-        return Run(model, chosen, estimator, *options, selection, **more)
-
-    run = begin()
-    check_independent(run.selection.every.items())
-    if estimator.pass_limit > 1 and isinstance(data, Iterator):
-        raise ValueError(
-            f"{estimator} needs several passes over the data, and an iterator can be read once: "
-            "pass a list or a DataLoader"
+        task = Task.checked(
+            unwrapped(model) if ranks else model,
+            likelihood,
+            KFOC() if estimator is None else estimator,
+            fisher,
+            mc_samples,
+            layers,
+            predict,
+            probes,
+            seed,
+            verify,
         )
-    keeper = Keeper(*saving, run)
-    if ranks:
-        # A forward pass of a sharded model is a matter of all ranks.
-        together = {"batches in data": str(length(data))} if sharded(model) else {}
-        check_same(ranks, run, together)
-    if not (ranks and sharded(model)):  # whose ranks run every batch together
-        data = present(data)
-    unsettled = run.unsettled
-    with sweeps or keeper.open():
-        while True:
-            curvature = run.through(data, report, keeper)
-            if sweeps is None or sweeps.over(run.passes, run.marks):
-                break
-            run = begin()  # each sweep meets the layers anew, and comes to the same decisions
-            run.unsettled = unsettled
-    if unsettled and not (ranks and ranks.rank):
-        _warn_unsettled(estimator, unsettled)
+        runner = chosen(ranks, checkpoint, resume, memory_budget, storage)
+        curvature = runner.run(task, data, reporter(progress))
+    if not (ranks and ranks.rank):
+        _warn_unsettled(task.estimator, curvature)
     return curvature
 
 
-def _warn_unsettled(estimator: Estimator, unsettled: dict[str, float | None]) -> None:
+def _warn_unsettled(estimator: Estimator, curvature: Curvature) -> None:
     """Tell the caller of `fit` which layers' iterations ended before they had converged."""
+    reports = {name: block.report for name, block in curvature.items()}
+    unsettled = {name: each.change for name, each in reports.items() if not each.converged}
+    if not unsettled:
+        return
     worst = sorted(unsettled, key=lambda name: -(unsettled[name] or 0.0))
     shown = []
     for name in worst[:5]:
@@ -211,5 +160,5 @@ def _warn_unsettled(estimator: Estimator, unsettled: dict[str, float | None]) ->
         "blocks are not yet the closest ones (report.converged is False): allow more passes, or "
         "more max_steps where batches are solved, or a larger rtol",
         RuntimeWarning,
-        stacklevel=5,  # of `plainly` too
+        stacklevel=4,  # of `plainly` too
     )

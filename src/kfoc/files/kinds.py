@@ -44,8 +44,9 @@ KINDS = {
     "positions state": "estimators.factored:_AsPositions",
     "PerParameter": "interop.per_parameter:PerParameter",
     "PerParameter state": "interop.per_parameter:_State",
+    "layer in a fit": "fitting.layer_fit:LayerFit",
     "Probes": "estimators.certificate:Probes",
-    "Mark": "running.marks:Mark",
+    "Mark": "fitting.marks:Mark",
     # Blocks, damped ones, and an optimizer's inverses of them.
     "KroneckerBlock": "blocks.kronecker:KroneckerBlock",
     "KroneckerDiagonalBlock": "blocks.kronecker:KroneckerDiagonalBlock",
