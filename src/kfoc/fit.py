@@ -99,13 +99,14 @@ def fit(
             all call this with the same model and options, and each with its share of the data,
             of any length. All get the same curvature, that of the data of all.
         checkpoint: a directory, or a `Checkpoint` of one, to save the state of the fit to: every
-            minute and after every pass. It stays when the fit has ended.
+            minute and after every pass. It stays when the fit has ended. With a group, every rank
+            saves below it, and all at the same moment.
         resume: go on from the checkpoint, if there is one, to the same bits: the batches that it
             had taken in are read and dropped, so data must yield the same ones in the same order.
         memory_budget: bytes that all layers' states and finished blocks may take together in
             memory. Where they would take more, the layers are fitted in groups, one after the
             other, each with sweeps of its own over the same data. See docs/memory.md for what is
-            beside it (model, batches, the work on one layer).
+            beside it (model, batches, the work on one layer). With a group, of each rank.
         storage: a directory, new or empty, for the finished blocks: their tensors then lie in
             files there, mapped to memory, and do not count against the budget. The files are
             yours, and must stay as they are while the curvature is in use.

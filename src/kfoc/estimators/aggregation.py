@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,17 @@ from kfoc.samples.linear import Samples
 
 
 class Aggregation(State):
-    """The state of one layer: how batches add up to an estimate."""
+    """The state of one layer: how batches add up to an estimate.
+
+    Attributes:
+        several_passes: whether it takes more passes than one.
+        keeps_head: whether it keeps a head between buffers of samples (`kfoc.estimators.head`).
+        counts_batches: whether `KFOC(decay=...)` goes with it.
+    """
+
+    several_passes: ClassVar[bool] = False
+    keeps_head: ClassVar[bool] = False
+    counts_batches: ClassVar[bool] = False
 
     # All that a state holds, and may hold where it is read from a file; so in the classes below.
     config: Options

@@ -38,6 +38,9 @@ class Online(Aggregation):
     What fits the buffer gets its optimum, and so does a layer whose F is small enough to be summed.
     """
 
+    keeps_head = True
+    counts_batches = True
+
     weight: float
     unit: float
     pending: Pending

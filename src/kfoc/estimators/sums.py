@@ -183,6 +183,9 @@ class Sums(Online):
 class ExactSums(Sums):
     """After a pass of `Sums`, the subspace iteration, one half step per pass."""
 
+    several_passes = True
+    counts_batches = False
+
     power: PowerIteration | None
     counts: list[int]
     image: Tensor
