@@ -40,6 +40,7 @@ ALLOWED = {
     },
     "running": {
         "blocks", "curvature", "distributed", "files", "fitting", "layers", "model", "parameters",
+        "samples",
     },
     "fit": {
         "curvature", "distributed", "estimators", "fitting", "likelihoods", "model", "running",

@@ -139,10 +139,12 @@ class Watch:
             self.groups.append(sorted(session.fitted))
             return ended(session, *args)
 
-        def asked(sweeps: Any, session: Session, layer: LayerFit) -> bool:
-            self.footprints[layer.name] = layer.footprint(session.task, session.estimator)
+        def asked(sweeps: Any, session: Session, layer: LayerFit, samples: Any) -> bool:
+            layer.measure(session.task, session.estimator, samples)
+            assert layer.footprint is not None
+            self.footprints[layer.name] = layer.footprint
             self.kept = 0 if sweeps.by.files else size_of(sweeps.blocks)
-            return takes(sweeps, session, layer)
+            return takes(sweeps, session, layer, samples)
 
         def block(layer: LayerFit, *args: Any, **options: Any) -> kfoc.Block:
             found = one_block(layer, *args, **options)

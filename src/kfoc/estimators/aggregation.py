@@ -13,7 +13,7 @@ from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock, Report
 from kfoc.estimators.base import State
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
-from kfoc.estimators.pooling import largest as largest_of
+from kfoc.estimators.scaled import Scaled
 from kfoc.linalg.products import mirrored
 from kfoc.linalg.scaling import balance, norm_of
 from kfoc.nearest.contraction import positive
@@ -97,7 +97,7 @@ class Aggregation(State):
         self.found = fit.left, fit.right
 
 
-class Approx(Aggregation):
+class Approx(Scaled, Aggregation):
     """The paper's K-FOC_approx: factors averaged one by one, `right` at unit norm.
 
     The paper's Lemma 3.2 puts sigma into one factor and leaves the other at unit norm, and its
@@ -105,7 +105,7 @@ class Approx(Aggregation):
     would make every average exact, where the paper reports an error of 0.29 for batches of one.
     """
 
-    unit: float = 0.0  # the scale of `left`, which may leave the range of its dtype
+    unit: float = 0.0  # of `left` alone: `right` is a sum of matrices of norm one
 
     # Formed when first needed: a single batch that is solved at once does without sums.
     @cached_property
@@ -123,20 +123,17 @@ class Approx(Aggregation):
         rescaled, scale = samples.rescaled()  # or factors might vanish where sigma does not
         batch = self.solved(rescaled)
         sigma = batch.sigma * scale
-        unit = max(self.unit, sigma)
         if sigma:
             # `right` at unit norm; the means over batches are weighted by their samples.
-            if self.unit != unit:
-                self.left.mul_(self.unit / unit)
-            share = sigma / unit * samples.num_samples
+            share = self.room(sigma) * samples.num_samples
             self.left.add_(batch.left, alpha=share / norm_of(batch.left))
             self.right.add_(batch.right, alpha=samples.num_samples / norm_of(batch.right))
-            self.unit = unit
+
+    def scale(self, factor: float) -> None:
+        self.left.mul_(factor)
 
     def pooled(self) -> Pooling[None]:
-        (unit,) = yield from largest_of(self.unit)
-        self.left.mul_(self.unit / (unit or 1.0))
-        self.unit = unit
+        yield from self.in_common_units()
         yield [Sum(self.totals())]
 
     def totals(self) -> list[Tensor]:

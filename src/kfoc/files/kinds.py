@@ -44,6 +44,7 @@ KINDS = {
     "positions state": "estimators.factored:_AsPositions",
     "PerParameter": "interop.per_parameter:PerParameter",
     "PerParameter state": "interop.per_parameter:_State",
+    "Footprint": "errors:Footprint",
     "layer in a fit": "fitting.layer_fit:LayerFit",
     "Probes": "estimators.certificate:Probes",
     "Mark": "fitting.marks:Mark",

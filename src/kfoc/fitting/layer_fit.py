@@ -32,6 +32,7 @@ class LayerFit:
         probes: None where there are none.
         largest: of all inputs, and of all gradients: what tells numbers that vanished from zeros.
         settled: no further batch is needed.
+        footprint: what state, block and probes take at most; None where nobody asks.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerFit:
     probes: Probes | None = None
     largest: tuple[float, float] = (0.0, 0.0)
     settled: bool = False
+    footprint: Footprint | None = None
 
     def begin(self, task: Task, estimator: Estimator, samples: LayerSamples) -> None:
         """Make the state, before any batch; `samples` are of the first."""
@@ -47,12 +49,12 @@ class LayerFit:
         if task.probes:
             self.probes = Probes(task.probes, task.seed, self.name, samples, task.drawn)
 
-    def footprint(self, task: Task, estimator: Estimator) -> Footprint:
-        """What the state takes at most, and the block."""
-        o, i = self.silent.shape
+    def measure(self, task: Task, estimator: Estimator, samples: LayerSamples) -> None:
+        """Find the footprint, from the samples of the first batch."""
+        o, i = samples.shape
         each = 4 if task.drawn else 2  # of `Probes`: v, F v, and two products with draws unseen
-        probes = each * task.probes * o * i * self.silent.grads.element_size()
-        return estimator.footprint(self.silent) + Footprint(probes, 0)
+        probes = each * task.probes * o * i * samples.grads.element_size()
+        self.footprint = estimator.footprint(samples) + Footprint(probes, 0)
 
     def add(self, samples: LayerSamples, alone: bool, *, probed: bool) -> None:
         """Take in the samples of a batch.

@@ -27,8 +27,8 @@ from kfoc.samples.base import LayerSamples
 # What makes seeds of their own, far from the user's, for the two draws that no block sees.
 UNSEEN = 0x2545F4914F6CDD1D, 0x369DEA0F31A53F85
 
-# Whether a session is to fit a layer that it meets, of which it has nothing yet but the kind.
-Takes = Callable[["Session", LayerFit], bool]
+# Whether a session is to fit a layer that it meets, in these samples, and has no state of yet.
+Takes = Callable[["Session", LayerFit, LayerSamples], bool]
 
 
 class Session:
@@ -216,8 +216,8 @@ class Session:
     def meet(self, name: str, samples: LayerSamples) -> LayerFit:
         """Begin a layer, which none of the samples so far has reached."""
         layer = LayerFit(name, samples.silent(0))
-        if self._takes is not None and not self._takes(self, layer):
-            layer.settled = True
+        if self._takes is not None:
+            layer.settled = not self._takes(self, layer, samples)
         self.layers[name] = layer
         if layer.settled:
             return layer

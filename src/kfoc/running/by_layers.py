@@ -18,6 +18,7 @@ from kfoc.parameters.layout import Layout
 from kfoc.running.local import Local
 from kfoc.running.progress import Report
 from kfoc.running.storage import Files
+from kfoc.samples.base import LayerSamples
 
 
 @dataclass
@@ -85,18 +86,20 @@ class _Sweeps:
     passes: int = 0
     number: int = 0
 
-    def takes(self, session: Session, layer: LayerFit) -> bool:
+    def takes(self, session: Session, layer: LayerFit, samples: LayerSamples) -> bool:
         """Whether this session, which meets the layer for the first time, fits it."""
         if layer.name in self.blocks:
             return False
         budget = self.by.budget
         if budget is None:
             return True
-        each = {known.name: _footprint(session, known) for known in session.layers.values()}
-        own = each[layer.name] = _footprint(session, layer)
-        self._check_blocks({name: footprint.block for name, footprint in each.items()})
+        layer.measure(session.task, session.estimator, samples)
+        each = {n: f.footprint for n, f in [*session.layers.items(), (layer.name, layer)]}
+        known = {name: footprint for name, footprint in each.items() if footprint is not None}
+        own = known[layer.name]
+        self._check_blocks({name: footprint.block for name, footprint in known.items()})
         room = budget - self._kept()
-        taken = [each[name] for name in session.fitted]
+        taken = [known[name] for name in session.fitted]
         if _needed([*taken, own]) <= room:
             return True
         if not taken or _needed([own]) > room:
@@ -159,10 +162,6 @@ class _Sweeps:
             "larger budget, storage=... (a directory) for the finished blocks, a smaller buffer "
             "of kfoc.KFOC, or leave the layer out by layers=..."
         )
-
-
-def _footprint(session: Session, layer: LayerFit) -> Footprint:
-    return layer.footprint(session.task, session.estimator)
 
 
 def _needed(footprints: list[Footprint]) -> int:
