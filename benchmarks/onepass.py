@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import sys
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from hard_streams import BUFFERED, NETWORKS, NOISE, STEPS, Case, mean  # noqa: E402
+from kfoc.reproduce.results import markdown, read, write  # noqa: E402
 from onepass_worker import over_ranks  # noqa: E402
 
 ESTIMATORS = ("online", "running", "rank 2", "rank 3")
@@ -127,25 +127,28 @@ def table(content: dict[str, Any]) -> str:
         f"{content['settings']['samples']} samples, seeds {content['settings']['seeds']}. "
         "Targets: .0050 (.0200). Made by `benchmarks/onepass.py`.",
         "",
-        *line("estimator", "ranks", *(f"{label}: worst mean (largest)" for label in labels)),
     ]
+    heads = ("estimator", "ranks", *(f"{label}: worst mean (largest)" for label in labels))
+    lines: list[tuple[str, ...]] = []
     for estimator, several in itertools.product(ESTIMATORS, (False, True)):
         chosen = [k for k, row in every.items() if kind(row) == (estimator, several)]
         if chosen:
             cells = [worst([rows[k] for k in chosen if k in rows]) for rows in keyed.values()]
-            out.append(cells_of(NAMES[estimator], "2 and 4" if several else "one process", *cells))
+            lines.append((NAMES[estimator], "2 and 4" if several else "one process", *cells))
+    out.append(markdown(heads, lines, range(len(heads))))
     for estimator, several in itertools.product(ESTIMATORS, (False, True)):
         chosen = [k for k, row in every.items() if kind(row) == (estimator, several)]
         if not chosen:
             continue
         title = f"{NAMES[estimator]}, {'over ranks' if several else 'in one process'}"
-        heads = ("network", "order", *(("ranks", "shards") if several else ("batch",)), "buffer")
-        out += ["", f"## {title}", "", *line(*heads, *labels)]
+        inside = ("ranks", "shards") if several else ("batch",)
+        heads, lines = ("network", "order", *inside, "buffer", *labels), []
         for k in chosen:
             row = every[k]
             middle = (row["ranks"], row["shards"]) if several else (row["batch"],)
             first = (row["network"], row["order"], *middle, "yes" if row["buffer"] else "no")
-            out.append(cells_of(*first, *(shown(rows.get(k)) for rows in keyed.values())))
+            lines.append((*map(str, first), *(shown(rows.get(k)) for rows in keyed.values())))
+        out += ["", f"## {title}", "", markdown(heads, lines, range(len(heads)))]
     return "\n".join(out) + "\n"
 
 
@@ -167,14 +170,6 @@ def shown(row: Row | None) -> str:
     return f"{mean_} ({largest})"
 
 
-def cells_of(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def line(*heads: str) -> list[str]:
-    return [cells_of(*heads), cells_of(*("---" for _ in heads))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     results = Path(__file__).parent / "results"
@@ -188,7 +183,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     how = settings(chosen.quick)
-    earlier = json.loads(chosen.beside.read_text()) if chosen.beside else {}
+    earlier = read(chosen.beside) if chosen.beside else {}
     before = earlier.get("columns", {})
     for name in ("samples", "seeds") if earlier else ():
         if earlier["settings"][name] != how[name]:
@@ -202,7 +197,7 @@ def main() -> None:
         print(f"{key(row)}: {shown(row)}", flush=True)
     content = {"settings": how, "columns": before | {chosen.label: rows}}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write(out, content)
     out.with_suffix(".md").write_text(table(content))
 
 

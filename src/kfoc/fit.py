@@ -81,7 +81,9 @@ def fit(
             (the observed labels).
         mc_samples: draws per sample, for "mc" and "mc-plain".
         layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
-            that is named and cannot be treated is an error.
+            that is named and cannot be treated is an error. What matches no layer is matched
+            against the parameters, which then have blocks of their own: `"fc.weight"` leaves the
+            bias out, and all names of `model.named_parameters()` have weights and biases apart.
         predict: `(model, inputs) -> outputs`, a tensor or an object with `.logits`. None: the
             model is called with the inputs; it must return one or the other.
         probes: how many Gaussian probes certify each block; 16 is plenty. They give

@@ -16,6 +16,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from kfoc.compare.looks import look
 from kfoc.compare.style import LIGHT
 from kfoc.compare.words import measured, quantity
 
@@ -43,18 +44,16 @@ STYLE = {
 
 
 class Bar(NamedTuple):
-    """One bar: the estimator's key (for its colour), its label, the value and its error."""
+    """One bar: the estimator's label, the value and its error."""
 
-    key: str
     label: str
     value: float
     deviation: float
 
 
 class Line(NamedTuple):
-    """One line: the estimator's key, its label, and its points."""
+    """One line: the estimator's label, and its points."""
 
-    key: str
     label: str
     x: Sequence[float]
     y: Sequence[float]
@@ -75,9 +74,9 @@ def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
             length = min(bar.value, limit)
             spread = 0.0 if math.isnan(bar.deviation) else bar.deviation
             whisker = [[min(spread, length)], [min(spread, limit - length)]]
-            axes.barh(row, length, 0.55, color=LIGHT[bar.key], clip_on=False)
-            look: dict[str, Any] = {"color": LIGHT["ink"], "elinewidth": 1, "capsize": 3}
-            axes.errorbar(length, row, xerr=whisker, fmt="none", clip_on=False, **look)
+            axes.barh(row, length, 0.55, color=look(bar.label)["color"], clip_on=False)
+            thin: dict[str, Any] = {"color": LIGHT["ink"], "elinewidth": 1, "capsize": 3}
+            axes.errorbar(length, row, xerr=whisker, fmt="none", clip_on=False, **thin)
             number = measured(bar.value, bar.deviation)
             place = {"transform": figure.transFigure, "ha": "right", "va": "center_baseline"}
             axes.text(1, 1 - (row + 0.5) / len(entries), number, **place)
@@ -92,9 +91,10 @@ def lines(drawn: Sequence[Line], x_label: str, title: str, *, dots: bool = True)
     with matplotlib.style.context(["default", STYLE]):
         figure, axes = _axes(190, 46, 10, 8, 36)
         for line in drawn:
-            marker = "o" if dots or len(line.x) == 1 else ""
-            look = {"marker": marker, "markersize": 5, "linewidth": 1.8, "clip_on": False}
-            axes.loglog(line.x, line.y, color=LIGHT[line.key], **look)
+            style = look(line.label) | {"markersize": 5, "linewidth": 1.8, "clip_on": False}
+            if not dots and len(line.x) > 1:
+                style["marker"] = ""
+            axes.loglog(line.x, line.y, **style)
         axes.margins(0)
         for axis in (axes.xaxis, axes.yaxis):
             _ticks(axis)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from kfoc.layers.attention import Inlined, inlined, part_name
+from kfoc.layers.parts import part_of
 from kfoc.layers.rule import (
     Refused,
     Treatment,
@@ -45,6 +46,7 @@ class Selection:
         watched: weights that may turn out to be a layer's, or have: name of that layer -> which.
         skipped: name -> the reason.
         named: those that were asked for by name.
+        homes: parameter that is a layer of its own -> its module's name.
     """
 
     every: dict[str, nn.Module] = field(default_factory=dict)
@@ -57,12 +59,13 @@ class Selection:
     watched: dict[str, Watched] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
+    homes: dict[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[str]:
         """The names of all blocks, in the model's order."""
         order = {name: number for number, name in enumerate(self.candidates)}
-        homes = {name: each.home for name, each in self.watched.items()}
+        homes = self.homes | {name: each.home for name, each in self.watched.items()}
 
         def place(name: str) -> int:
             return order.get(homes.get(name, name), len(order))
@@ -80,7 +83,11 @@ class Selection:
         if name in self.watched:
             each = self.watched[name]
             return each.home, each.module, each.treatment
-        return name, self.modules[name], self.treatments[name]
+        return self.homes.get(name, name), self.modules[name], self.treatments[name]
+
+    def of_module(self, home: str) -> dict[str, Treatment]:
+        """A module's layers, of which it has more than one where its parameters are, and how."""
+        return {n: each for n, each in self.treatments.items() if self.homes.get(n, n) == home}
 
     def layout(self, name: str) -> Layout:
         """Where a block's parameters lie in its matrix."""
@@ -103,13 +110,14 @@ class Selection:
         Raises:
             ValueError: they are not, and the layer was asked for by name.
         """
-        if name in self.watched and name in self.modules:
-            trained, home = self.layer_parameters(name), self.watched.pop(name).home
+        if name in self.modules and (name in self.watched or name in self.homes):
+            trained, home = self.layer_parameters(name), self._layer(name)[0]
+            self.watched.pop(name, None)
         else:
             trained, home = trained_parameters(self.candidates[name]), name
-        self.modules.pop(name, None)
-        self.treatments.pop(name, None)
-        held = self._held()
+        for kept in (self.modules, self.treatments, self.twins):
+            kept.pop(name, None)
+        held = self.held()
         own = {part_name(home, key): p for key, p in trained.items() if id(p) not in held}
         if own:
             self.loosen(name, own, reason)
@@ -121,9 +129,10 @@ class Selection:
         where = ", ".join(map(repr, sorted(blocks)))
         self.skipped[name] = f"its parameters are in the block of {where}"
 
-    def _held(self) -> dict[int, str]:
-        """Identity of a loose parameter -> its block."""
-        return {id(p): block for block, each in self.loose.items() for p in each.values()}
+    def held(self) -> dict[int, str]:
+        """Identity of a parameter that is loose, or of several modules treated as one -> block."""
+        blocks = self.loose | {name: self.layer_parameters(name) for name in self.twins}
+        return {id(p): block for block, each in blocks.items() for p in each.values()}
 
     def loosen(self, block: str, parameters: dict[str, nn.Parameter], reason: str) -> None:
         """Give parameters a block of their own, from per-sample gradients one by one."""
@@ -183,39 +192,54 @@ def select(
 ) -> Selection:
     """Match `layers` against the model's modules that hold parameters of their own.
 
+    What matches none of them is matched against the parameters, which are then layers each.
     Layers that would need a factor of more than `largest` rows are treated where they are named.
     """
     every = dict(model.named_modules())
     candidates = {name: module for name, module in every.items() if own_parameters(module)}
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    selection = Selection(every, candidates, named={p for p in patterns or () if p in candidates})
-    chosen = candidates.keys() if patterns is None else _matching(candidates, patterns)
+    selection = Selection(every, candidates)
+    chosen: Collection[str] = candidates.keys()
+    if patterns is not None:
+        parts = [part_name(n, key) for n, m in candidates.items() for key in own_parameters(m)]
+        chosen = _matching(candidates, parts, patterns)
+        selection.named = {p for p in patterns if p in chosen}
     owners = _owners(candidates)
     for name, module in candidates.items():
         if name in chosen:
             _add(selection, name, module, owners)
-            if largest is not None and name not in selection.named and name in selection.treatments:
-                _check_size(selection, name, largest)
+        else:
+            for key in own_parameters(module):
+                if part_name(name, key) in chosen:
+                    _add_part(selection, name, key, owners)
+    for name in [name for name in selection.treatments if name not in selection.named]:
+        if largest is not None:
+            _check_size(selection, name, largest)
     if not selection.blocks and not selection.watched:
         raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
     for name, module in every.items():
         whole = inlined(module)
         if whole is None:
             continue
-        if any(part_name(name, part) in selection.modules for part in whole.parts):
+        if any(selection.of_module(part_name(name, part)) for part in whole.parts):
             selection.inlined[name] = whole
     return selection
 
 
-def _matching(candidates: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The names that match a pattern; each must match one."""
+def _matching(
+    candidates: Collection[str], parts: Collection[str], patterns: Iterable[str]
+) -> set[str]:
+    """The names that match a pattern, of parts where no module's does; each must match one."""
     chosen: set[str] = set()
     for pattern in patterns:
-        if _WILD.isdisjoint(pattern):  # as a rule: without a regular expression then
-            found = [name for name in candidates if name == pattern]
+        for names in (candidates, parts):
+            if _WILD.isdisjoint(pattern):  # as a rule: without a regular expression then
+                found = {pattern} & set(names)
+            else:
+                found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+            if found:
+                break
         else:
-            found = [name for name in candidates if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
             raise ValueError(
                 f"layers: {pattern!r} matches no layer with parameters; there are "
                 f"{', '.join(map(repr, candidates))}"
@@ -240,7 +264,10 @@ def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, l
         selection.skip(name, "complex parameters")
         return
     others = {other for p in trained.values() for other in owners[id(p)] if other != name}
-    covering = others & selection.twins.keys()
+    held = selection.held() if others else {}
+    if any(id(parameter) in held for parameter in trained.values()):
+        selection.drop(name, "it shares a parameter with another layer")
+        return
     try:
         found, twins = _treatments(module, {n: selection.candidates[n] for n in sorted(others)})
     except Refused as reason:
@@ -250,9 +277,6 @@ def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, l
             selection.watched.update(watchable(name, module))
         selection.drop(name, str(reason))
     else:
-        if covering:
-            selection.cover(name, covering)
-            return
         selection.treatments[name], selection.modules[name] = found, module
         if twins:
             selection.twins[name] = twins
@@ -260,6 +284,32 @@ def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, l
             if key not in found.parameters:
                 full = part_name(name, key)
                 selection.loosen(full, {full: parameter}, f"not covered by that of {name!r}")
+
+
+def _add_part(selection: Selection, home: str, key: str, owners: dict[int, list[str]]) -> None:
+    """Make a parameter a layer of its own."""
+    name, module = part_name(home, key), selection.candidates[home]
+    parameter = own_parameters(module)[key]
+    others = {n: selection.candidates[n] for n in owners[id(parameter)] if n != home}
+    if id(parameter) in (held := selection.held() if others else {}):
+        selection.cover(name, {held[id(parameter)]})
+        return
+    try:
+        if not parameter.requires_grad:
+            raise Refused("it is frozen (requires_grad is False)")
+        if parameter.is_complex():
+            raise Refused("it is complex")
+        whole, twins = _treatments(module, others)
+        found = part_of(whole, key)
+    except Refused as reason:
+        selection.skip(name, str(reason))
+    except Unsupported as reason:
+        selection.loosen(name, {name: parameter}, str(reason))
+    else:
+        selection.treatments[name], selection.modules[name] = found, module
+        selection.homes[name] = home
+        if twins:
+            selection.twins[name] = [(other, part_of(each, key)) for other, each in twins]
 
 
 def _treatments(

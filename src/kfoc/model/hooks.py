@@ -34,7 +34,8 @@ def captured(selection: Selection) -> Iterator[Record]:
     try:
         for name, module in selection.modules.items():
             handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
-            if name in selection.inlined or name in selection.watched:
+            home = selection.homes.get(name, name)
+            if home in selection.inlined or name in selection.watched:
                 continue
             own = module, selection.treatments[name]
             for watched, treatment in [own, *selection.twins.get(name, [])]:
@@ -95,8 +96,7 @@ def _replayer(
     It takes the same steps again when a checkpointed region runs again, as that has to, possibly in
     a thread of autograd's. In a thread that fits the same model, that fit's own hook does so.
     """
-    names = {part: part_name(name, part) for part in whole.parts}
-    treatments = {part: selection.treatments.get(full) for part, full in names.items()}
+    layers = {part: selection.of_module(part_name(name, part)) for part in whole.parts}
 
     def hook(module: nn.Module, args: tuple, *rest: Any) -> Any:
         if _over(rest, 2):
@@ -112,15 +112,12 @@ def _replayer(
             reason = "its output is not what its parameters give (is there another hook?)"
         except Unsupported as unsupported:
             agree, reason = False, str(unsupported)
-        for part, full in names.items():
-            if treatments[part] is not None and not agree:
-                record.problems[full] = reason
         if not agree:
+            record.problems |= {layer: reason for found in layers.values() for layer in found}
             return None
         for part, group, value, result in steps:
-            treatment = treatments[part]
-            if treatment is not None:
-                record.add(names[part], treatment, value, result, group)
+            for layer, treatment in layers[part].items():
+                record.add(layer, treatment, value, result, group)
         return replayed
 
     return hook
