@@ -97,7 +97,7 @@ def test_values_of_another_type_are_named(
             "must be a Online, found .* of layer 'other'",
         ),
         (
-            ("session", "selection", "modules"),
+            ("session", "selection", "layers"),
             ["other"],
             "a layer 'other', which this fit does not have",
         ),

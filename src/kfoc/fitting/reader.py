@@ -153,23 +153,23 @@ class Reader:
         """Find where derivatives are needed; layers found to have no treatment are left out."""
         graph, record, selection = Graph(outputs), self.record, self.selection
         for name, reason in untreatable(graph, record, self.layers).items():
-            if name in selection.modules:
+            if name in selection.layers:
                 self._drop(name, reason)
         if not self.task.verify:
             for name, calls in record.calls.items():
-                if name in selection.modules and not fitting(calls, len(outputs)):
+                if name in selection.layers and not fitting(calls, len(outputs)):
                     self._drop(name, unfitting(calls, len(outputs)))
-        known = selection.modules.keys() | selection.watched.keys()
+        known = selection.layers.keys() | selection.watched.keys()
         for name in record.calls.keys() - known:
             del record.calls[name]
-        for name in [n for n in selection.modules if n not in record.calls]:
-            if any(map(graph.uses, selection.layer_parameters(name).values())):
+        for name in [n for n in selection.layers if n not in record.calls]:
+            if any(map(graph.uses, selection.layer(name).parameters.values())):
                 self._drop(name, UNCALLED)
         settled = {name for name, layer in self.layers.items() if layer.settled}
         for name in settled & record.calls.keys():
             del record.calls[name]  # no derivative is needed by what it put out
         for name in record.calls:
-            held = selection.layer_parameters(name).values()
+            held = selection.layer(name).parameters.values()
             record.uses[name] = tuple(graph.uses(parameter) for parameter in held)
         record.loose = {n: each for n, each in selection.loose.items() if n not in settled}
         if record.loose:
@@ -208,7 +208,7 @@ class Reader:
             findings.refuse_scattered()
         assert self.proof is not None
         self.proof.take(findings, self.record, len(outputs))
-        fresh = self.selection.watched.keys() - self.selection.modules.keys()
+        fresh = set(self.selection.watched)
         for name, reason in findings.reasons.items():
             if name not in fresh:
                 self._drop(name, reason)

@@ -28,8 +28,7 @@ _SESSION = {
     "selection": "dict[str, object]",
 }
 _SELECTION = {
-    "modules": "list[str]",
-    "twins": "list[str]",
+    "layers": "list[str]",
     "loose": "dict[str, list[str]]",
     "skipped": "dict[str, str]",
 }
@@ -50,8 +49,7 @@ def state_of(session: Session, take: Callable[[Tensor], Tensor] = copied) -> dic
         # What the reader has learnt: so that a fit that goes on does so in the same way.
         "by_graph": session.reader.uncovered.by_graph,
         "selection": {
-            "modules": list(selection.modules),
-            "twins": list(selection.twins),
+            "layers": list(selection.layers),
             "loose": {name: list(parameters) for name, parameters in selection.loose.items()},
             "skipped": dict(selection.skipped),
         },
@@ -77,8 +75,8 @@ def checked(state: Any, session: Session, device: torch.device | None = None) ->
     known = session.selection
     loose = [name for each in selection["loose"].values() for name in each]
     for kind, given, there in (
-        ("layer", selection["modules"], known.modules.keys() | known.watched.keys()),
-        ("layer", layers, {*selection["modules"], *selection["loose"]}),
+        ("layer", selection["layers"], known.layers.keys() | known.watched.keys()),
+        ("layer", layers, {*selection["layers"], *selection["loose"]}),
         ("parameter", loose, dict(session.task.model.named_parameters(remove_duplicate=False))),
     ):
         unknown = sorted(set(given) - set(there))
@@ -106,13 +104,10 @@ def load(session: Session, found: dict[str, Any]) -> None:
 
 def _restore(selection: Selection, model: nn.Module, saved: dict[str, Any]) -> None:
     """In place: what watches the forward passes watches it as it was at the start of the fit."""
-    selection.promote(selection.watched.keys() & set(saved["modules"]))
-    selection.unwatch()
-    for held in (selection.modules, selection.treatments):
-        for name in held.keys() - set(saved["modules"]):
-            del held[name]
-    for name in selection.twins.keys() - set(saved["twins"]):
-        del selection.twins[name]
+    selection.promote(selection.watched.keys() & set(saved["layers"]))
+    selection.watched.clear()
+    for name in selection.layers.keys() - set(saved["layers"]):
+        del selection.layers[name]
     loose = {
         name: {key: model.get_parameter(key) for key in parameters}
         for name, parameters in saved["loose"].items()

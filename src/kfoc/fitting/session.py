@@ -17,7 +17,7 @@ from kfoc.fitting.layer_fit import LayerFit
 from kfoc.fitting.marks import Mark
 from kfoc.fitting.reader import Cotangents, Reader, Reading
 from kfoc.fitting.task import Task
-from kfoc.layers.selection import select
+from kfoc.layers.select import select
 from kfoc.model.batches import check_next_token, moved, unpacked
 from kfoc.model.hooks import captured
 from kfoc.model.undisturbed import undisturbed
@@ -89,7 +89,7 @@ class Session:
     @cached_property
     def estimator(self) -> Estimator:
         """The task's, for the layers that there are."""
-        layouts = {name: self.selection.layout(name) for name in self.selection.modules}
+        layouts = {name: self.selection.layout(name) for name in self.selection.layers}
         return self.task.estimator.sized(layouts)
 
     @property

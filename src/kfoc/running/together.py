@@ -108,13 +108,13 @@ class Together(Alone):
     def _agree(self, session: Session) -> None:
         """Have the states of the same layers on all ranks."""
         selection, own = session.selection, session.fitted
-        known = sorted(own), sorted(selection.treatments), sorted(selection.loose)
+        known = sorted(own), sorted(selection.layers), sorted(selection.loose)
         if self.ranks.section(zlib.crc32(repr(known).encode())):
             return
         shapes = {name: mapped(layer.silent, lambda t: t.cpu()) for name, layer in own.items()}
         told = self.ranks.objects((shapes, known[1], selection.skipped))
         for rank, (_, treated, skipped) in enumerate(told):
-            for name in sorted(selection.treatments.keys() - set(treated)):
+            for name in sorted(selection.layers.keys() - set(treated)):
                 if name in own:
                     raise ValueError(
                         f"layer {name!r}: rank {rank} found that it cannot be treated: "
