@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from kfoc.likelihoods.base import Likelihood, check_targets, unit_directions
+from kfoc.likelihoods.base import Likelihood, by_sample, check_targets, probit, unit_directions
 from kfoc.likelihoods.draws import Draws
 
 
@@ -49,3 +51,19 @@ class Bernoulli(Likelihood):
         assert isinstance(targets, Tensor)
         labels = targets.to(outputs)  # y - p, with p near 1 too
         return labels * (-outputs).sigmoid() - (1 - labels) * outputs.sigmoid()
+
+    def log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
+        labels = targets.to(outputs)
+        return -by_sample(
+            functional.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
+        )
+
+    def num_labels(self, outputs: Tensor, targets: Any) -> Tensor:
+        return by_sample(torch.ones_like(outputs))
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Of a label of 1."""
+        return outputs.sigmoid()
+
+    def moderated(self, mean: Tensor, variance: Tensor) -> Tensor:
+        return probit(mean, variance)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from kfoc.likelihoods.base import Likelihood, described
+from kfoc.likelihoods.base import Likelihood, by_sample, described, probit
 from kfoc.likelihoods.draws import Draws
 
 
@@ -168,6 +170,26 @@ class Categorical(Likelihood):
         chosen = torch.where(counts.bool(), chosen, 0)
         cotangent = _residuals(probabilities, chosen[..., None])
         return self._shaped(cotangent * counts[..., None], outputs, dim)
+
+    def log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
+        logits = outputs.movedim(self._dim(outputs, targets), -1)
+        loss = functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            targets.flatten().long(),
+            ignore_index=self.ignore_index,
+            reduction="none",
+        )
+        return -by_sample(loss.view(len(outputs), -1))
+
+    def num_labels(self, outputs: Tensor, targets: Any) -> Tensor:
+        return by_sample((targets != self.ignore_index).to(outputs))
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Of every class, in the shape of the outputs."""
+        return outputs.softmax(self._dim(outputs, None))
+
+    def moderated(self, mean: Tensor, variance: Tensor) -> Tensor:
+        return probit(mean, variance)
 
 
 def _residuals(p: Tensor, labels: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfoc.likelihoods.base import Likelihood, check_targets, unit_directions
+from kfoc.likelihoods.base import Likelihood, by_sample, check_targets, unit_directions
 from kfoc.likelihoods.draws import Draws
 
 
@@ -39,3 +41,16 @@ class Gaussian(Likelihood):
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
         return targets.to(outputs) - outputs
+
+    def log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
+        constant = 0.5 * math.log(2 * math.pi) * self.num_labels(outputs, targets)
+        return -self.misfit(outputs, targets) - constant
+
+    def misfit(self, outputs: Tensor, targets: Any) -> Tensor:
+        return 0.5 * by_sample((targets.to(outputs) - outputs).square())
+
+    def num_labels(self, outputs: Tensor, targets: Any) -> Tensor:
+        return by_sample(torch.ones_like(outputs))
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        return torch.ones_like(outputs)

@@ -21,7 +21,6 @@ from kfoc.common.arguments import check_model, whole
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.gaussian import Gaussian
 from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict
 from kfoc.model.functional import Forward, concerning, count_samples, sliced
@@ -73,6 +72,7 @@ class Laplace(Plain):
 
     def __post_init__(self) -> None:
         check_model(self.model)
+        resolved(self.likelihood)
         self._sigma(self.sigma_noise)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and positive, found {self.temperature}")
@@ -154,21 +154,16 @@ class Laplace(Plain):
             method: "linearised": the closed form; "weights": mean and covariance over the outputs
                 of `num` networks drawn from the posterior.
         """
-        if not isinstance(self._likelihood, Gaussian):
-            raise ValueError(
-                f"predictive() is for the gaussian likelihood, found {self._likelihood!r}: "
-                "use probabilities()"
-            )
-        sigma = float(self.sigma_noise)
-        if method == "linearised":
-            return self.linearised(inputs, chunk_size=chunk_size).with_noise(sigma)
         _check_method(method, PREDICTIVE_METHODS)
+        self._require("noise_variance", "use probabilities(), linearised() or sampled_outputs()")
+        if method == "linearised":
+            return self._noisy(self.linearised(inputs, chunk_size=chunk_size))
         if num < 2:
             raise ValueError(f"num must be at least 2 for a covariance, found {num}")
         outputs = self.sampled_outputs(inputs, num, seed=seed)
         mean = outputs.mean(0)
         centred = (outputs - mean).flatten(2).movedim(0, 1)  # (N, num, K)
-        return OutputGaussian(mean, centred.mT @ centred / (num - 1)).with_noise(sigma)
+        return self._noisy(OutputGaussian(mean, centred.mT @ centred / (num - 1)))
 
     def probabilities(
         self,
@@ -189,14 +184,15 @@ class Laplace(Plain):
         """
         _check_method(method, PROBABILITY_METHODS)
         likelihood = self._likelihood
-        if isinstance(likelihood, Gaussian):
-            raise ValueError("probabilities() is not for the gaussian likelihood: use predictive()")
+        self._require("probabilities", "use predictive() for a regression, or sampled_outputs()")
+        if method == "probit":
+            self._require("moderated", 'use method="logits" or "weights"')
         if method == "weights":
             outputs = self.sampled_outputs(inputs, num, seed=seed)
-            return torch.stack([predictive.probabilities(likelihood, o) for o in outputs]).mean(0)
+            return torch.stack([likelihood.probabilities(each) for each in outputs]).mean(0)
         gaussian = self.linearised(inputs, chunk_size=chunk_size)
         if method == "probit":
-            return predictive.probit(likelihood, gaussian)
+            return likelihood.probabilities(likelihood.moderated(gaussian.mean, gaussian.variance))
         return predictive.monte_carlo(likelihood, gaussian, num, seed)
 
     def data_fit(self, data: Iterable[tuple[Any, Any]]) -> DataFit:
@@ -226,7 +222,7 @@ class Laplace(Plain):
         fit = self._checked_fit(data)
         prior = self.prior_precision if prior_precision is None else prior_precision
         sigma = self._sigma(self.sigma_noise if sigma_noise is None else sigma_noise)
-        log_likelihood = fit.log_likelihood(self._likelihood, sigma) / self.temperature
+        log_likelihood = fit.log_likelihood(sigma) / self.temperature
         return evidence.log_marginal_likelihood(
             log_likelihood,
             self._factorised,
@@ -263,8 +259,9 @@ class Laplace(Plain):
         changes: dict[str, Any] = {}
         sigma = self._sigma(self.sigma_noise)
         if noise:
+            self._require("noise_variance", "noise=True is for the gaussian likelihood")
             changes["sigma_noise"] = tuning.best_noise(
-                fit, self._likelihood, self.temperature, lambda sigma: best(sigma)[1]
+                fit, self.temperature, lambda sigma: best(sigma)[1]
             )
             sigma = positive("sigma_noise", changes["sigma_noise"])
         prior, _ = best(sigma)
@@ -351,12 +348,23 @@ class Laplace(Plain):
         return changed
 
     def _sigma(self, value: Number) -> Tensor:
-        sigma, likelihood = positive("sigma_noise", value), self._likelihood
-        if sigma.item() != 1 and not isinstance(likelihood, Gaussian):
-            raise ValueError(
-                f"sigma_noise is for the gaussian likelihood, found {value} with {likelihood!r}"
-            )
+        sigma = positive("sigma_noise", value)
+        if sigma.item() != 1:
+            self._require("noise_variance", f"sigma_noise must be 1, found {value}")
         return sigma
+
+    def _noisy(self, outputs: OutputGaussian) -> OutputGaussian:
+        """Of the targets: with the noise around the outputs."""
+        variance = self._likelihood.noise_variance(outputs.mean)
+        return outputs.with_noise(float(self.sigma_noise) * variance.sqrt())
+
+    def _require(self, method: str, otherwise: str) -> None:
+        """Raise where the likelihood lacks an optional method, before anything is computed."""
+        likelihood = self._likelihood
+        if not likelihood.defines(method):
+            raise ValueError(
+                f"the likelihood {type(likelihood).__name__} has no method {method}: {otherwise}"
+            )
 
     def _scale(self, sigma: Tensor) -> Tensor:
         count = self.num_samples or self.curvature.num_samples

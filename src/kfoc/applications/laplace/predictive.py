@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfoc.applications.laplace.evidence import class_dimension
+from kfoc.common.arguments import whole
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.bernoulli import Bernoulli
-from kfoc.likelihoods.categorical import Categorical
+from kfoc.likelihoods.draws import Draws
 from kfoc.model.functional import Forward
 from kfoc.model.sample_gradients import jacobians
 
@@ -36,10 +35,14 @@ class OutputGaussian(NamedTuple):
         """The variance of every output, of the shape of `mean`."""
         return self.covariance.diagonal(dim1=1, dim2=2).reshape(self.mean.shape)
 
-    def with_noise(self, sigma: float) -> OutputGaussian:
-        """With independent noise of standard deviation `sigma` on every output."""
-        noise = torch.full_like(self.covariance[0, 0], sigma**2).diag()
-        return OutputGaussian(self.mean, self.covariance + noise)
+    def with_noise(self, sigma: float | Tensor) -> OutputGaussian:
+        """With independent noise of standard deviation `sigma` on every output.
+
+        Args:
+            sigma: one for all, or a tensor of the shape of `mean`.
+        """
+        variance = torch.as_tensor(sigma).to(self.mean).square().expand_as(self.mean)
+        return OutputGaussian(self.mean, self.covariance + variance.flatten(1).diag_embed())
 
 
 def linearised(
@@ -59,39 +62,26 @@ def output_covariance(posterior: DampedCurvature, rows: Parameters) -> Tensor:
     return (covariance + covariance.mT) / 2
 
 
-def probit(likelihood: Likelihood, outputs: OutputGaussian) -> Tensor:
-    """Probabilities (N, ...) by the probit approximation (MacKay 1992; Spiegelhalter 1990).
-
-    A sigmoid is exact up to its probit stand-in; a softmax takes each logit's variance alone.
-    """
-    scaled = outputs.mean / (1 + math.pi / 8 * outputs.variance).sqrt()
-    return probabilities(likelihood, scaled)
-
-
 def monte_carlo(likelihood: Likelihood, outputs: OutputGaussian, num: int, seed: int) -> Tensor:
     """Mean probabilities (N, ...) over `num` draws of the outputs."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = (likelihood.probabilities(each) for each in draws(outputs, num, seed))
+    return functools.reduce(torch.add, drawn) / num
+
+
+def draws(outputs: OutputGaussian, num: int, seed: int, first: int = 0) -> Iterator[Tensor]:
+    """`num` draws of the outputs, one at a time: functions of the seed and the sample's index.
+
+    Args:
+        first: index of the first sample.
+    """
+    num = whole("num", num, 1)
     values, vectors = torch.linalg.eigh(outputs.covariance)
     root = vectors * values.clamp_min(0).sqrt()[:, None]  # a root, where rounding has no Cholesky
     count, size = root.shape[:2]
-    total = torch.zeros_like(outputs.mean)
-    for _ in range(num):
-        noise = torch.randn(count, size, 1, generator=generator, dtype=root.dtype).to(root)
-        drawn = outputs.mean + (root @ noise).reshape(outputs.mean.shape)
-        total += probabilities(likelihood, drawn)
-    return total / num
-
-
-def probabilities(likelihood: Likelihood, logits: Tensor) -> Tensor:
-    """Of every class, or of a label of 1, in the shape of the logits."""
-    if isinstance(likelihood, Categorical):
-        return logits.softmax(class_dimension(likelihood, logits))
-    if isinstance(likelihood, Bernoulli):
-        return logits.sigmoid()
-    raise ValueError(
-        f"probabilities are for a categorical or bernoulli likelihood, found {likelihood!r}: "
-        "use predictive() for regression, sampled_outputs() for a likelihood of your own"
-    )
+    for number in range(num):
+        uniform = Draws(seed, first, number).uniform(count, size, root.device)
+        noise = torch.special.ndtri(uniform).to(root)[..., None]
+        yield outputs.mean + (root @ noise).reshape(outputs.mean.shape)
 
 
 def networks(
@@ -102,8 +92,7 @@ def networks(
     generator: torch.Generator | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """`num` draws of the parameters, one at a time, so that they need not all be held."""
-    if num < 1:
-        raise ValueError(f"num must be at least 1, found {num}")
+    num = whole("num", num, 1)
     generator = torch.Generator().manual_seed(seed) if generator is None else generator
     for _ in range(num):
         draw = posterior.sample(1, generator=generator)

@@ -11,8 +11,6 @@ from torch import Tensor
 from kfoc.applications.laplace.evidence import DataFit, layer_term
 from kfoc.applications.laplace.prior import positive
 from kfoc.curvature.damped import DampedCurvature
-from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.gaussian import Gaussian
 
 Function = Callable[[float], float]
 Bounds = tuple[float, float]
@@ -57,26 +55,22 @@ def best_prior(
     return best, total
 
 
-def best_noise(
-    fit: DataFit, likelihood: Likelihood, temperature: float, share: Callable[[Tensor], float]
-) -> float:
+def best_noise(fit: DataFit, temperature: float, share: Callable[[Tensor], float]) -> float:
     """The best noise level of a regression.
 
     Args:
         share: the layers' share of the evidence at a noise level, at its best prior precision.
 
     Raises:
-        ValueError: another likelihood, or a fit without any error.
+        ValueError: a fit without any error.
     """
-    if not isinstance(likelihood, Gaussian):
-        raise ValueError("noise=True is for the gaussian likelihood, the one with sigma_noise")
     rms = math.sqrt(2 * fit.misfit / fit.num_labels)
     if not rms:
         raise ValueError("the model fits its data exactly: the noise has no best level")
 
     def evidence(sigma: float) -> float:
         value = positive("sigma_noise", sigma)
-        return fit.log_likelihood(likelihood, value).item() / temperature + share(value)
+        return fit.log_likelihood(value).item() / temperature + share(value)
 
     bounds = rms / 30, rms * 30
     sigma, _ = maximum(evidence, bounds)
