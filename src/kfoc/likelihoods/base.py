@@ -97,6 +97,10 @@ class Likelihood(ABC):
         """Of labels that are Gaussian around the outputs, in their shape."""
         raise self.missing("noise_variance", "(outputs) -> variances")
 
+    def unweighted(self, targets: Any) -> tuple[Likelihood, Any, Tensor | None]:
+        """The likelihood without samples' weights, its targets, and the weights (N,) if any."""
+        return self, targets, None
+
     def defines(self, method: str) -> bool:
         """Whether it has one of the optional methods."""
         return getattr(type(self), method) is not getattr(Likelihood, method)
@@ -112,7 +116,7 @@ class Likelihood(ABC):
 
         Args:
             outputs: (N, ...), detached.
-            targets: the batch's labels; may be None but for "empirical".
+            targets: the batch's labels; may be None but for "empirical" and weights by label.
             fisher: "mc" (of `weighted`), "mc-plain" (of `drawn`), "exact" or "empirical".
             mc_samples: directions of the first two, each scaled by `1 / sqrt(mc_samples)`.
             seed: of the draws.
@@ -120,7 +124,7 @@ class Likelihood(ABC):
         """
         self.check(outputs, targets, fisher)
         if fisher in ("mc", "mc-plain"):
-            draw = self._weighted() if fisher == "mc" else self.drawn
+            draw = self.least_varying() if fisher == "mc" else self.drawn
             for direction in range(mc_samples):
                 cotangent = draw(outputs, targets, Draws(seed, index, direction, mc_samples))
                 yield cotangent if mc_samples == 1 else cotangent / math.sqrt(mc_samples)
@@ -129,7 +133,7 @@ class Likelihood(ABC):
         else:
             yield self.observed(outputs, targets)
 
-    def _weighted(self) -> Callable[[Tensor, object, Draws], Tensor]:
+    def least_varying(self) -> Callable[[Tensor, object, Draws], Tensor]:
         """`weighted`; of a subclass that has only `drawn` anew, that: it may mean other labels."""
         own = next(c for c in type(self).__mro__ if {"weighted", "drawn"} & vars(c).keys())
         return self.weighted if "weighted" in vars(own) else self.drawn
@@ -157,11 +161,17 @@ def unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
         yield cotangent.view(outputs.shape)
 
 
-def check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
+def check_targets(
+    likelihood: str,
+    outputs: Tensor,
+    targets: object,
+    needed: str = 'fisher="empirical"',
+    of: str = "outputs",
+) -> Tensor:
     if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
         raise ValueError(
-            f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
-            f"{tuple(outputs.shape)} of the outputs, found {described(targets)}"
+            f"{needed} with a {likelihood} likelihood needs targets of the shape "
+            f"{tuple(outputs.shape)} of the {of}, found {described(targets)}"
         )
     if targets.is_complex():
         raise ValueError(f"the targets of a {likelihood} likelihood are complex ({targets.dtype})")

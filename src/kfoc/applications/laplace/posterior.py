@@ -360,11 +360,8 @@ class Laplace(Plain):
 
     def _require(self, method: str, otherwise: str) -> None:
         """Raise where the likelihood lacks an optional method, before anything is computed."""
-        likelihood = self._likelihood
-        if not likelihood.defines(method):
-            raise ValueError(
-                f"the likelihood {type(likelihood).__name__} has no method {method}: {otherwise}"
-            )
+        if not self._likelihood.defines(method):
+            raise self._likelihood.missing(method, f": {otherwise}")
 
     def _scale(self, sigma: Tensor) -> Tensor:
         count = self.num_samples or self.curvature.num_samples

@@ -89,6 +89,10 @@ def negative_log_likelihood(
     Args:
         first: index of the first sample in the data, of which its draws are a function.
     """
+    likelihood, targets, weights = likelihood.unweighted(targets)
+    if weights is not None:
+        found = negative_log_likelihood(likelihood, outputs, targets, sigma_noise, first)
+        return found * weights.to(found)
     wide = OutputGaussian(*(tensor.double() for tensor in outputs))
     if likelihood.defines("noise_variance"):
         mean, covariance = wide.with_noise(
@@ -99,15 +103,16 @@ def negative_log_likelihood(
     if likelihood.defines("moderated"):
         about = likelihood.moderated(wide.mean, wide.variance)
         return -of_samples(likelihood, "log_likelihood", about, targets)
-    found = [
+    drawn = [
         of_samples(likelihood, "log_likelihood", each, targets)
         for each in draws(wide, DRAWS, 0, first)
     ]
-    return math.log(DRAWS) - torch.stack(found).logsumexp(0)
+    return math.log(DRAWS) - torch.stack(drawn).logsumexp(0)
 
 
 def count_labels(likelihood: Likelihood, outputs: Tensor, targets: Any) -> float:
     """What the losses of samples are divided by: labels, or samples of a regression."""
     if likelihood.defines("noise_variance"):
-        return len(outputs)
+        _, _, weights = likelihood.unweighted(targets)
+        return len(outputs) if weights is None else weights.sum().item()
     return of_samples(likelihood, "num_labels", outputs, targets).sum().item()
