@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -381,6 +382,23 @@ def test_options_that_make_no_sense(case: str) -> None:
     make, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+LOSSES = {
+    "kfoc.Categorical(weight=..., label_smoothing=...)": nn.CrossEntropyLoss(
+        weight=SHARES, label_smoothing=0.1
+    ),
+    "kfoc.Bernoulli(pos_weight=...)": nn.BCEWithLogitsLoss(pos_weight=SHARES),
+    "kfoc.Gaussian(var=...) or kfoc.HeteroscedasticGaussian()": nn.GaussianNLLLoss(),
+    'likelihood="categorical" (its': nn.CrossEntropyLoss(),
+}
+
+
+@pytest.mark.parametrize("hint", LOSSES)
+def test_what_to_write_for_a_loss(hint: str) -> None:
+    """Its options are in the hint, or whoever follows that would lose them."""
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        kfoc.fit(nn.Linear(3, 3), [], LOSSES[hint])
 
 
 WEIGHTED = kfoc.Categorical(weight=SHARES)
