@@ -2,7 +2,7 @@
 
 from kfoc.applications.consolidation import Consolidation
 from kfoc.applications.influence import Influence, Ranking, influence
-from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian
+from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian, Validation
 from kfoc.applications.natural_gradient import NaturalGradient
 from kfoc.blocks import (
     Block,
@@ -89,6 +89,7 @@ __all__ = [
     "Tracker",
     "Treatment",
     "Unsupported",
+    "Validation",
     "fit",
     "influence",
     "nearest_kronecker",

@@ -36,6 +36,17 @@ class DataFit:
     misfit: float
     constant: float
 
+    def check(self, expected: int) -> None:
+        """Raise where it is not of so many samples, or not finite."""
+        if not math.isfinite(self.misfit):
+            raise ValueError(f"data: its misfit is not finite ({self.misfit})")
+        if self.num_samples != expected:
+            raise ValueError(
+                f"the data have {self.num_samples} samples, but the posterior is one of "
+                f"{expected}: pass the training data that the curvature was fitted on, or "
+                f"Laplace(num_samples={self.num_samples}) where that was a part of it"
+            )
+
     def log_likelihood(self, sigma_noise: Tensor) -> Tensor:
         """`ln p(targets)`, a scalar in float64."""
         misfit = torch.tensor(self.misfit, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.draws import Draws
 from kfoc.model.functional import Forward
-from kfoc.model.sample_gradients import jacobians
 
 Parameters = Mapping[str, Tensor]
 
@@ -45,23 +44,6 @@ class OutputGaussian(NamedTuple):
         return OutputGaussian(self.mean, self.covariance + variance.flatten(1).diag_embed())
 
 
-def linearised(
-    forward: Forward, posterior: DampedCurvature, parameters: Parameters, inputs: Any
-) -> OutputGaussian:
-    """Mean `f(x)` and covariance `J B^-1 J^T` of the model linearised at its parameters."""
-    mean = forward.trained(inputs)
-    rows = jacobians(forward, parameters, inputs)
-    return OutputGaussian(mean, output_covariance(posterior, rows))
-
-
-def output_covariance(posterior: DampedCurvature, rows: Parameters) -> Tensor:
-    """`J B^-1 J^T`, (N, K, K), from Jacobians name -> (N, K, *shape)."""
-    solved = posterior.solve(rows)
-    parts = [rows[name].flatten(2) @ solved[name].flatten(2).mT for name in rows]
-    covariance = torch.stack(parts).sum(0)
-    return (covariance + covariance.mT) / 2
-
-
 def monte_carlo(likelihood: Likelihood, outputs: OutputGaussian, num: int, seed: int) -> Tensor:
     """Mean probabilities (N, ...) over `num` draws of the outputs."""
     drawn = (likelihood.probabilities(each) for each in draws(outputs, num, seed))
@@ -82,6 +64,29 @@ def draws(outputs: OutputGaussian, num: int, seed: int, first: int = 0) -> Itera
         uniform = Draws(seed, first, number).uniform(count, size, root.device)
         noise = torch.special.ndtri(uniform).to(root)[..., None]
         yield outputs.mean + (root @ noise).reshape(outputs.mean.shape)
+
+
+def moments(outputs: Tensor) -> OutputGaussian:
+    """Mean and covariance over outputs (num, N, ...), of two networks or more."""
+    mean = outputs.mean(0)
+    centred = (outputs - mean).flatten(2).movedim(0, 1)  # (N, num, K)
+    return OutputGaussian(mean, centred.mT @ centred / (len(outputs) - 1))
+
+
+@torch.no_grad()
+def outputs_of(drawn: Iterable[Parameters], forward: Forward, inputs: Any) -> Tensor:
+    """Outputs (num, N, ...) of networks.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    found = torch.stack([forward.outputs(inputs, parameters) for parameters in drawn])
+    if not found.isfinite().all():
+        raise ValueError(
+            "outputs of networks drawn from the posterior are not finite: a larger "
+            "prior_precision draws them closer to the trained one"
+        )
+    return found
 
 
 def networks(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfoc.applications.laplace.evidence import DataFit, layer_term
 from kfoc.applications.laplace.prior import positive
+from kfoc.applications.laplace.validation import Validation
 from kfoc.curvature.damped import DampedCurvature
 
 Function = Callable[[float], float]
@@ -124,24 +125,24 @@ def warn_at_bound(value: float, bounds: Bounds, what: str) -> None:
         )
 
 
-def warn_of_candidate(candidates: list[float], best: int, loss: float, plain: float) -> None:
-    """Tell the caller of `Laplace.tuned_by_validation` where the best candidate is none to trust.
-
-    Args:
-        loss, plain: of the data, under the best candidate and under the network by itself.
-    """
-    chosen, bounds = candidates[best], (min(candidates), max(candidates))
-    if len(candidates) > 1 and chosen in bounds:
-        warnings.warn(
-            f"the best prior precision is the {'largest' if chosen == bounds[1] else 'smallest'} "
-            f"candidate, {chosen:.3g}: a better one may lie beyond; give more candidates",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def warn_of_candidate(found: Validation) -> None:
+    """Tell the caller of `Laplace.tuned_by_validation` where the best is none to trust."""
+    loss, plain = found.losses[found.best], found.plain
+    for number, what in enumerate(("prior precision", "temperature")):
+        tried = {pair[number] for pair in found.losses}
+        chosen = found.best[number]
+        if len(tried) > 1 and chosen in (min(tried), max(tried)):
+            warnings.warn(
+                f"the best {what} is the {'largest' if chosen == max(tried) else 'smallest'} "
+                f"candidate, {chosen:.3g}: a better one may lie beyond; give more candidates",
+                RuntimeWarning,
+                stacklevel=4,
+            )
     if loss > plain and not math.isclose(loss, plain, rel_tol=1e-6):
         warnings.warn(
-            f"with the best prior precision, {chosen:.3g}, the posterior predicts the data worse "
-            f"than the network by itself (negative log-likelihoods {loss:.4g} and {plain:.4g}): "
+            f"with the best prior precision, {found.best[0]:.3g}, the posterior predicts the data "
+            f"worse than the network by itself (negative log-likelihoods {loss:.4g} and "
+            f"{plain:.4g}): "
             "give larger candidates, or do without the posterior",
             RuntimeWarning,
             stacklevel=4,
