@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import kfoc
 from kfoc.likelihoods.draws import Draws
+from kfoc.running.fingerprint import described
 
 SHARES = torch.tensor([0.5, 3.0, 1.2], dtype=torch.float64)
 EACH = torch.tensor([0.3, 2.0, 1.0, 0.0], dtype=torch.float64)
@@ -317,6 +318,49 @@ def test_a_weight_of_two_is_the_sample_twice() -> None:
         estimator=kfoc.BlockDiagonal(),
     )
     torch.testing.assert_close(5 * found[""].to_dense(), 7 * twice[""].to_dense())
+
+
+def test_options_keep_their_digits_under_another_default_dtype() -> None:
+    z, y = torch.randn(4, 2), torch.rand(4, 2)
+    torch.set_default_dtype(torch.float32)
+    found = directions(Case(kfoc.Gaussian(var=0.1), (), None, None), z, y, "empirical")
+    torch.testing.assert_close(found[0], (y - z) / 0.1, rtol=1e-14, atol=0)
+    binary = Case(kfoc.Bernoulli(pos_weight=0.1), (), None, None)
+    expected = 0.1 * y * (-z).sigmoid() - (1 - y) * z.sigmoid()
+    torch.testing.assert_close(
+        directions(binary, z, y, "empirical")[0], expected, rtol=1e-13, atol=0
+    )
+    noisy = kfoc.OutputGaussian(z, torch.zeros(4, 2, 2, dtype=z.dtype)).with_noise(0.1)
+    torch.testing.assert_close(noisy.variance, torch.full_like(z, 0.01), rtol=1e-14, atol=0)
+
+
+def test_a_fit_knows_the_weights_of_another() -> None:
+    """What checkpoints and ranks compare."""
+    names = [
+        described(likelihood)
+        for likelihood in (
+            kfoc.Categorical(weight=SHARES),
+            kfoc.Categorical(weight=SHARES + 1),
+            kfoc.Categorical(),
+            kfoc.SampleWeighted(kfoc.Categorical(weight=SHARES)),
+            kfoc.SampleWeighted(kfoc.Categorical(weight=SHARES + 1)),
+            kfoc.Gaussian(var=2.0),
+            kfoc.Gaussian(),
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert described(kfoc.Categorical(weight=SHARES.clone())) == names[0]
+
+
+def test_trackers_take_weighted_samples() -> None:
+    model, x, pair = nn.Linear(3, 2), torch.randn(6, 3), (torch.zeros(6).long(), torch.rand(6))
+    how = {"fisher": "exact", "estimator": kfoc.Diagonal()}
+    tracker = kfoc.Tracker(model, kfoc.SampleWeighted(), decay=1.0, **how)
+    tracker.update(x[:4], sliced(pair, slice(0, 4)))
+    tracker.update(x[4:], sliced(pair, slice(4, 6)))
+    data = [{"input": x, "labels": pair}]
+    fitted = kfoc.fit(model, data, kfoc.SampleWeighted(), **how)
+    torch.testing.assert_close(tracker.curvature()[""].to_dense(), fitted[""].to_dense())
 
 
 def test_weights_are_copied() -> None:

@@ -70,7 +70,8 @@ class Gaussian(Likelihood):
         return by_sample(torch.ones_like(outputs))
 
     def noise_variance(self, outputs: Tensor) -> Tensor:
-        return torch.as_tensor(self.var).to(outputs).expand_as(outputs)
+        variance = torch.as_tensor(self.var, dtype=outputs.dtype, device=outputs.device)
+        return variance.expand_as(outputs)
 
     def _roots(self, outputs: Tensor) -> Tensor:
         """1 / standard deviation, in the shape of the outputs."""

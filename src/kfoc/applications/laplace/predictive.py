@@ -40,7 +40,8 @@ class OutputGaussian(NamedTuple):
         Args:
             sigma: one for all, or a tensor of the shape of `mean`.
         """
-        variance = torch.as_tensor(sigma).to(self.mean).square().expand_as(self.mean)
+        sigma = torch.as_tensor(sigma, dtype=self.mean.dtype, device=self.mean.device)
+        variance = sigma.square().expand_as(self.mean)
         return OutputGaussian(self.mean, self.covariance + variance.flatten(1).diag_embed())
 
 
