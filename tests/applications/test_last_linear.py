@@ -119,6 +119,17 @@ class Fed(nn.Module):
         return self.head(functional.linear(x, self.head.weight).tanh())
 
 
+class InPlace(nn.Module):
+    """Changes what its head gave, and returns the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).mul_(2)
+
+
 def hooked() -> nn.Module:
     model = perceptron()
     model[2].register_forward_hook(lambda module, args, output: output * 2)
@@ -133,6 +144,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], Tensor]]] = {
     "tied": (Tied, "head", lambda: torch.randint(5, (6, 2))),
     "of one's own": (lambda: nn.Sequential(Own(3, 4)), "0", lambda: torch.randn(6, 3)),
     "feeds itself": (Fed, "head", lambda: torch.randn(6, 3)),
+    "in place": (InPlace, "head", lambda: torch.randn(6, 3)),
     "a hook": (hooked, "2", lambda: torch.randn(6, 3)),
     "a convolution": (
         lambda: nn.Sequential(nn.Conv2d(2, 3, 1)), "0", lambda: torch.randn(6, 2, 2, 2),

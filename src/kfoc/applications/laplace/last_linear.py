@@ -17,6 +17,7 @@ from torch.nn import functional
 from kfoc.blocks import DampedBlock
 from kfoc.blocks.damped import DampedSpectrum
 from kfoc.blocks.spectrum import ProductBasis
+from kfoc.common.ambient import callers
 from kfoc.model.functional import Forward
 from kfoc.parameters.layout import Layout
 
@@ -47,7 +48,8 @@ def inputs_of_last(
     module = dict(forward.model.named_modules()).get(layer)
     prefix = f"{layer}." if layer else ""
     names = (f"{prefix}weight", f"{prefix}bias")
-    if not isinstance(module, nn.Linear) or layout.names != names[: len(layout.names)]:
+    rows = layout.kind == "rows" and layout.names == names[: len(layout.names)]
+    if not isinstance(module, nn.Linear) or not rows:
         return None
     calls: list[tuple[tuple[object, ...], object]] = []
     handle = module.register_forward_hook(lambda _, args, result: calls.append((args, result)))
@@ -59,14 +61,11 @@ def inputs_of_last(
     given = next((args[0] for args, result in calls if args and result is outputs), None)
     if not isinstance(given, Tensor) or given.requires_grad:
         return None
-    # A hook or a forward method of the caller's own may make something else of it.
-    if (
-        given.ndim < 2
-        or len(given) != count
-        or not torch.allclose(
-            functional.linear(given, module.weight, module.bias), outputs, rtol=1e-4, atol=1e-6
-        )
-    ):
+    # A hook, a forward method of the caller's own or a step in place may make something else of it.
+    with callers(), torch.no_grad():
+        expected = functional.linear(given, module.weight, module.bias)
+    same = expected.shape == outputs.shape and torch.allclose(expected, outputs, 1e-4, 1e-6)
+    if given.ndim < 2 or len(given) != count or not same:
         return None
     columns = given.detach().reshape(count, -1, given.shape[-1])
     if len(layout.names) == 2:
