@@ -109,6 +109,31 @@ def test_floors_are_in_order() -> None:
         assert {other.split(".")[0] for other in below} <= seen, name
 
 
+def likelihood_classes() -> set[str]:
+    """The likelihoods of the library, and whatever they are derived from."""
+    tops = [ast.parse(path.read_text()).body for path in (SOURCE / "likelihoods").glob("*.py")]
+    classes = [node for top in tops for node in top if isinstance(node, ast.ClassDef)]
+    found = {"Likelihood"}
+    for _ in classes:
+        found |= {c.name for c in classes if found & {ast.unparse(base) for base in c.bases}}
+    return found
+
+
+def test_no_likelihood_is_asked_for_its_class() -> None:
+    """What differs between them is a method, so that one of the user's own has it too."""
+    concrete = likelihood_classes() - {"Likelihood"}
+    assert {"Bernoulli", "Categorical", "Gaussian"} <= concrete
+    for module, path in MODULES.items():
+        if module == "kfoc" or module.startswith("kfoc.likelihoods"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = {getattr(node, key, None) for key in ("id", "attr", "name")}
+            assert not named & concrete, f"{module} names a likelihood in line {node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type"):
+                asked = ast.unparse(node)
+                assert "Likelihood" not in asked, f"{module} asks {asked}"
+
+
 def test_few_files_are_at_the_top() -> None:
     assert {path.stem for path in SOURCE.glob("*.py")} == TOP
 
