@@ -6,7 +6,6 @@ from abc import abstractmethod
 from functools import cached_property
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock, Report
@@ -16,7 +15,7 @@ from kfoc.estimators.pooling import Pooling, Sum
 from kfoc.estimators.scaled import Scaled
 from kfoc.linalg.products import mirrored
 from kfoc.linalg.scaling import balance, norm_of
-from kfoc.nearest.contraction import positive
+from kfoc.nearest.cone import on_the_cone
 from kfoc.nearest.pair import Pieces
 from kfoc.nearest.power import KroneckerFit
 from kfoc.samples.linear import Samples
@@ -151,13 +150,3 @@ def last_change(sigmas: list[float]) -> float | None:
     if len(sigmas) < 2:
         return None
     return abs(sigmas[-1] - sigmas[-2]) / (sigmas[-1] or 1.0)
-
-
-def on_the_cone(factor: Tensor) -> Tensor:
-    """The closest positive semi-definite matrix, or non-negative diagonal."""
-    if factor.ndim == 1:
-        return factor.clamp_min(0)
-    if positive(factor):
-        return factor
-    values, vectors = torch.linalg.eigh(factor)
-    return mirrored((vectors * values.clamp_min(0)) @ vectors.mT)
