@@ -37,6 +37,7 @@ from kfoc.likelihoods.categorical import Categorical
 from kfoc.likelihoods.gaussian import Gaussian
 from kfoc.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from kfoc.likelihoods.weighted import SampleWeighted
+from kfoc.model.next_token import next_token
 from kfoc.nearest.power import KroneckerFit
 from kfoc.nearest.terms import nearest_kronecker
 from kfoc.parameters.coverage import Coverage, LayerCoverage, ParameterCount
@@ -94,6 +95,7 @@ __all__ = [
     "influence",
     "nearest_kronecker",
     "nearest_kronecker_of_samples",
+    "next_token",
     "register",
 ]
 

@@ -70,8 +70,8 @@ def fit(
             called with in order, a mapping, dataclass or NamedTuple that it is called with by
             name, or whatever `predict` takes; tensors in them are moved to the model's device.
             Targets may be missing or None but for `fisher="empirical"`. Labels are compared
-            with the outputs as they stand: for a model of the next token, drop the last outputs
-            in `predict` and the first labels in `data`. Batches without samples are passed over,
+            with the outputs as they stand: for a model of the next token, whose labels are the
+            tokens, pass `predict=kfoc.next_token`. Batches without samples are passed over,
             and do not count.
         likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
             `Likelihood`.
@@ -85,7 +85,8 @@ def fit(
             against the parameters, which then have blocks of their own: `"fc.weight"` leaves the
             bias out, and all names of `model.named_parameters()` have weights and biases apart.
         predict: `(model, inputs) -> outputs`, a tensor or an object with `.logits`. None: the
-            model is called with the inputs; it must return one or the other.
+            model is called with the inputs; it must return one or the other. If it has a method
+            `targets(inputs, targets)`, that gives the labels.
         probes: how many Gaussian probes certify each block; 16 is plenty. They give
             `relative_error`, against the F of the very labels that were drawn, and `fisher_error`,
             against the Fisher itself, each with its standard error. The second takes two more

@@ -130,7 +130,7 @@ class Session:
     ) -> None:
         task = self.task
         check_next_token(task.model, batch, task.predict)
-        inputs, targets = unpacked(batch)
+        inputs, targets = unpacked(batch, task.predict)
         inputs, targets = moved(inputs, task.model), moved(targets, task.model)
         count = first = -1
 
