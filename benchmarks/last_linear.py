@@ -1,8 +1,8 @@
 """Posteriors of a last linear layer: `python benchmarks/last_linear.py`, as a markdown table.
 
 In closed form, and by the Jacobians of single samples, which are taken where the outputs are
-changed after the layer: here by `predict`, which multiplies them by one. Each with the time of the
-second of two calls and the peak of resident memory above what there was before.
+changed after the layer: here by `predict`, which multiplies them by one. Each with the processor
+time of the second of two calls, and the peak of resident memory above what there was before.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def changed(model: nn.Module, inputs: Any) -> torch.Tensor:
 
 def row(what: str, way: str, samples: int, call: Callable[[], Any]) -> str:
     call()
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return f"| {what} | {way} | {samples} | {seconds:.3f} | {peak_above(call) / 1e6:.0f} |"
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     curvature = kfoc.fit(model, [(x, y)], layers="2")
     closed = kfoc.Laplace(model, curvature)
     general = kfoc.Laplace(model, curvature, predict=changed)
-    print("| | way | samples | s | peak MB |\n|---|---|---|---|---|")
+    print("| | way | samples | CPU s | peak MB |\n|---|---|---|---|---|")
     for way, laplace, sizes in (("closed form", closed, (1, 64)), ("Jacobians", general, (1,))):
         for count in sizes:
             some = x[:count]

@@ -156,6 +156,15 @@ CASES = {
         lambda z, t: (functional.cross_entropy(z, t[0], reduction="none") * t[1]).sum(),
         lambda t: EACH,
     ),
+    "weighted sequences": Case(
+        kfoc.SampleWeighted("categorical"),
+        (4, 2, 3),
+        lambda: (tokens(), EACH),
+        lambda z, t: (
+            functional.cross_entropy(z.movedim(-1, 1), t[0], reduction="none").sum(1) * t[1]
+        ).sum(),
+        lambda t: EACH * (t[0] >= 0).sum(1),
+    ),
     "sample and class weights": Case(
         kfoc.SampleWeighted(kfoc.Categorical(weight=SHARES)),
         (4, 3),

@@ -57,7 +57,7 @@ class Laplace(Plain):
             `prior_precision / 2 * |parameters|^2`, on the scale of the *summed* loss: a weight
             decay `w` on the mean loss is `w * num_samples`.
         likelihood: "categorical", "gaussian", "bernoulli", or a `Likelihood`.
-        sigma_noise: the standard deviation of a regression's noise; 1 for other likelihoods.
+        sigma_noise: the standard deviation of a regression's noise by its likelihood's own, or 1.
         temperature: of the likelihood, which is taken to the power of `1 / temperature`.
         num_samples: of the training data, where the curvature has seen a part of it.
         predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
