@@ -29,6 +29,7 @@ from kfoc.estimators import (
     State,
     nearest_kronecker_of_samples,
 )
+from kfoc.fisher.fisher import Fisher, Solution
 from kfoc.fit import fit
 from kfoc.layers.rule import Treatment, Unsupported, register
 from kfoc.likelihoods.base import Likelihood
@@ -63,6 +64,7 @@ __all__ = [
     "EigenBlock",
     "EigenCorrected",
     "Estimator",
+    "Fisher",
     "Gaussian",
     "GroupedBlock",
     "Influence",
@@ -81,6 +83,7 @@ __all__ = [
     "Report",
     "Rows",
     "ShardedCurvature",
+    "Solution",
     "State",
     "Tracker",
     "Treatment",

@@ -207,6 +207,26 @@ def select(
     return selection
 
 
+def chosen_parameters(
+    model: nn.Module, layers: str | Iterable[str] | None
+) -> dict[str, nn.Parameter]:
+    """Trained parameters of the modules whose names match, by full name, each once.
+
+    Raises:
+        ValueError: a pattern that matches no module with parameters, or none of them is trained.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if layers is not None:
+        candidates = {n: m for n, m in model.named_modules() if own_parameters(m)}
+        chosen = _matching(candidates, [layers] if isinstance(layers, str) else layers)
+        kept = {id(p) for name in chosen for p in trained_parameters(candidates[name]).values()}
+        named = {name: p for name, p in named.items() if id(p) in kept}
+    if not named:
+        where = "the model" if layers is None else f"layers={layers!r}"
+        raise ValueError(f"{where} has no parameters that are trained (requires_grad is False)")
+    return named
+
+
 def _matching(candidates: Iterable[str], patterns: Iterable[str]) -> set[str]:
     """The names that match a pattern; each must match one."""
     chosen: set[str] = set()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class Likelihood(ABC):
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         """The cotangent at the observed labels."""
 
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        """The Fisher by the outputs, that of `exact`, times vectors (k, N, ...) over them.
+
+        One product for each direction of `exact`, where a likelihood has nothing better.
+        """
+        return outer_products(self.exact(outputs, targets), vectors)
+
     def settled(self, outputs: Tensor, targets: object) -> Likelihood:
         """The likelihood for this batch and those after it, where a batch leaves something open."""
         return self
@@ -83,6 +90,15 @@ class Likelihood(ABC):
         """`weighted`; of a subclass that has only `drawn` anew, that: it may mean other labels."""
         own = next(c for c in type(self).__mro__ if {"weighted", "drawn"} & vars(c).keys())
         return self.weighted if "weighted" in vars(own) else self.drawn
+
+
+def outer_products(cotangents: Iterable[Tensor], vectors: Tensor) -> Tensor:
+    """Each sample's `sum_s c_s c_s^T v`, (k, N, ...), of cotangents c (N, ...)."""
+    total = torch.zeros_like(vectors)
+    for cotangent in cotangents:
+        inner = (vectors * cotangent).flatten(2).sum(2)
+        total += inner.view(*inner.shape, *[1] * (cotangent.ndim - 1)) * cotangent
+    return total
 
 
 def unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:

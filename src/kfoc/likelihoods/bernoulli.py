@@ -45,6 +45,9 @@ class Bernoulli(Likelihood):
         """sqrt(p (1 - p)); 1 - sigmoid(z) is sigmoid(-z), which keeps its digits."""
         return outputs.sigmoid().sqrt() * (-outputs).sigmoid().sqrt()
 
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        return vectors * self._deviations(outputs).square()
+
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
         labels = targets.to(outputs)  # y - p, with p near 1 too

@@ -36,6 +36,9 @@ class Gaussian(Likelihood):
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         return unit_directions(outputs, torch.ones_like(outputs))
 
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        return vectors
+
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
         return targets.to(outputs) - outputs

@@ -33,6 +33,10 @@ class Forward:
 
     def __post_init__(self) -> None:
         check_model(self.model)
+        if self.predict is not None and not callable(self.predict):
+            raise ValueError(
+                f"predict must be a function (model, inputs) -> outputs, found {self.predict!r}"
+            )
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The trained values, detached and not copied.
