@@ -1,7 +1,7 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
 from kfoc.applications.consolidation import Consolidation
-from kfoc.applications.influence import Influence, Ranking, influence
+from kfoc.applications.influence import Influence, Ranking, influence, self_influence
 from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian
 from kfoc.applications.natural_gradient import NaturalGradient
 from kfoc.blocks import (
@@ -93,6 +93,7 @@ __all__ = [
     "nearest_kronecker",
     "nearest_kronecker_of_samples",
     "register",
+    "self_influence",
 ]
 
 __version__ = "0.1.0"
