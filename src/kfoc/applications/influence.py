@@ -104,12 +104,12 @@ def influence(
     """
     top = None if top is None else whole("top", top, 1)
     products = whole("products", products, 0)
-    if products and isinstance(damping, Mapping):
-        raise ValueError("damping must be one number for all layers where products are asked for")
     run = _Run.of(model, curvature, likelihood, predict, chunk_size)
     with concerning("query"):
         found, residual = run.query_gradients(query), None
     if products:
+        if isinstance(damping, Mapping):
+            raise ValueError("damping must be one number for all layers with products")
         fisher = Fisher(model, data, likelihood, layers=curvature, predict=predict)
         solution = fisher.solve(
             found, damping, preconditioner=curvature, rtol=None, max_products=products
