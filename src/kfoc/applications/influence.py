@@ -144,7 +144,11 @@ def self_influence(
     samples come first (Koh & Liang 2017, section 5.4).
 
     Args:
-        data, likelihood, damping, predict, chunk_size: as of `influence`.
+        data: batches `(inputs, targets)` of the training data, as of `influence`.
+        likelihood: that of the training loss.
+        damping: a positive number, or one for each layer by name.
+        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+        chunk_size: samples whose gradients are held at once; None: as 128 MiB allow.
 
     Raises:
         ValueError: bad arguments or data, as of `influence`.

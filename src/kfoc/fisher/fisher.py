@@ -72,11 +72,14 @@ class Fisher(Plain):
     their own dtypes, on their own devices.
 
     Args:
-        model, data, likelihood, predict: as of `kfoc.fit`. The data is read once for every
-            product, and must yield the same batches each time.
+        model: as of `kfoc.fit`.
+        data: as of `kfoc.fit`. It is read once for every product, and must yield the same batches
+            each time.
+        likelihood: as of `kfoc.fit`.
         fisher: "exact" (expectation over the model's labels) or "empirical" (the observed ones).
         layers: names or patterns (`fnmatch`) of the modules whose own parameters are covered, or
             a `Curvature`, for those that it covers; None: all that are trained.
+        predict: as of `kfoc.fit`.
         seed: of dropout in train mode.
         chunk_size: vectors that go through the model at once; None: as 128 MiB allow.
         progress: True, for a line on standard error, or a callable that gets a `Progress` after
