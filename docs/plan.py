@@ -31,7 +31,7 @@ WINGS: dict[str, dict[str, float]] = {
         "files": 5.68, "running": 6.18, "distributed": 6.18, "fitting": 5.18, "fit": 6.18,
         "tracker": 5.18,
     },
-    "the result": {"curvature": 7.68, "applications": 7.18, "interop": 8.18},
+    "the result": {"curvature": 7.68, "fisher": 7.18, "applications": 7.18, "interop": 8.18},
     "programs": {"kfoc": 7.18, "compare": 7.18, "reproduce": 7.18},
 }  # fmt: skip
 # All may import these: arrows to them would say nothing.

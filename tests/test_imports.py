@@ -48,10 +48,15 @@ ALLOWED = {
     "tracker": {
         "curvature", "estimators", "files", "fitting", "layers", "likelihoods", "model",
     },
+    # Products and solves with what a curvature approximates.
+    "fisher": {
+        "curvature", "distributed", "fitting", "layers", "likelihoods", "linalg", "model",
+        "parameters", "running",
+    },
     # What people do with a curvature knows of curvatures, not of how they are fitted; the optimizer
     # has one that follows its model.
     "applications": {
-        "blocks", "curvature", "files", "likelihoods", "model", "parameters", "tracker",
+        "blocks", "curvature", "files", "fisher", "likelihoods", "model", "parameters", "tracker",
     },
     "interop": {
         "blocks", "curvature", "estimators", "fit", "layers", "linalg", "model", "nearest",

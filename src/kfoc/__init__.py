@@ -1,7 +1,7 @@
 """Kronecker-factored optimal curvature of PyTorch models."""
 
 from kfoc.applications.consolidation import Consolidation
-from kfoc.applications.influence import Influence, Ranking, influence
+from kfoc.applications.influence import Influence, Ranking, influence, self_influence
 from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian, Validation
 from kfoc.applications.natural_gradient import NaturalGradient
 from kfoc.blocks import (
@@ -29,6 +29,7 @@ from kfoc.estimators import (
     State,
     nearest_kronecker_of_samples,
 )
+from kfoc.fisher.fisher import Fisher, Solution
 from kfoc.fit import fit
 from kfoc.layers.rule import Treatment, Unsupported, register
 from kfoc.likelihoods.base import Likelihood
@@ -66,6 +67,7 @@ __all__ = [
     "EigenBlock",
     "EigenCorrected",
     "Estimator",
+    "Fisher",
     "Gaussian",
     "GroupedBlock",
     "HeteroscedasticGaussian",
@@ -86,6 +88,7 @@ __all__ = [
     "Rows",
     "SampleWeighted",
     "ShardedCurvature",
+    "Solution",
     "State",
     "Tracker",
     "Treatment",
@@ -97,6 +100,7 @@ __all__ = [
     "nearest_kronecker_of_samples",
     "next_token",
     "register",
+    "self_influence",
 ]
 
 __version__ = "0.1.0"

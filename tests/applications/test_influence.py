@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kfoc
+from dense_fisher import dense, jacobian
 from models import batches
 from test_laplace import problem, rows_of
 
@@ -50,6 +51,48 @@ def test_scores_against_dense_solves(likelihood: str) -> None:
     assert torch.equal(few.harmful.indices, lowest.flip(1)[:, :4])
     torch.testing.assert_close(few.helpful.scores, expected.gather(1, lowest[:, :4]))
     torch.testing.assert_close(few.harmful.scores, expected.gather(1, lowest.flip(1)[:, :4]))
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+def test_self_influence_against_dense_solves(likelihood: str) -> None:
+    model, data, curvature = problem(likelihood)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    fisher = torch.block_diag(*[block.to_dense() for block in curvature.values()])
+    matrix = fisher + 0.05 * torch.eye(len(fisher))
+    rows = sample_rows(model, likelihood, x, y)
+    expected = (rows @ matrix.inverse() * rows).sum(1)
+    options: dict = {"damping": 0.05, "chunk_size": 3}
+    found = kfoc.self_influence(model, curvature, data, likelihood, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    same = kfoc.influence(model, curvature, data, (x, y), likelihood, top=None, **options)
+    torch.testing.assert_close(found, -same.scores.diagonal())
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+def test_products_come_to_the_exact_solve(likelihood: str) -> None:
+    model, data, curvature = problem(likelihood)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    query = x[5:8] + 0.1, y[5:8]
+    matrix = dense(model, data, likelihood)
+    matrix = matrix + 0.05 * torch.eye(len(matrix))
+    held = list(model.parameters())
+    rows, wanted = (jacobian(losses(likelihood, model(a), b), held) for a, b in ((x, y), query))
+    expected = -wanted @ matrix.inverse() @ rows.mT
+    off, residuals = [], []
+    for products in (0, 2, 4, 60):
+        found = kfoc.influence(
+            model, curvature, data, query, likelihood, damping=0.05, products=products, top=None
+        )
+        assert found.scores is not None
+        off.append(((found.scores - expected).norm() / expected.norm()).item())
+        if not products:
+            assert found.residual is None
+            continue
+        assert found.residual is not None
+        assert found.residual.shape == (3,)
+        residuals.append(found.residual.max().item())
+    assert off[3] < 1e-8 < off[2] < off[1] < off[0]
+    assert residuals == sorted(residuals, reverse=True)
 
 
 def test_fewer_samples_than_asked_for() -> None:
@@ -165,6 +208,17 @@ def test_bad_calls() -> None:
         kfoc.influence(model, curvature, data, query, top=0)
     with pytest.raises(ValueError, match="data has no samples"):
         kfoc.influence(model, curvature, [], query)
+    with pytest.raises(ValueError, match="data has no samples"):
+        kfoc.self_influence(model, curvature, [])
+    with pytest.raises(ValueError, match=r"batch 0 of data: .* needs integer class labels"):
+        kfoc.self_influence(model, curvature, [(query[0], None)])
+    with pytest.raises(ValueError, match="products must be at least 0"):
+        kfoc.influence(model, curvature, data, query, products=-1)
+    by_layer = dict.fromkeys(curvature, 0.1)
+    with pytest.raises(ValueError, match="damping must be one number"):
+        kfoc.influence(model, curvature, data, query, products=1, damping=by_layer)
+    with pytest.raises(ValueError, match="data is an iterator"):
+        kfoc.influence(model, curvature, iter(data), query, products=1)
     with pytest.raises(ValueError, match="needs integer class labels"):
         kfoc.influence(model, curvature, [(query[0], None)], query)
     with pytest.raises(ValueError, match=r"data must yield pairs \(inputs, targets\)"):

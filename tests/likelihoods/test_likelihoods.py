@@ -227,3 +227,50 @@ def test_targets_that_are_not_finite(likelihood: str) -> None:
     y[1, 0] = torch.nan
     with pytest.raises(ValueError, match="batch 1: the targets have values that are not finite"):
         kfoc.fit(model, [(x, y.clone().nan_to_num(0)), (x, y)], likelihood, fisher="empirical")
+
+
+class Own(kfoc.Gaussian):
+    """With no product of its own."""
+
+    fisher_product = kfoc.Likelihood.fisher_product
+
+
+SHAPES: list[tuple[kfoc.Likelihood, tuple[int, ...]]] = [
+    (kfoc.Categorical(), (4, 3)),
+    (kfoc.Categorical(), (4, 2, 3)),
+    (kfoc.Categorical(), (2, 3, 2, 2)),
+    (kfoc.Gaussian(), (4, 2, 3)),
+    (kfoc.Bernoulli(), (4, 5)),
+    (Own(), (4, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "shape"), SHAPES)
+def test_products_with_the_fisher_by_the_outputs(
+    likelihood: kfoc.Likelihood, shape: tuple[int, ...]
+) -> None:
+    outputs, vectors = torch.randn(shape), torch.randn(3, *shape)
+    matrices = covariance(directions(likelihood, outputs, None, "exact"))
+    expected = torch.einsum("npq,knq->knp", matrices, vectors.flatten(2)).view(vectors.shape)
+    torch.testing.assert_close(likelihood.fisher_product(outputs, None, vectors), expected)
+
+
+def test_ignored_labels_have_no_part_in_products() -> None:
+    outputs, vectors = torch.randn(2, 3, 4), torch.randn(2, 2, 3, 4)
+    labels = torch.tensor([[1, 2, 3]] * 2)
+    labels[0, 1] = -100
+    found = kfoc.Categorical().fisher_product(outputs, labels, vectors)
+    expected = kfoc.Categorical().fisher_product(outputs, None, vectors)
+    expected[:, 0, 1] = 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_products_of_sure_models_keep_their_digits() -> None:
+    """p_1 (1 - p_1) of a sure class is 1e-9, of which 1 - p in float32 has nothing."""
+    outputs = torch.tensor([[21.0, 0.0, 0.5]])
+    vectors = torch.eye(3)[:, None]
+    expected = kfoc.Categorical().fisher_product(outputs, None, vectors)
+    p = outputs.softmax(-1)[0]
+    torch.testing.assert_close(expected[:, 0], p.diag() - p[:, None] * p, rtol=1e-6, atol=0)
+    found = kfoc.Categorical().fisher_product(outputs.float(), None, vectors.float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)

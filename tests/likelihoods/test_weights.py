@@ -234,6 +234,14 @@ def test_exact_is_the_second_derivative_of_the_loss(problem) -> None:
     torch.testing.assert_close(found, second_derivative(*problem))
 
 
+def test_products_are_by_the_second_derivative_of_the_loss(problem) -> None:
+    case, z, y = problem
+    vectors = torch.randn(3, *z.shape, dtype=z.dtype)
+    expected = torch.einsum("npq,knq->knp", second_derivative(case, z, y), vectors.flatten(2))
+    found = case.likelihood.settled(z, y).fisher_product(z, y, vectors)
+    torch.testing.assert_close(found.flatten(2), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_empirical_is_the_gradient_of_the_loss(problem) -> None:
     case, outputs, targets = problem
     expected = -vmap(grad(alone(case)))(outputs, targets)

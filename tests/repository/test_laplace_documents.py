@@ -62,7 +62,13 @@ def test_influence_example(
     assert few[0].shape == (700, 64)
     monkeypatch.setattr(module, "digits", lambda count: few)
     monkeypatch.setattr(module, "LEFT_OUT", 4)
+    monkeypatch.setattr(module, "PRODUCTS", (3,))
     monkeypatch.setattr(module, "ESTIMATORS", {"K-FOC": kfoc.KFOC()})
     module.main()
-    shares = re.findall(r"K-FOC +(\d+)% +-?\d\.\d+", capsys.readouterr().out)
-    assert int(shares[0]) > 30  # 9% by chance
+    shown, mislabelled = capsys.readouterr().out.split("mislabelled found by")
+    ((share, _, after),) = re.findall(r"K-FOC +(\d+)% +(-?\d\.\d+) +(-?\d\.\d+)", shown)
+    assert int(share) > 30  # 9% by chance
+    assert float(after) > 0.3  # of 4 samples left out
+    measures = dict(re.findall(r"(\w[\w -]*\w) +(\d+)% ", mislabelled))
+    assert measures.keys() == {"labels fitted", "loss", "gradient norm", "K-FOC"}
+    assert all(int(value) > 50 for value in measures.values())

@@ -199,6 +199,7 @@ def test_ignored_labels_have_no_influence(fisher: str) -> None:
         assert oracle.relative_error(block.to_dense(), other[layer].to_dense()) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func, of attention
 def test_labels_of_the_next_token_are_not_shifted_in_silence() -> None:
     built = example("gpt2")
     inputs, _ = built.batches[0]
@@ -207,6 +208,19 @@ def test_labels_of_the_next_token_are_not_shifted_in_silence() -> None:
         kfoc.fit(built.model, [batch])
     with pytest.raises(ValueError, match="predicts the next token"):
         kfoc.fit(built.model, [transformers.BatchEncoding(batch)])
+    found = kfoc.fit(built.model, [inputs], estimator=kfoc.KFAC())
+    query = {"input_ids": inputs["input_ids"][:1]}
+    for use in (
+        lambda **how: kfoc.influence(
+            built.model, found, [batch], (query, query["input_ids"]), damping=0.1, **how
+        ),
+        lambda **how: kfoc.self_influence(built.model, found, [batch], damping=0.1, **how),
+        lambda **how: kfoc.Laplace(built.model, found, **how).data_fit([batch]),
+        lambda **how: kfoc.Fisher(built.model, [batch], **how).matvec(found.vector(built.model)),
+    ):
+        with pytest.raises(ValueError, match="predicts the next token"):
+            use()
+        use(predict=kfoc.next_token)
     # Without labels, with pairs, or with a predict there is nothing to be mistaken.
     kfoc.fit(built.model, [inputs])
     kfoc.fit(built.model, [(inputs, inputs["input_ids"])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from kfoc.common.ambient import plainly
 from kfoc.common.arguments import whole
 from kfoc.curvature.curvature import Curvature
-from kfoc.curvature.damped import DampedCurvature, Dampings
+from kfoc.curvature.damped import Dampings
+from kfoc.fisher.fisher import Fisher
 from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict, empty
-from kfoc.model.functional import Forward, batches, concerning, count_samples, sliced
+from kfoc.model.functional import Forward, concerning, count_samples, sliced
 from kfoc.model.sample_gradients import chunks, gradients
 
 
@@ -42,12 +43,15 @@ class Influence:
         harmful: the highest, highest first.
         num_samples: of the training data.
         scores: all of them, (Q, num_samples); None where only the first were kept.
+        residual: (Q,), how far the queries' solves are from those with the true Fisher, see
+            `Fisher.solve`; None without `products`.
     """
 
     helpful: Ranking
     harmful: Ranking
     num_samples: int
     scores: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @plainly
@@ -59,6 +63,7 @@ def influence(
     likelihood: str | Likelihood = "categorical",
     *,
     damping: Dampings = 1e-3,
+    products: int = 0,
     top: int | None = 10,
     predict: Predict | None = None,
     chunk_size: int | None = None,
@@ -75,15 +80,20 @@ def influence(
     leaving n out changes the query's loss by about `-score / num_samples`. A negative score is a
     sample that helps.
 
+    F is the curvature; with `products`, the true Fisher of its parameters, all layers together, of
+    which the curvature is the preconditioner (`Fisher.solve`): a few give nearly the scores of the
+    exact solve.
+
     The model is read at its trained parameters, in eval mode, and not changed. The training data
-    is read once, in order, and only the first scores are kept.
+    is read once, in order, and once more for each product; only the first scores are kept.
 
     Args:
         data: the training data, batches `(inputs, targets)`; inputs as `fit` takes them, with the
             samples in the first dimension of all tensors.
         query: a batch `(inputs, targets)` of Q samples.
         likelihood: that of the training loss.
-        damping: a positive number, or one for each layer by name.
+        damping: a positive number, or, without products, one for each layer by name.
+        products: with the true Fisher, at most so many for all queries together.
         top: how many of the most helpful and harmful to keep per query; None: all, and `scores`.
         predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
         chunk_size: samples whose gradients are held at once; None: as 128 MiB allow.
@@ -93,19 +103,62 @@ def influence(
             that are not finite; the message names the argument and the batch.
     """
     top = None if top is None else whole("top", top, 1)
-    forward = Forward(model, predict)
-    forward.check_deterministic()
-    names = [name for layout in curvature.layouts.values() for name in layout.names]
-    run = _Run(forward, forward.parameters(names), resolved(likelihood), chunk_size)
-    damped = curvature.damped(damping)
+    products = whole("products", products, 0)
+    run = _Run.of(model, curvature, likelihood, predict, chunk_size)
     with concerning("query"):
-        solved = run.solved(damped, query)
+        found, residual = run.query_gradients(query), None
+    if products:
+        if isinstance(damping, Mapping):
+            raise ValueError("damping must be one number for all layers with products")
+        fisher = Fisher(model, data, likelihood, layers=curvature, predict=predict)
+        solution = fisher.solve(
+            found, damping, preconditioner=curvature, rtol=None, max_products=products
+        )
+        solved, residual = solution.vector, solution.residual
+    else:
+        solved = curvature.damped(damping).solve(found)
     kept = _Kept(top)
-    for number, (inputs, targets) in enumerate(batches(data)):
-        with concerning(f"batch {number} of data"):
-            for rows in run.sample_gradients(inputs, targets):
-                kept.add(-sum_of_products(solved, rows))
-    return kept.finished()
+    for rows in run.over(data):
+        kept.add(-sum_of_products(solved, rows))
+    return kept.finished(residual)
+
+
+@plainly
+def self_influence(
+    model: nn.Module,
+    curvature: Curvature,
+    data: Iterable[tuple[Any, Any]],
+    likelihood: str | Likelihood = "categorical",
+    *,
+    damping: Dampings = 1e-3,
+    predict: Predict | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """How much each training sample matters for its own loss: (N,), in one pass over the data.
+
+        grad_n^T (F + damping * I)^-1 grad_n
+
+    with gradients of the sample's negative log-likelihood: minus its own score in `influence`, and
+    never negative. Leaving n out raises its own loss by about a share of `1 / num_samples` of it.
+    What the model knows of a sample from that sample alone has much of it: rare and mislabelled
+    samples come first (Koh & Liang 2017, section 5.4).
+
+    Args:
+        data: batches `(inputs, targets)` of the training data, as of `influence`.
+        likelihood: that of the training loss.
+        damping: a positive number, or one for each layer by name.
+        predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
+        chunk_size: samples whose gradients are held at once; None: as 128 MiB allow.
+
+    Raises:
+        ValueError: bad arguments or data, as of `influence`.
+    """
+    run = _Run.of(model, curvature, likelihood, predict, chunk_size)
+    damped = curvature.damped(damping)
+    found = [damped.inverse_quadratic_form(rows) for rows in run.over(data)]
+    if not found:
+        raise ValueError("data has no samples")
+    return torch.cat(found)
 
 
 @dataclass
@@ -114,6 +167,26 @@ class _Run:
     parameters: dict[str, Tensor]
     likelihood: Likelihood
     chunk_size: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        curvature: Curvature,
+        likelihood: str | Likelihood,
+        predict: Predict | None,
+        chunk_size: int | None,
+    ) -> _Run:
+        forward = Forward(model, predict)
+        forward.check_deterministic()
+        names = [name for layout in curvature.layouts.values() for name in layout.names]
+        return cls(forward, forward.parameters(names), resolved(likelihood), chunk_size)
+
+    def over(self, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+        """Chunks of all samples' gradients."""
+        for number, (inputs, targets) in enumerate(self.forward.batches(data)):
+            with concerning(f"batch {number} of data"):
+                yield from self.sample_gradients(inputs, targets)
 
     def sample_gradients(self, inputs: Any, targets: Any) -> Iterable[dict[str, Tensor]]:
         """Chunks of the samples' gradients of `ln p(target)`, name -> (n, *shape)."""
@@ -128,12 +201,12 @@ class _Run:
             chosen = sliced(inputs, part)
             yield gradients(self.forward, self.parameters, chosen, cotangents[part])
 
-    def solved(self, damped: DampedCurvature, query: Any) -> dict[str, Tensor]:
-        """`(F + damping)^-1 grad_q`, name -> (Q, *shape)."""
+    def query_gradients(self, query: Any) -> dict[str, Tensor]:
+        """Name -> (Q, *shape)."""
         if empty(query):
             raise ValueError("the query has no samples")
-        ((inputs, targets),) = batches([query])
-        parts = [damped.solve(rows) for rows in self.sample_gradients(inputs, targets)]
+        ((inputs, targets),) = self.forward.batches([query])
+        parts = list(self.sample_gradients(inputs, targets))
         return {name: torch.cat([part[name] for part in parts]) for name in self.parameters}
 
 
@@ -160,7 +233,7 @@ class _Kept:
             scores, indices = scores.gather(1, ends), indices.gather(1, ends)
         self.scores, self.indices = scores, indices
 
-    def finished(self) -> Influence:
+    def finished(self, residual: Tensor | None) -> Influence:
         if self.scores is None or self.indices is None:
             raise ValueError("data has no samples")
         order = self.scores.argsort(dim=1, stable=True)
@@ -170,7 +243,8 @@ class _Kept:
             Ranking(self.indices.gather(1, part), self.scores.gather(1, part))
             for part in (helpful, harmful)
         )
-        return Influence(first, last, self.count, self.scores if self.top is None else None)
+        scores = self.scores if self.top is None else None
+        return Influence(first, last, self.count, scores, residual)
 
 
 def sum_of_products(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:

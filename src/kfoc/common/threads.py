@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Reentrant: a model's forward may fit another model.
 _RANDOM = threading.RLock()
@@ -116,7 +117,19 @@ def _set_precisions(backends: Sequence[Any], values: Sequence[str]) -> None:
         each.fp32_precision = value
 
 
+def _unfuse() -> Undo | None:
+    stack = ExitStack()
+    stack.callback(
+        torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack.close
+
+
 # Compiled modules run as they were written: a compiled region has no layers to watch.
 UNCOMPILED = _Shared(_force_eager)
 # Products of float32 matrices are not of TF32 or bfloat16 numbers.
 FULL_PRODUCTS = _Shared(_multiply_in_full)
+# Attention as plain products: its fused kernels have no forward mode, and no second derivatives.
+UNFUSED = _Shared(_unfuse)

@@ -66,6 +66,28 @@ def select(
     return selection
 
 
+def chosen_parameters(
+    model: nn.Module, layers: str | Iterable[str] | None
+) -> dict[str, nn.Parameter]:
+    """Trained parameters of what matches `layers`, as for `select`, by full name, each once.
+
+    Raises:
+        ValueError: a pattern that matches nothing with parameters, or none of them is trained.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if layers is not None:
+        held = {n: own_parameters(m) for n, m in model.named_modules() if own_parameters(m)}
+        parts = {part_name(n, key): p for n, own in held.items() for key, p in own.items()}
+        chosen = _matching(held, parts, [layers] if isinstance(layers, str) else layers)
+        kept = {id(p) for name in chosen & held.keys() for p in held[name].values()}
+        kept |= {id(parts[name]) for name in chosen - held.keys()}
+        named = {name: p for name, p in named.items() if id(p) in kept}
+    if not named:
+        where = "the model" if layers is None else f"layers={layers!r}"
+        raise ValueError(f"{where} has no parameters that are trained (requires_grad is False)")
+    return named
+
+
 def _matching(
     candidates: Collection[str], parts: Collection[str], patterns: Iterable[str]
 ) -> set[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Likelihood(ABC):
     @abstractmethod
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         """The cotangent at the observed labels."""
+
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        """The Fisher by the outputs, that of `exact`, times vectors (k, N, ...) over them.
+
+        One product for each direction of `exact`, where a likelihood has nothing better.
+        """
+        return outer_products(self.exact(outputs, targets), vectors)
 
     def settled(self, outputs: Tensor, targets: object) -> Likelihood:
         """The likelihood for this batch and those after it, where a batch leaves something open."""
@@ -150,6 +157,15 @@ def probit(mean: Tensor, variance: Tensor) -> Tensor:
 def by_sample(values: Tensor) -> Tensor:
     """Sums (N,) of values (N, ...)."""
     return values.reshape(len(values), -1).sum(1)
+
+
+def outer_products(cotangents: Iterable[Tensor], vectors: Tensor) -> Tensor:
+    """Each sample's `sum_s c_s c_s^T v`, (k, N, ...), of cotangents c (N, ...)."""
+    total = torch.zeros_like(vectors)
+    for cotangent in cotangents:
+        inner = (vectors * cotangent).flatten(2).sum(2)
+        total += inner.view(*inner.shape, *[1] * (cotangent.ndim - 1)) * cotangent
+    return total
 
 
 def unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:

@@ -69,6 +69,9 @@ class Bernoulli(Likelihood):
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         return unit_directions(outputs, self._roots(outputs, targets))
 
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        return vectors * self._roots(outputs, targets).square()
+
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
         labels = targets.to(outputs)  # y - p, with p near 1 too

@@ -220,6 +220,16 @@ class Categorical(Likelihood):
                 cotangent[:, place] = direction * weight[:, None]
                 yield self._shaped(cotangent, outputs, dim)
 
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        """`p (v - <p, v>)`, with v from the likeliest class's, so that sure models keep digits."""
+        p, counts, dim = self._probabilities(outputs, targets)
+        v = vectors.movedim(dim + 1, -1).reshape(len(vectors), *p.shape)
+        likeliest = p.argmax(-1, keepdim=True).expand(len(v), *p.shape[:2], 1)
+        v = v - v.gather(-1, likeliest)
+        found = p * (v - (p * v).sum(-1, keepdim=True)) * counts[..., None]
+        moved = outputs.movedim(dim, -1).shape
+        return found.view(len(vectors), *moved).movedim(-1, dim + 1)
+
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         p, _, dim = self._probabilities(outputs, targets)
         if _labels(targets) is None or self.label_smoothing:

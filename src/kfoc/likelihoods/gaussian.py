@@ -54,6 +54,9 @@ class Gaussian(Likelihood):
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         return unit_directions(outputs, self._roots(outputs))
 
+    def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
+        return vectors * self._roots(outputs).square()
+
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
         return (targets.to(outputs) - outputs) / self.noise_variance(outputs)

@@ -68,6 +68,10 @@ class SampleWeighted(Likelihood):
         roots = _by(outputs, targets).sqrt()
         return (direction * roots for direction in self._inner.exact(outputs, targets[0]))
 
+    def fisher_product(self, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
+        found = self._inner.fisher_product(outputs, targets[0], vectors)
+        return found * _by(outputs, targets)
+
     def observed(self, outputs: Tensor, targets: Any) -> Tensor:
         return self._inner.observed(outputs, targets[0]) * _by(outputs, targets)
 

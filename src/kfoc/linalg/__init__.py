@@ -1,1 +1,1 @@
-"""Matrices: symmetric products, scales and norms, eigendecompositions."""
+"""Matrices: symmetric products, scales and norms, eigendecompositions, conjugate gradients."""

@@ -24,7 +24,7 @@ def flattened(vector: Vector, layouts: Mapping[str, Layout]) -> Tensor:
     """
     parts = matrices(vector, layouts)  # for its checks
     lead = next(iter(parts.values())).shape[:-2] if parts else ()
-    flat = [vector[name].reshape(*lead, -1) for name, _ in _parameters(layouts)]
+    flat = [vector[name].reshape(*lead, math.prod(s)) for name, s in _parameters(layouts)]
     return torch.cat(flat, -1)
 
 
@@ -38,7 +38,7 @@ def unflattened(vector: Tensor, layouts: Mapping[str, Layout]) -> dict[str, Tens
     sizes = [math.prod(shape) for _, shape in parameters]
     if not vector.ndim or vector.shape[-1] != sum(sizes):
         raise ValueError(
-            f"the vector must end in the {sum(sizes)} parameters that the curvature covers, found "
+            f"the vector must end in the {sum(sizes)} parameters that are covered, found "
             f"the shape {tuple(vector.shape)}"
         )
     parts = zip(parameters, vector.split(sizes, -1), strict=True)

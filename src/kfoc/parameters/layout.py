@@ -85,8 +85,9 @@ class Layout:
         if self.kind == "stacked":
             return torch.stack([part.reshape(*lead, -1) for part in parts], -1)
         if self.kind == "flat":
-            flat = torch.cat([part.reshape(*lead, -1) for part in parts], -1)
-            return flat[..., None]
+            sizes = map(math.prod, self.shapes)  # not -1: there may be no vectors at all
+            flat = [part.reshape(*lead, size) for part, size in zip(parts, sizes, strict=True)]
+            return torch.cat(flat, -1)[..., None]
         columns = [self._weight_to_matrix(parts[0], lead)]
         columns += [part[..., None] for part in parts[1:]]
         return torch.cat(columns, -1) if len(columns) > 1 else columns[0]

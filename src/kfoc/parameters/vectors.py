@@ -32,8 +32,8 @@ def matrices(vector: Vector, layouts: Mapping[str, Layout]) -> dict[str, Tensor]
         problems = [f"lacks {', '.join(missing)}"] if missing else []
         problems += [f"has {', '.join(extra)} besides"] if extra else []
         raise ValueError(
-            f"the vector must have exactly the parameters that the curvature covers "
-            f"(curvature.parameters); it {' and '.join(problems)}"
+            f"the vector must have exactly the parameters that are covered (see `parameters`); it "
+            f"{' and '.join(problems)}"
         )
     for name in covered:
         kind = getattr(vector[name], "dtype", None) or type(vector[name]).__name__

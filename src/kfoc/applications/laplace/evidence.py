@@ -16,7 +16,7 @@ from kfoc.blocks.grouped import DampedGroups
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.errors import naming
 from kfoc.likelihoods.base import Likelihood, described
-from kfoc.model.functional import Forward, batches, concerning
+from kfoc.model.functional import Forward, concerning
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def measured(forward: Forward, likelihood: Likelihood, data: Iterable[Any]) -> D
     """One pass over batches `(inputs, targets)` at the trained parameters.
 
     Raises:
-        ValueError: no batches, targets that do not fit, or a likelihood without `log_likelihood`.
+        ValueError: no targets that do not fit, or a likelihood without `log_likelihood`.
     """
     samples, totals = 0, torch.zeros(3, dtype=torch.float64)
-    for number, (inputs, targets) in enumerate(batches(data)):
+    for number, (inputs, targets) in enumerate(forward.batches(data)):
         with concerning(f"batch {number} of data"):
             outputs = forward.trained(forward.moved(inputs)).double()
             targets = forward.moved(targets)

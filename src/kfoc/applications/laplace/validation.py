@@ -16,7 +16,7 @@ from kfoc.applications.laplace.linearised import Linearised
 from kfoc.applications.laplace.predictive import OutputGaussian, draws
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
-from kfoc.model.functional import batches, concerning, sliced
+from kfoc.model.functional import concerning, sliced
 
 # Of the outputs, for likelihoods without a closed form; the same for all candidates.
 DRAWS = 100
@@ -63,7 +63,7 @@ def validation_losses(
     """
     forward = linearised.forward
     losses, plain, labels, seen = [0.0] * len(posteriors), 0.0, 0.0, 0
-    for number, (inputs, targets) in enumerate(batches(data)):
+    for number, (inputs, targets) in enumerate(forward.batches(data)):
         with concerning(f"batch {number} of data"):
             inputs, targets = forward.moved(inputs), forward.moved(targets)
             outputs = forward.trained(inputs)
