@@ -515,7 +515,10 @@ BAD = {
     "prior": ({"prior_precision": 0.0}, "prior_precision must be one finite and positive number"),
     "prior by layer": ({"prior_precision": {"0": 1.0}}, r"missing: \['3'\], unknown: \[\]"),
     "likelihood": ({"likelihood": "poisson"}, "likelihood must be one of categorical, gaussian"),
-    "noise": ({"sigma_noise": 2.0}, "sigma_noise is for the gaussian likelihood"),
+    "noise": (
+        {"sigma_noise": 2.0},
+        "Categorical has no method noise_variance: sigma_noise must be 1, found 2.0",
+    ),
     "temperature": ({"temperature": 0.0}, "temperature must be finite and positive"),
     "samples": ({"num_samples": 0}, "num_samples must be at least 1"),
 }

@@ -42,8 +42,10 @@ KINDS = {
     "groups state": "estimators.factored:_Groups",
     "rows state": "estimators.rows:Rows",
     "positions state": "estimators.factored:_AsPositions",
+    "Footprint": "errors:Footprint",
+    "layer in a fit": "fitting.layer_fit:LayerFit",
     "Probes": "estimators.certificate:Probes",
-    "Mark": "running.marks:Mark",
+    "Mark": "fitting.marks:Mark",
     # Blocks, damped ones, and an optimizer's inverses of them.
     "KroneckerBlock": "blocks.kronecker:KroneckerBlock",
     "KroneckerDiagonalBlock": "blocks.kronecker:KroneckerDiagonalBlock",
