@@ -32,7 +32,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kfoc.compare import charts, pictures, style
-from kfoc.compare.convergence import prefixes, sample_counts
+from kfoc.compare.convergence import Curve, prefixes, sample_counts
 from kfoc.compare.factory import CompareError, Subject, load, subject
 from kfoc.compare.looks import LOOKS
 from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
@@ -243,9 +243,9 @@ def test_spectrum_is_that_of_the_dense_block(kind: kfoc.Estimator) -> None:
         found = pictures.spectrum(block)
         assert found is not None
         dense = torch.linalg.eigvalsh(block.to_dense()).flip(0)
-        ranks = torch.tensor(found.rank).long()
+        ranks = torch.tensor(found.x).long()
         torch.testing.assert_close(
-            torch.tensor(found.value), dense[ranks - 1], rtol=1e-6, atol=1e-12 * dense[0].item()
+            torch.tensor(found.y), dense[ranks - 1], rtol=1e-6, atol=1e-12 * dense[0].item()
         )
 
 
@@ -256,7 +256,7 @@ def test_spectrum_of_groups() -> None:
     block = kfoc.fit(model, [(x, None)])["0"]
     found = pictures.spectrum(block)
     assert found is not None
-    assert found.value[0] == pytest.approx(torch.linalg.eigvalsh(block.to_dense())[-1].item())
+    assert found.y[0] == pytest.approx(torch.linalg.eigvalsh(block.to_dense())[-1].item())
     assert "group 1 of 2" in pictures.heatmaps(block)[0].name
 
 
@@ -342,7 +342,7 @@ def test_charts_are_text_in_the_font_and_the_colours_of_the_page(study: Study) -
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    entries = [charts.Bar("K-FAC", 0.5, 0.1), charts.Bar("K-FOC", 3.0, math.nan)]
+    entries = {"K-FAC": (0.5, 0.1), "K-FOC": (3.0, math.nan)}
     text = charts.bars(entries, 2.0, "t")
     ends = re.findall(r'd="M 64 [\d.]+ L ([\d.]+) [^"]*" style="fill: (#\w+)', text)
     assert [(name, float(end)) for end, name in ends] == [("#d55e00", 104.0), ("#0072b2", 224.0)]
@@ -399,11 +399,11 @@ def luminance(colour: str) -> float:
 
 
 def test_lines_of_one_point_and_of_wide_ranges() -> None:
-    for x, y in (([20.0], [0.5]), ([1, 1e7], [1e-30, 1e5]), ([1, 2], [1e-5, 1.02e-5])):
-        text = charts.lines([charts.Line("K-FAC", x, y)], "x", "t")
+    for x, y in (((20.0,), (0.5,)), ((1, 1e7), (1e-30, 1e5)), ((1, 2), (1e-5, 1.02e-5))):
+        text = charts.lines({"K-FAC": Curve(x, y)}, "x", "t")
         read(text)
         assert text.count("</text>") > 3
-    assert ">10⁻²" in charts.lines([charts.Line("", [1, 1e7], [1e-30, 1])], "x", "t")
+    assert ">10⁻²" in charts.lines({"": Curve((1, 1e7), (1e-30, 1))}, "x", "t")
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium")

@@ -97,6 +97,22 @@ def test_a_weight_tied_to_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(block, kfoc.KroneckerBlock)
 
 
+@pytest.mark.parametrize("layers", [["0.weight", "2"], ["2.weight", "0"]])
+def test_no_parameter_is_in_two_blocks(layers: list[str]) -> None:
+    """Of twins, one by its weight and the other as a whole: the bias is not forgotten."""
+    model, x = twins(), torch.randn(6, 4)
+    options: dict = {"likelihood": "gaussian", "fisher": "exact"}
+    options["estimator"] = kfoc.BlockDiagonal()
+    whole = kfoc.fit(model, [(x, None)], **options)["0"].to_dense().view(4, 5, 4, 5)
+    found = kfoc.fit(model, [(x, None)], layers=layers, **options)
+    held = [model.get_parameter(name) for names in found.parameters.values() for name in names]
+    assert len(held) == len({*map(id, held)}) == 2
+    for layer, names in found.parameters.items():
+        columns = slice(-1, None) if "bias" in names[0] else slice(0, 5 if len(names) > 1 else 4)
+        expected = whole[:, columns, :, columns].flatten(2).flatten(0, 1)
+        torch.testing.assert_close(found[layer].to_dense(), expected)
+
+
 def test_blocks_are_parts_of_the_layers() -> None:
     """The weight's product is the best one of the weight alone, and the bias's block is exact."""
     model, (x, y) = convolutional(), images(20)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from kfoc.compare.charts import Bar, Line, bars, image, lines
+from kfoc.compare.charts import bars, image, lines
 from kfoc.compare.looks import look
 from kfoc.compare.measure import ESTIMATORS, Entry, Layer, Study
 from kfoc.compare.pictures import Heatmap
@@ -103,10 +103,10 @@ def _errors(study: Study) -> str:
 
 
 def _bars(study: Study, layer: Layer, limit: float) -> str:
-    entries = [
-        Bar(study.labels[name], entry.error, entry.standard_error)
+    entries = {
+        study.labels[name]: (entry.error, entry.standard_error)
         for name, entry in layer.entries.items()
-    ]
+    }
     return bars(entries, limit, f"Relative errors of layer {layer.name or '(the model)'}")
 
 
@@ -152,23 +152,23 @@ def _curves(study: Study, layer: Layer) -> str:
     # Head -> lines, what is along, the chart's title, and what is below it.
     charts = {
         "Eigenvalues": (
-            [
-                Line(study.labels[name], entry.spectrum.rank, entry.spectrum.value)
+            {
+                study.labels[name]: entry.spectrum
                 for name, entry in layer.entries.items()
                 if entry.spectrum
-            ],
+            },
             "rank",
             "Eigenvalues of the estimates",
             "Of the estimates of F, those above rounding.",
         ),
         "Power iteration": (
-            [Line("K-FOC", *layer.by_step)] if layer.by_step else [],
+            {"K-FOC": layer.by_step} if layer.by_step else {},
             "half steps",
             "Convergence of the power iteration",
             f"1 − σ/σ∞ of the plain iteration on the first batch ({study.first_batch:,} samples).",
         ),
         "Estimates by samples": (
-            [Line(study.labels[name], *curve) for name, curve in layer.by_samples.items()],
+            {study.labels[name]: curve for name, curve in layer.by_samples.items()},
             "samples",
             "Distance to the final estimate",
             f"‖estimate − final‖ / ‖final‖; final: all {study.num_samples:,} samples.",

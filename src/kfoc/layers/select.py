@@ -127,9 +127,6 @@ def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, l
         return
     others = {other for p in trained.values() for other in owners[id(p)] if other != name}
     held = selection.held() if others else {}
-    if any(id(parameter) in held for parameter in trained.values()):
-        selection.drop(name, "it shares a parameter with another layer")
-        return
     try:
         found, twins = _treatments(module, {n: selection.candidates[n] for n in sorted(others)})
     except Refused as reason:
@@ -139,6 +136,9 @@ def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, l
             selection.watched.update(watchable(name, module))
         selection.drop(name, str(reason))
     else:
+        if any(id(parameter) in held for parameter in trained.values()):
+            selection.drop(name, "it shares a parameter with another layer")
+            return
         selection.layers[name] = Layer(name, name, module, found, tuple(twins))
         for key, parameter in trained.items():
             if key not in found.parameters:
