@@ -494,7 +494,7 @@ class Scaled(kfoc.Gaussian):
 
 def test_likelihoods_of_ones_own_are_told_apart(tmp_path: Path) -> None:
     model, data = interrupted(tmp_path, likelihood=Scaled(1.0))
-    with pytest.raises(ValueError, match=r"Scaled\(scale=1.0\) and is Scaled\(scale=2.0\)"):
+    with pytest.raises(ValueError, match=r"Scaled\(.*scale=1.0\) and is Scaled\(.*scale=2.0\)"):
         kfoc.fit(model, data, Scaled(2.0), checkpoint=tmp_path, resume=True)
     kfoc.fit(model, data, Scaled(1.0), checkpoint=tmp_path, resume=True)
 
