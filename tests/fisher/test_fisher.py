@@ -193,6 +193,32 @@ def test_tied_weights_by_either_name() -> None:
     torch.testing.assert_close(flat(found.vector), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_tied_weights_by_the_name_of_a_curvature() -> None:
+    model, data = problem("tied")
+    curvature = kfoc.fit(model, data, layers="head", fisher="exact")
+    ((name,),) = curvature.parameters.values()
+    fisher = kfoc.Fisher(model, data, layers=curvature)
+    v = {name: torch.randn(2, 3, 4)}
+    matrix = dense(model, data, "categorical", names=["tokens.weight"])
+    torch.testing.assert_close(flat(fisher.matvec(v)), flat(v) @ matrix)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(autocast: bool) -> None:
+    model, data = problem("mlp")
+    v = vectors(model, 2)
+    expected = flat(v) @ dense(model, data, "categorical")
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model.to(dtype)
+    fisher = kfoc.Fisher(model, [(x.to(dtype), y) for x, y in data])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = flat(fisher.matvec({name: part.float() for name, part in v.items()}))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=0.03 * expected.abs().max().item()
+    )
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()

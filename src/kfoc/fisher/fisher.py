@@ -28,7 +28,7 @@ from kfoc.linalg.conjugate_gradients import conjugate_gradients
 from kfoc.model.batches import Predict
 from kfoc.model.functional import Forward
 from kfoc.model.sample_gradients import chunks
-from kfoc.model.trace import tolerance
+from kfoc.model.trace import coarsest, tolerance
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
 from kfoc.parameters.vectors import Vector
@@ -265,7 +265,9 @@ class Fisher(Plain):
         there = batch.map.there(vectors)
         weighed = batch.weigh(there)
         found = flattened(batch.map.back(weighed), self._layouts).to(rows)
-        if batch.map.modes.forward and not _adjoint(there, weighed, rows, found):
+        dtypes = [there.dtype, *(value.dtype for value in batch.map.at.values())]
+        pairs = there * weighed, rows * found
+        if batch.map.modes.forward and not _same_sums(*pairs, coarsest(dtypes)):
             # The passes in forward and in reverse mode are not each other's: of what a hook
             # changes, or of what is drawn. Two in reverse mode are, whatever they are of.
             batch.map.modes.forward = False
@@ -291,13 +293,12 @@ def _layout(model: nn.Module, layers: str | Iterable[str] | Curvature | None) ->
     return Layout(tuple(parameters), shapes, "flat")
 
 
-def _adjoint(there: Tensor, weighed: Tensor, rows: Tensor, back: Tensor) -> bool:
-    """Whether `<J v, u>` is `<v, J^T u>`, to rounding."""
-    one = (there * weighed).flatten(1).double().sum(1)
-    other = (rows.double() * back.double()).sum(1)
-    size = there.flatten(1).double().norm(dim=1) * weighed.flatten(1).double().norm(dim=1)
-    precision = max(torch.finfo(there.dtype).eps, torch.finfo(rows.dtype).eps)
-    return bool(((one - other).abs() <= tolerance(precision, rows.device) * size).all())
+def _same_sums(first: Tensor, second: Tensor, precision: float) -> bool:
+    """Whether terms (k, ...) add up to the same k sums, to rounding."""
+    one, other = (terms.flatten(1).double() for terms in (first, second))
+    size = one.abs().sum(1) + other.abs().sum(1)
+    allowed = tolerance(precision, first.device) * size
+    return bool(((one.sum(1) - other.sum(1)).abs() <= allowed).all())
 
 
 def _placed(value: Any, like: Tensor) -> Any:

@@ -59,8 +59,10 @@ class Linearised:
         self.at = {name: value.detach() for name, value in parameters.items()}
         self.leaves = {name: value.detach().requires_grad_() for name, value in self.at.items()}
         # Of the others no derivative is asked for: without them the graph is smaller.
-        others = dict(forward.model.named_parameters()).keys() - self.at.keys()
-        self.others = forward.parameters(others)
+        known = dict(forward.model.named_parameters(remove_duplicate=False))
+        chosen = {id(known[name]) for name in self.at}  # tied ones by any name
+        named = forward.model.named_parameters()
+        self.others = {name: p.detach() for name, p in named if id(p) not in chosen}
         self.outputs = self._outputs(self.leaves)
 
     def _outputs(self, parameters: Vectors) -> Tensor:
