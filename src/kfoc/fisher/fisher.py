@@ -144,14 +144,13 @@ class Fisher(Plain):
         return self._returned(product, lead, vector)
 
     def quadratic_form(self, vector: Vector) -> Tensor:
-        """`v^T F v`, of the leading dimensions of v: without the pass in reverse mode."""
+        """`v^T F v`, of the leading dimensions of v."""
         rows, lead = self._rows(vector)
         total = rows.new_zeros(len(rows))
 
         def take(batch: Batch) -> None:
             for part in self._chunks(batch, len(rows)):
-                there = batch.map.there(unflattened(rows[part], self._layouts))
-                total[part] += (there * batch.weigh(there)).flatten(1).sum(1).to(total)
+                total[part] += self._of_batch(batch, rows[part])[1]
 
         with self._passes.together(rows):
             self._passes.average(total, take)
@@ -254,25 +253,24 @@ class Fisher(Plain):
 
         def take(batch: Batch) -> None:
             for part in self._chunks(batch, len(rows)):
-                total[part] += self._of_batch(batch, rows[part])
+                total[part] += self._of_batch(batch, rows[part])[0]
 
         self._passes.average(total, take, number, limit)
         return total
 
-    def _of_batch(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The sum over the batch's samples, of rows (k, P)."""
-        vectors = unflattened(rows, self._layouts)
-        there = batch.map.there(vectors)
+    def _of_batch(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's sum of `F v` and of `v^T F v`, of rows (k, P)."""
+        there = batch.map.there(unflattened(rows, self._layouts))
         weighed = batch.weigh(there)
-        found = flattened(batch.map.back(weighed), self._layouts).to(rows)
+        back = flattened(batch.map.back(weighed), self._layouts).to(rows)
         dtypes = [there.dtype, *(value.dtype for value in batch.map.at.values())]
-        pairs = there * weighed, rows * found
-        if batch.map.modes.forward and not _same_sums(*pairs, coarsest(dtypes)):
-            # The passes in forward and in reverse mode are not each other's: of what a hook
-            # changes, or of what is drawn. Two in reverse mode are, whatever they are of.
+        terms = (there * weighed).flatten(1)
+        if batch.map.modes.forward and not _same_sums(terms, rows * back, coarsest(dtypes)):
+            # Forward and reverse mode are not each other's: where a hook changes gradients, or a
+            # function's are not its derivatives. Two passes in reverse mode always are.
             batch.map.modes.forward = False
             return self._of_batch(batch, rows)
-        return found
+        return back, terms.sum(1).to(rows)
 
     def _chunks(self, batch: Batch, count: int) -> Iterator[slice]:
         """So many vectors at once that their derivatives fit in memory."""
