@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfoc
-from kfoc.reproduce.results import markdown, write
+from kfoc.reproduce.results import distinct, markdown, rounded, where, write
 from machine import describe
 from networks import GPT, lenet, mlp
 from workloads import Workload, digits, trained
@@ -179,29 +179,33 @@ class Distance:
         return self.norm(off) / self.norm(self.solution)
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Two for each problem."""
-    parts = []
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        own = [row for row in rows if row["problem"] == problem]
-        solves = [row for row in own if "rtol" in row]
+def page(rows: list[dict[str, Any]]) -> str:
+    """A table of the solves for each problem, and one of all errors."""
+    parts = [NOTE]
+    for problem in distinct(rows, "problem"):
+        solves = [row for row in where(rows, problem=problem) if "rtol" in row]
         keys = list(dict.fromkeys((row["vectors"], row["rtol"]) for row in solves))
         header = ["preconditioner", "fit, s", *(f"{count}, to {rtol:g}" for count, rtol in keys)]
         lines = []
-        for name in dict.fromkeys(row["preconditioner"] for row in own):
-            here = [row for row in solves if row["preconditioner"] == name]
+        for name in distinct(solves, "preconditioner"):
+            here = where(solves, preconditioner=name)
             fit = "" if name == "none" else f"{here[0]['fit seconds']:.2f}"
             lines.append([name, fit, *map(cell, here)])
         parts.append(f"### {problem}\n\n{markdown(header, lines)}")
-        errors = [row for row in own if "error" in row]
-        if errors:
-            lines = [
-                [name, *(f"{r['error']:.2f}" for r in errors if r["preconditioner"] == name)]
-                for name in dict.fromkeys(row["preconditioner"] for row in errors)
-            ]
-            header = ["error after", *(f"{k} products" for k in ERRORS_AFTER)]
-            parts.append(markdown(header, lines))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "### Errors", errors(rows)]) + "\n"
+
+
+def errors(rows: list[dict[str, Any]]) -> str:
+    """Of every problem after some products, a line for each preconditioner."""
+    found = [row for row in rows if "error" in row]
+    columns = list(dict.fromkeys((row["problem"], row["products"]) for row in found))
+    header = ["error after"]
+    header += [f"{problem.replace(',', ' ').split()[0]}, {k}" for problem, k in columns]
+    lines = [
+        [name, *(f"{row['error']:.2f}" for row in where(found, preconditioner=name))]
+        for name in distinct(found, "preconditioner")
+    ]
+    return markdown(header, lines)
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -213,7 +217,7 @@ def cell(row: dict[str, Any]) -> str:
 NOTE = (
     "Products with the true Fisher, and processor seconds of the solve, by preconditioner. Columns "
     "say how many gradients are solved for at once, and the residual that all are to come to. "
-    "Below, the relative error of the solution of one, in the norm of the matrix."
+    "At the end, the relative error of the solution of one, in the norm of the matrix."
 )
 
 
@@ -231,9 +235,9 @@ def main() -> None:
     for problem in PROBLEMS:
         if any(part in problem.name for part in chosen):
             for row in measured(problem, arguments.quick):
-                rows.append(row)
+                rows.append(rounded(row))
                 write(path, {"machine": describe(1), "settings": settings, "rows": rows})
-    shown = f"{NOTE}\n\n{tables(rows)}\n"
+    shown = page(rows)
     path.with_suffix(".md").write_text(shown)
     print(shown)
 

@@ -193,6 +193,50 @@ def test_tied_weights_by_either_name() -> None:
     torch.testing.assert_close(flat(found.vector), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_tied_weights_by_the_name_of_a_curvature() -> None:
+    model, data = problem("tied")
+    curvature = kfoc.fit(model, data, layers="head", fisher="exact")
+    ((name,),) = curvature.parameters.values()
+    fisher = kfoc.Fisher(model, data, layers=curvature)
+    v = {name: torch.randn(2, 3, 4)}
+    matrix = dense(model, data, "categorical", names=["tokens.weight"])
+    torch.testing.assert_close(flat(fisher.matvec(v)), flat(v) @ matrix)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(autocast: bool) -> None:
+    model, data = problem("mlp")
+    v = vectors(model, 2)
+    expected = flat(v) @ dense(model, data, "categorical")
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model.to(dtype)
+    fisher = kfoc.Fisher(model, [(x.to(dtype), y) for x, y in data])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = flat(fisher.matvec({name: part.float() for name, part in v.items()}))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=0.03 * expected.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_has_no_gradient(tied: bool) -> None:
+    """As torch has it in reverse mode, and not in forward mode."""
+    model, data = problem("tied")
+    model.tokens.padding_idx = 1
+    if not tied:
+        model.head.weight = nn.Parameter(torch.randn(3, 4))
+    fisher, v = kfoc.Fisher(model, data), vectors(model, 2)
+    form = fisher.quadratic_form(v)
+    if not tied:
+        matrix = dense(model, data, "categorical")
+        torch.testing.assert_close(flat(fisher.matvec(v)), flat(v) @ matrix)
+        torch.testing.assert_close(form, (flat(v) @ matrix * flat(v)).sum(1))
+    assert fisher._passes.modes.forward is not tied
+    product = fisher.matvec(v)
+    torch.testing.assert_close(form, (flat(v) * flat(product)).sum(1))
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +403,10 @@ class Hooked(nn.Module):
 def test_products_are_symmetric_where_hooks_change_gradients() -> None:
     model, x, y = Hooked(), torch.randn(6, 4), torch.randint(3, (6,))
     fisher = kfoc.Fisher(model, [(x, y)])
+    v = vectors(model, 3)
+    form = fisher.quadratic_form(v)
     matrix = flat(fisher.matvec(fisher.unflatten(torch.eye(43))))
+    torch.testing.assert_close(form, (flat(v) @ matrix * flat(v)).sum(1))
     torch.testing.assert_close(matrix, matrix.mT)
     assert not fisher._passes.modes.forward
 

@@ -28,7 +28,7 @@ from kfoc.model.batches import Predict
 from kfoc.model.functional import Forward
 from kfoc.model.sample_gradients import chunks
 from kfoc.model.sharding import is_sharded, unwrapped
-from kfoc.model.trace import tolerance
+from kfoc.model.trace import coarsest, tolerance
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
 from kfoc.parameters.vectors import Vector
@@ -144,14 +144,13 @@ class Fisher(Plain):
         return self._returned(product, lead, vector)
 
     def quadratic_form(self, vector: Vector) -> Tensor:
-        """`v^T F v`, of the leading dimensions of v: without the pass in reverse mode."""
+        """`v^T F v`, of the leading dimensions of v."""
         rows, lead = self._rows(vector)
         total = rows.new_zeros(len(rows))
 
         def take(batch: Batch) -> None:
             for part in self._chunks(batch, len(rows)):
-                there = batch.map.there(unflattened(rows[part], self._layouts))
-                total[part] += (there * batch.weigh(there)).flatten(1).sum(1).to(total)
+                total[part] += self._of_batch(batch, rows[part])[1]
 
         with self._passes.together(rows):
             self._passes.average(total, take)
@@ -254,23 +253,24 @@ class Fisher(Plain):
 
         def take(batch: Batch) -> None:
             for part in self._chunks(batch, len(rows)):
-                total[part] += self._of_batch(batch, rows[part])
+                total[part] += self._of_batch(batch, rows[part])[0]
 
         self._passes.average(total, take, number, limit)
         return total
 
-    def _of_batch(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The sum over the batch's samples, of rows (k, P)."""
-        vectors = unflattened(rows, self._layouts)
-        there = batch.map.there(vectors)
+    def _of_batch(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's sum of `F v` and of `v^T F v`, of rows (k, P)."""
+        there = batch.map.there(unflattened(rows, self._layouts))
         weighed = batch.weigh(there)
-        found = flattened(batch.map.back(weighed), self._layouts).to(rows)
-        if batch.map.modes.forward and not _adjoint(there, weighed, rows, found):
-            # The passes in forward and in reverse mode are not each other's: of what a hook
-            # changes, or of what is drawn. Two in reverse mode are, whatever they are of.
+        back = flattened(batch.map.back(weighed), self._layouts).to(rows)
+        dtypes = [there.dtype, *(value.dtype for value in batch.map.at.values())]
+        terms = (there * weighed).flatten(1)
+        if batch.map.modes.forward and not _same_sums(terms, rows * back, coarsest(dtypes)):
+            # Forward and reverse mode are not each other's: where a hook changes gradients, or a
+            # function's are not its derivatives. Two passes in reverse mode always are.
             batch.map.modes.forward = False
             return self._of_batch(batch, rows)
-        return found
+        return back, terms.sum(1).to(rows)
 
     def _chunks(self, batch: Batch, count: int) -> Iterator[slice]:
         """So many vectors at once that their derivatives fit in memory."""
@@ -291,13 +291,12 @@ def _layout(model: nn.Module, layers: str | Iterable[str] | Curvature | None) ->
     return Layout(tuple(parameters), shapes, "flat")
 
 
-def _adjoint(there: Tensor, weighed: Tensor, rows: Tensor, back: Tensor) -> bool:
-    """Whether `<J v, u>` is `<v, J^T u>`, to rounding."""
-    one = (there * weighed).flatten(1).double().sum(1)
-    other = (rows.double() * back.double()).sum(1)
-    size = there.flatten(1).double().norm(dim=1) * weighed.flatten(1).double().norm(dim=1)
-    precision = max(torch.finfo(there.dtype).eps, torch.finfo(rows.dtype).eps)
-    return bool(((one - other).abs() <= tolerance(precision, rows.device) * size).all())
+def _same_sums(first: Tensor, second: Tensor, precision: float) -> bool:
+    """Whether terms (k, ...) add up to the same k sums, to rounding."""
+    one, other = (terms.flatten(1).double() for terms in (first, second))
+    size = one.abs().sum(1) + other.abs().sum(1)
+    allowed = tolerance(precision, first.device) * size
+    return bool(((one.sum(1) - other.sum(1)).abs() <= allowed).all())
 
 
 def _placed(value: Any, like: Tensor) -> Any:

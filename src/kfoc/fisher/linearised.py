@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from kfoc.errors import out_of_memory
@@ -59,8 +59,11 @@ class Linearised:
         self.at = {name: value.detach() for name, value in parameters.items()}
         self.leaves = {name: value.detach().requires_grad_() for name, value in self.at.items()}
         # Of the others no derivative is asked for: without them the graph is smaller.
-        others = dict(forward.model.named_parameters()).keys() - self.at.keys()
-        self.others = forward.parameters(others)
+        known = dict(forward.model.named_parameters(remove_duplicate=False))
+        chosen = {id(known[name]) for name in self.at}  # tied ones by any name
+        named = forward.model.named_parameters()
+        self.others = {name: p.detach() for name, p in named if id(p) not in chosen}
+        self.padding = _padding(forward.model, known, self.at)
         self.outputs = self._outputs(self.leaves)
 
     def _outputs(self, parameters: Vectors) -> Tensor:
@@ -123,6 +126,8 @@ class Linearised:
 
         _load_forward_mode()
         tangents = {name: vector.to(self.at[name]) for name, vector in vectors.items()}
+        for name, row in self.padding:
+            tangents[name] = tangents[name].index_fill(1, row, 0.0)
         try:
             # Nothing needs a graph of this; torch.func differentiates all the same.
             with torch.no_grad():
@@ -159,6 +164,19 @@ class Linearised:
             )
             found.append(tangent)
         return torch.stack(found)
+
+
+def _padding(
+    model: nn.Module, known: Mapping[str, Tensor], names: Iterable[str]
+) -> list[tuple[str, Tensor]]:
+    """Rows of embeddings that have no gradient in torch, but for its forward mode."""
+    chosen = {id(known[name]): name for name in names}
+    return [
+        (chosen[id(module.weight)], torch.tensor([module.padding_idx], device=module.weight.device))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if id(module.weight) in chosen
+    ]
 
 
 @cache

@@ -61,6 +61,12 @@ class Likelihood(ABC):
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         """The cotangent at the observed labels."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "exact" in vars(cls) and "fisher_product" not in vars(cls):
+            # One that is inherited may be the closed form of another `exact`.
+            setattr(cls, "fisher_product", Likelihood.fisher_product)  # noqa: B010 (for mypy)
+
     def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
         """The Fisher by the outputs, that of `exact`, times vectors (k, N, ...) over them.
 
