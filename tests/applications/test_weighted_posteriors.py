@@ -134,6 +134,16 @@ def test_influence_of_a_weighted_loss() -> None:
     query = x[:4], (y[:4], weights[:4])
     found = kfoc.influence(model, curvature, data, query, likelihood, damping=0.1, top=None)
     torch.testing.assert_close(found.scores, expected)
+    identity = kfoc.Curvature(
+        {"": kfoc.DenseBlock(torch.eye(15), (3, 5))}, COUNT, curvature.layouts, {}
+    )
+    exact = kfoc.influence(
+        model, identity, data, query, likelihood, damping=0.1, top=None, products=20
+    )
+    torch.testing.assert_close(exact.scores, expected, rtol=1e-4, atol=1e-6)
+    vectors, layout = torch.randn(2, 15), curvature.layouts[""]
+    found = kfoc.Fisher(model, data, likelihood).matvec(layout.split(vectors.view(2, 3, 5)))
+    torch.testing.assert_close(layout.join(found).flatten(1), vectors @ hessian)
 
 
 def test_soft_labels() -> None:

@@ -261,6 +261,35 @@ def test_random_augmentation_is_detected() -> None:
     kfoc.fit(model, labels, estimator=exact)  # the model's own labels are drawn here
 
 
+class Weighted(list):
+    """Batches whose labels or weights are others in every pass."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for x, y in super().__iter__():
+            if isinstance(y, tuple):
+                yield x, (y[0], torch.rand(len(x)))
+            else:
+                yield x, torch.where(torch.rand(len(x)) < 0.5, -100, y)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_other_weights_are_detected(fisher: str) -> None:
+    """Also which labels are ignored, where the model's own are drawn."""
+    model, (x, y) = convolutional(), images(12)
+    estimator = kfoc.KFOC("exact", rtol=0, buffer=0)
+    ignored = Weighted(batches(x, y, 4))
+    weighted = Weighted((part, (labels, None)) for part, labels in batches(x, y, 4))
+    for data, likelihood in ((ignored, "categorical"), (weighted, kfoc.SampleWeighted())):
+        with pytest.raises(ValueError, match="several passes need the same batches"):
+            kfoc.fit(model, data, likelihood, estimator=estimator, fisher=fisher)
+        if fisher != "mc":
+            of_model = kfoc.Fisher(model, data, likelihood, fisher=fisher)
+            vector = {name: p.detach() for name, p in model.named_parameters()}
+            of_model.matvec(vector)
+            with pytest.raises(ValueError, match="several passes need the same batches"):
+                of_model.matvec(vector)
+
+
 class Normalised(nn.Module):
     """Convolution, every normalisation in use, linear layers; logits of 3 classes."""
 

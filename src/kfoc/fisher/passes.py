@@ -177,7 +177,8 @@ class Passes:
             weigh = partial(outer_products, [cotangent])
             return Batch(map, weigh, Mark.of(outputs, targets))
         weigh = partial(self.likelihood.fisher_product, outputs, targets)
-        return Batch(map, weigh, Mark.of(outputs))
+        counts = self.likelihood.num_labels(outputs, targets)  # weights, ignored labels
+        return Batch(map, weigh, Mark.of(outputs, counts))
 
 
 _END = object()

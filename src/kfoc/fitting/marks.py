@@ -16,33 +16,38 @@ class Mark:
     Attributes:
         sums, scales: (N,) each: of the values, and of their magnitudes.
         precision: the relative difference that rounding may make.
-        targets: the mark of the targets, where they matter.
+        targets: the marks of the tensors among the targets, or of what of them F depends on.
     """
 
     sums: Tensor
     scales: Tensor
     precision: float
-    targets: Mark | None = None
+    targets: tuple[Mark, ...] = ()
 
     @classmethod
     def of(cls, values: Tensor, targets: Any = None) -> Mark:
-        """The mark of outputs (N, ...); targets count where they are a tensor (N, ...)."""
+        """The mark of outputs (N, ...); targets count where they are tensors (N, ...)."""
         rows = values.detach().reshape(len(values), -1)
-        rows = rows if rows.is_floating_point() else rows.double()
+        rows = rows.nan_to_num(0, 0, 0) if rows.is_floating_point() else rows.double()
         half = values.dtype in (torch.float16, torch.bfloat16)
         return cls(
             rows.sum(1, dtype=torch.float64).cpu(),
             rows.abs().sum(1, dtype=torch.float64).cpu(),
             # Half precision differs by a unit in the last place where a device sums in any order.
             torch.finfo(values.dtype).eps if half else 1e-5,
-            cls.of(targets) if isinstance(targets, Tensor) and targets.ndim else None,
+            tuple(cls.of(each) for each in _tensors(targets)),
         )
 
     def same(self, other: Mark) -> bool:
         """Whether both are of the same samples in the same order, to rounding."""
-        if self.sums.shape != other.sums.shape or (self.targets is None) != (other.targets is None):
+        if self.sums.shape != other.sums.shape or len(self.targets) != len(other.targets):
             return False
         close = (self.sums - other.sums).norm() <= self.precision * self.scales.norm()
-        if self.targets is None or other.targets is None:
-            return bool(close)
-        return bool(close) and self.targets.same(other.targets)
+        parts = zip(self.targets, other.targets, strict=True)
+        return bool(close) and all(one.same(two) for one, two in parts)
+
+
+def _tensors(targets: Any) -> list[Tensor]:
+    if isinstance(targets, (tuple, list)):
+        return [tensor for each in targets for tensor in _tensors(each)]
+    return [targets] if isinstance(targets, Tensor) and targets.ndim else []

@@ -188,7 +188,12 @@ class Session:
         """Several passes must see the same batches; their outputs tell when they do not."""
         if not self._marking:
             return
-        mark = Mark.of(outputs, targets if self.task.fisher == "empirical" else None)
+        values = outputs.detach()
+        if self.task.fisher != "empirical":  # how much each sample counts (weights, ignored labels)
+            likelihood = self.likelihood.settled(values, targets)
+            likelihood.check(values, targets, self.task.fisher)
+            targets = likelihood.num_labels(values, targets)
+        mark = Mark.of(values, targets)
         if not self.earlier:
             self.marks.append(mark)
         elif self.batches >= len(self.marks) or not self.marks[self.batches].same(mark):

@@ -55,7 +55,7 @@ class Gaussian(Likelihood):
         return unit_directions(outputs, self._roots(outputs))
 
     def fisher_product(self, outputs: Tensor, targets: object, vectors: Tensor) -> Tensor:
-        return vectors * self._roots(outputs).square()
+        return vectors / self.noise_variance(outputs)
 
     def observed(self, outputs: Tensor, targets: object) -> Tensor:
         assert isinstance(targets, Tensor)
