@@ -77,8 +77,9 @@ def fit(
             `Likelihood`.
         estimator: KFOC() by default; KFAC(), Diagonal(), BlockDiagonal().
         fisher: "mc" (labels drawn by what they contribute, and weighted for it), "mc-plain" (drawn
-            from the model; noisier), "exact" (expectation over the model's labels) or "empirical"
-            (the observed labels).
+            from the model; noisier), "exact" (expectation over the model's labels, by a backward
+            pass for each output of a sample: a RuntimeWarning says so where these are very many)
+            or "empirical" (the observed labels).
         mc_samples: draws per sample, for "mc" and "mc-plain".
         layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
             that is named and cannot be treated is an error. What matches no layer is matched

@@ -309,3 +309,33 @@ def test_several_passes_need_the_same_data(change: str) -> None:
 
     with pytest.raises(ValueError, match="several passes need the same batches"):
         kfoc.fit(model, Changing(), estimator=kfoc.KFOC("exact", rtol=0, buffer=0))
+
+
+class StopError(Exception):
+    """At the first backward pass."""
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 700)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(x)
+        outputs.register_hook(self.stop)
+        return outputs
+
+    def stop(self, grad: Tensor) -> None:
+        raise StopError
+
+
+def test_the_price_of_exact_labels_is_told_before_it_is_paid() -> None:
+    data = [(torch.randn(2, 3, 3), None)]
+    options: dict = {"fisher": "exact", "verify": False}
+    with (
+        pytest.warns(RuntimeWarning, match=r"pass for each output .* are 2,100 \(outputs of"),
+        pytest.raises(StopError),
+    ):
+        kfoc.fit(Wide(), data, **options)
+    with pytest.raises(StopError):  # and no warning, which were an error here
+        kfoc.fit(Wide(), [(torch.randn(2, 2, 3), None)], **options)

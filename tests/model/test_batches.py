@@ -264,12 +264,15 @@ def test_random_augmentation_is_detected() -> None:
 class Weighted(list):
     """Batches whose labels or weights are others in every pass."""
 
+    generator = torch.Generator().manual_seed(0)
+
     def __iter__(self) -> Iterator[Any]:
         for x, y in super().__iter__():
+            drawn = torch.rand(len(x), generator=self.generator)
             if isinstance(y, tuple):
-                yield x, (y[0], torch.rand(len(x)))
+                yield x, (y[0], drawn)
             else:
-                yield x, torch.where(torch.rand(len(x)) < 0.5, -100, y)
+                yield x, torch.where(drawn < 0.5, -100, y)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])

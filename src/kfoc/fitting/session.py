@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -26,6 +27,9 @@ from kfoc.samples.base import LayerSamples
 
 # What makes seeds of their own, far from the user's, for the two draws that no block sees.
 UNSEEN = 0x2545F4914F6CDD1D, 0x369DEA0F31A53F85
+
+# Outputs of a sample beyond which `fisher="exact"` is warned of: more than most sets of classes.
+MANY = 2048
 
 # Whether a session is to fit a layer that it meets, in these samples, and has no state of yet.
 Takes = Callable[["Session", LayerFit, LayerSamples], bool]
@@ -138,6 +142,7 @@ class Session:
             nonlocal count, first
             if count < 0:  # the first of the batch's forward passes
                 self._check_same(outputs, targets)
+                self._warn_of_price(outputs)
                 count = len(outputs)
                 first = self.samples if numbered is None else numbered(count)
             return partial(self._cotangents, outputs.detach(), targets, first)
@@ -201,6 +206,18 @@ class Session:
                 f"pass {self.earlier + 1} does not see what the first pass saw: several passes "
                 "need the same batches each time (DataLoader: shuffle=False, no random "
                 "augmentation)"
+            )
+
+    def _warn_of_price(self, outputs: Tensor) -> None:
+        """Before the first backward pass, of what is likely to be a mistake."""
+        first = not self.batches and not self.earlier
+        if first and self.task.fisher == "exact" and outputs[0].numel() > MANY:
+            warnings.warn(
+                f'fisher="exact" takes a backward pass for each output of a sample, of which there '
+                f"are {outputs[0].numel():,} (outputs of shape {tuple(outputs.shape)}), for every "
+                'batch: fisher="mc" takes one for each of mc_samples draws',
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def _take_in(self, name: str, samples: LayerSamples, alone: bool, first: int) -> None:
