@@ -35,9 +35,9 @@ from kfoc.compare import charts, pictures, style
 from kfoc.compare.convergence import Curve, prefixes, sample_counts
 from kfoc.compare.factory import CompareError, Subject, load, subject
 from kfoc.compare.looks import LOOKS
-from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
+from kfoc.compare.measure import ESTIMATORS, Entry, Layer, Options, Study, measure, repeatable
 from kfoc.compare.report import page
-from kfoc.compare.table import show
+from kfoc.compare.table import overview, show
 from kfoc.compare.timed import timed
 from kfoc.compare.words import measured
 from kfoc.reproduce.cli import app
@@ -140,7 +140,9 @@ def test_costs_and_order(study: Study) -> None:
         assert entries["kfoc"].bytes == 8 * entries["kfoc"].numbers
         assert entries["ekfoc"].error <= entries["kfoc"].error + 1e-9
         assert entries["ekfac"].error <= entries["kfac"].error + 1e-9
-        assert layer.entries[study.closest(layer)].error == min(e.error for e in entries.values())
+        assert layer.entries[study.closest(layer)[0]].error == min(
+            e.error for e in entries.values()
+        )
     for name, seconds in study.seconds.items():
         by_layer = [layer.entries[name].seconds for layer in study.layers]
         assert all(spent > 0 for spent in by_layer)
@@ -564,3 +566,33 @@ def test_document() -> None:
     scope: dict = {}
     exec(code_blocks("docs/compare.md")[0], scope)
     assert len(list(subject(scope["factory"](), "docs").data)) == 10
+
+
+def test_ties_and_diagonals_in_place_of_factors_are_marked() -> None:
+    def entry(error: float, structure: str = "Kronecker") -> Entry:
+        return Entry(error, 0.01, error, 0.01, 0.1, 5, 40, "", 2, True, structure)
+
+    names = "diagonal", "kfac", "kfoc"
+    rows = {
+        "first": (entry(0.9, "Diagonal"), entry(0.5), entry(0.4)),
+        "second": (entry(0.9, "Diagonal"), entry(0.4002), entry(0.4)),
+        "large": (entry(0.7, "Diagonal"), entry(0.7, "Diagonal"), entry(0.7, "Diagonal")),
+    }
+    layers = tuple(
+        Layer(name, (2, 3), dict(zip(names, each, strict=True))) for name, each in rows.items()
+    )
+    labels = dict(zip(names, ("diagonal", "K-FAC", "K-FOC"), strict=True))
+    study = Study("", {}, labels, dict.fromkeys(names, 1.0), layers, {}, 4, 2)
+    assert [study.closest(layer) for layer in layers] == [("kfoc",), ("kfoc", "kfac"), names]
+    assert {name: cells[2] for name, cells in overview(study).items()} == {
+        "diagonal": "0 of 3, 1 tied",
+        "kfac": "0 of 3, 2 tied",
+        "kfoc": "1 of 3, 2 tied",
+    }
+    console = Console(width=100, file=StringIO(), force_terminal=True)
+    show(study, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("◇") == 2 + 1  # K-FAC and K-FOC of the last layer; and what it means
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert lines["second"].count("\x1b[1m") == 2
+    assert lines["first"].count("\x1b[1m") == 1

@@ -53,6 +53,10 @@ DEFAULT = ("diagonal", "kfac", "kfoc", "ekfoc")
 BY_SAMPLES = ("diagonal", "kfac", "kfoc")
 
 
+# Errors that are nearer to each other are a tie.
+TIE = 5e-4
+
+
 @dataclass(frozen=True)
 class Entry:
     """One estimator at one layer.
@@ -116,9 +120,19 @@ class Study:
     num_samples: int
     first_batch: int
 
-    def closest(self, layer: Layer) -> str:
-        """The estimator of the smallest error against the F of the draws that all saw."""
-        return min(layer.entries, key=lambda name: layer.entries[name].error)
+    def closest(self, layer: Layer) -> tuple[str, ...]:
+        """The estimator of the smallest error against the F of the draws that all saw.
+
+        Several where three digits do not tell them apart: the first of these has the smallest.
+        """
+        errors = {name: entry.error for name, entry in layer.entries.items()}
+        least = min(errors.values())
+        near = [name for name, error in errors.items() if error - least < TIE]
+        return tuple(sorted(near, key=lambda name: errors[name]))
+
+    def stand_in(self, name: str, layer: Layer) -> bool:
+        """Whether an estimator has fallen back on a diagonal in this layer."""
+        return name != "diagonal" and layer.entries[name].structure == "Diagonal"
 
     @property
     def drawn(self) -> bool:

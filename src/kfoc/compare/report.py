@@ -125,6 +125,7 @@ def _layers(study: Study) -> str:
     parts = []
     for number, layer in enumerate(study.layers):
         best = study.closest(layer)
+        names = " and ".join(study.labels[name] for name in best)
         unfolded = " open" if number < UNFOLDED else ""
         maps = [
             _map(study.labels[name], picture)
@@ -133,8 +134,8 @@ def _layers(study: Study) -> str:
         ]
         parts.append(
             f"<details{unfolded}><summary><span class='title'>{_name(layer)}</span>"
-            f"<span class='soft'>{_shape(layer)}, closest: {escape(study.labels[best])} "
-            f"{layer.entries[best].error:.3f}</span></summary><div class='grid-of'>"
+            f"<span class='soft'>{_shape(layer)}, closest: {escape(names)} "
+            f"{layer.entries[best[0]].error:.3f}</span></summary><div class='grid-of'>"
             f"{_curves(study, layer)}<div class='maps'>{''.join(maps)}</div></div></details>"
         )
     legend = "".join(f"<li>{_swatched(study, name)}</li>" for name in study.labels)
@@ -203,7 +204,7 @@ def _numbers(study: Study) -> str:
             )
             errors = [_figure(e) for e in (entry.error, entry.standard_error)]
             errors += [_figure(e) for e in (entry.fisher_error, entry.fisher_error_std)]
-            if name == best:
+            if name in best:
                 errors[0] = f"<b>{errors[0]}</b>"
             words = _swatched(study, name), escape(entry.structure), escape(entry.plan) or "–"
             cells = _cells((*words, *errors, *_costs(entry)), len(words))

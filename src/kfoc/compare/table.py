@@ -23,6 +23,10 @@ def show(study: Study, console: Console) -> None:
         console.print(_by_layer(study, title, _fisher_error))
     time = "Time by layer, for its block alone"
     console.print(_by_layer(study, time, lambda entry: duration(entry.seconds)))
+    if any(study.stand_in(name, layer) for layer in study.layers for name in layer.entries):
+        console.print(
+            f"[dim]{STAND_IN} a diagonal: no factors, and too large for a dense block[/dim]"
+        )
     costs = _table("Each estimator, over all layers", "estimator")
     narrow = [k for k, head in enumerate(OVERVIEW) if head != "range over layers"]
     for k in narrow:
@@ -33,6 +37,9 @@ def show(study: Study, console: Console) -> None:
     for name, reason in study.skipped.items():
         console.print(f"[dim]Without a comparison:[/dim] {escape(f'{name}: {reason}')}")
 
+
+# Behind the number of an estimator that has a diagonal in a layer.
+STAND_IN = "◇"
 
 OVERVIEW = (
     *("median error", "range over layers", "closest at layers"),
@@ -46,11 +53,13 @@ def overview(study: Study) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name in study.labels:
         errors = [layer.entries[name].error for layer in study.layers]
-        closest = sum(study.closest(layer) == name for layer in study.layers)
+        best = [study.closest(layer) for layer in study.layers]
+        alone, tied = sum(b == (name,) for b in best), sum(name in b for b in best)
+        ties = f", {tied - alone} tied" if tied > alone else ""
         found[name] = (
             f"{statistics.median(errors):.3f}" if errors else "–",
             f"{min(errors):.3f} – {max(errors):.3f}" if errors else "–",
-            f"{closest} of {len(errors)}",
+            f"{alone} of {len(errors)}{ties}",
             duration(study.seconds[name]),
             f"{study.seconds[name] / base:.2f}" if base else "–",
             quantity(study.numbers(name)).strip(),
@@ -67,16 +76,21 @@ def _fisher_error(entry: Entry) -> str:
 
 
 def _by_layer(
-    study: Study, title: str, cell: Callable[[Entry], str], mark_closest: bool = False
+    study: Study, title: str, cell: Callable[[Entry], str], marked: bool = False
 ) -> Table:
     table = _table(title, "layer")
     for label in study.labels.values():
         table.add_column(escape(label), justify="right")
     for layer in study.layers:
         shown = {name: cell(entry) for name, entry in layer.entries.items()}
-        if mark_closest:
-            best = study.closest(layer)
-            shown[best] = f"[bold]{shown[best]}[/bold]"
+        if marked:
+            for best in study.closest(layer):
+                shown[best] = f"[bold]{shown[best]}[/bold]"
+            shown |= {
+                name: f"{text} {STAND_IN}"
+                for name, text in shown.items()
+                if study.stand_in(name, layer)
+            }
         table.add_row(escape(layer.name) or "(the model)", *shown.values())
     return table
 
