@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from kfoc.reproduce.results import look, read, write
+from kfoc.compare.looks import look
+from kfoc.reproduce.results import read, write
 from machine import describe, wait_until_quiet
 from measure import Record, measure
 from methods import set_threads

@@ -32,7 +32,6 @@ with warnings.catch_warnings():  # of the packages that it imports
     from laplace import Laplace
     from laplace.curvature import CurvlinopsGGN
 from kfoc.interop.laplace_torch import KFOCBackend
-from kfoc.interop.per_parameter import per_parameter
 
 TRAIN, TEST, BATCH = 2000, 1000, 100
 PRIOR = 1.0
@@ -70,8 +69,8 @@ def of_backend(**options: Any) -> Fit:
 
 def finished(estimator: kfoc.Estimator) -> Fit:
     def fit(model: nn.Module, data: DataLoader) -> Options:
-        apart = per_parameter(model, estimator)
-        curvature = kfoc.fit(model, data, estimator=apart, fisher="exact")
+        apart = [name for name, _ in model.named_parameters()]
+        curvature = kfoc.fit(model, data, estimator=estimator, fisher="exact", layers=apart)
         return {"backend": KFOCBackend, "backend_kwargs": {"curvature": curvature}}
 
     return fit

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfoc
-from kfoc.reproduce.results import look, markdown, read, write
+from kfoc.compare.looks import look
+from kfoc.reproduce.results import markdown, read, write
 from machine import describe
 from networks import GPT, lenet, mlp
 from workloads import digits

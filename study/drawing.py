@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from kfoc.reproduce.results import look
+from kfoc.compare.looks import look
 
 
 def style(method: str, line: str = "-") -> dict[str, Any]:

@@ -33,7 +33,8 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 ESTIMATORS = {"F itself": kfoc.BlockDiagonal, "K-FAC": kfoc.KFAC, "K-FOC": kfoc.KFOC}
 KINDS = {"plain": "mc-plain", "weighted": "mc", "exact": "exact"}
-LOOKS = {"plain": ("#D55E00", "s"), "weighted": ("#0072B2", "o"), "exact": ("#000000", "*")}
+# Of draws, which are no methods, and have no colour of theirs but that of what is exact.
+LOOKS = {"plain": ("#882255", "s"), "weighted": ("#44aa99", "o"), "exact": ("#000000", "*")}
 
 
 class Transformer(nn.Module):

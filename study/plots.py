@@ -18,7 +18,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from drawing import legend, points, style
-from kfoc.reproduce.results import distinct, look, read, values, where
+from kfoc.compare.looks import look
+from kfoc.reproduce.results import distinct, read, values, where
 from plots_of_uses import continual, influence, laplace, optimizer
 from tables import NAMES
 

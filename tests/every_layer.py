@@ -11,17 +11,22 @@ import oracle
 
 
 def check_every_block(
-    model: nn.Module, *inputs: Tensor, skipped: frozenset[str] = frozenset(), size: int = 3
+    model: nn.Module,
+    *inputs: Tensor,
+    skipped: frozenset[str] = frozenset(),
+    size: int = 3,
+    layers: list[str] | None = None,
 ) -> kfoc.Curvature:
     """Exact blocks and optima of all layers, which hold all trained parameters but `skipped`'s.
 
     Args:
         inputs: the model's arguments, samples first.
         skipped: parameters that must have no block.
+        layers: as for `kfoc.fit`.
         size: samples in a batch of the exact blocks' fit; the optima come from a single batch.
     """
     cotangents = oracle.gaussian_exact(model(*inputs).detach())
-    options: dict = {"likelihood": "gaussian", "fisher": "exact"}
+    options: dict = {"likelihood": "gaussian", "fisher": "exact", "layers": layers}
     split = zip(*(x.split(size) for x in inputs), strict=True)
     data = [(part, None) for part in split]
     exact = kfoc.fit(model, data, estimator=kfoc.BlockDiagonal(), **options)

@@ -130,7 +130,7 @@ class Case:
     Attributes:
         order: "in order", "sorted" by class, or "shuffled".
         buffered: with a buffer of about `BUFFERED` batches, or none.
-        estimator: "online", "running", "rank 2", ...
+        estimator: "online", "running", "rank 2", ..., or "head 1", ..., of that many triples.
         shards: how batches are dealt to `world` ranks: "even" (in turn), "uneven" (the first has
             more than half, the last the least) or "sorted" (each the next range of the stream).
     """
@@ -176,6 +176,9 @@ class Case:
         """Of `kfoc.fit`, but for model, data and group."""
         if self.estimator == "running":
             estimator = kfoc.KFOC("running", buffer=self.buffer)
+        elif self.estimator.startswith("head"):
+            head = int(self.estimator.removeprefix("head "))
+            estimator = kfoc.KFOC(head=head, buffer=self.buffer)
         else:
             estimator = kfoc.KFOC(rank=self.rank, buffer=self.buffer)
         return {"estimator": estimator, "fisher": "empirical"}

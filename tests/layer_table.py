@@ -157,6 +157,11 @@ ROWS = (
         ),
     ),
     Row(
+        "a parameter that is named in `layers=`",
+        "that of its layer without the others; of a bias F itself",
+        ("test_every_block_is_of_one_parameter", "test_a_weight_tied_to_an_embedding"),
+    ),
+    Row(
         "checkpointed regions (`use_reentrant=False`)",
         "as without",
         ("test_checkpointed_regions_are_exact",),

@@ -32,27 +32,25 @@ ALLOWED = {
     # The result. Adding two Kronecker products is Algorithm 1 on two terms.
     "files": set(),
     "curvature": {"blocks", "files", "nearest", "parameters"},
-    # A fit.
-    "running": {
-        "blocks", "estimators.certificate", "files", "layers", "model", "samples",
-    },
-    "distributed": {
-        "curvature", "estimators", "files", "model", "parameters", "running", "samples",
-    },
+    # A fit, and the ways to run it.
+    "distributed": {"curvature", "estimators", "files", "parameters"},
     "fitting": {
-        "blocks", "curvature", "distributed", "estimators", "layers", "likelihoods", "linalg",
-        "model", "parameters", "running", "samples",
+        "blocks", "curvature", "estimators", "files", "layers", "likelihoods", "linalg", "model",
+        "parameters", "samples",
+    },
+    "running": {
+        "blocks", "curvature", "distributed", "files", "fitting", "layers", "model", "parameters",
+        "samples",
     },
     "fit": {
-        "curvature", "distributed", "estimators", "fitting", "layers", "likelihoods", "model",
-        "running",
+        "curvature", "distributed", "estimators", "fitting", "likelihoods", "model", "running",
     },
     "tracker": {
-        "curvature", "estimators", "files", "fitting", "layers", "likelihoods", "model", "samples",
+        "curvature", "estimators", "files", "fitting", "layers", "likelihoods", "model",
     },
     # Products and solves with what a curvature approximates.
     "fisher": {
-        "curvature", "distributed", "fitting.options", "layers", "likelihoods", "linalg", "model",
+        "curvature", "distributed", "fitting", "layers", "likelihoods", "linalg", "model",
         "parameters", "running",
     },
     # What people do with a curvature knows of curvatures, not of how they are fitted; the optimizer
@@ -114,6 +112,31 @@ def test_floors_are_in_order() -> None:
     for name, below in ALLOWED.items():
         seen.add(name)
         assert {other.split(".")[0] for other in below} <= seen, name
+
+
+def likelihood_classes() -> set[str]:
+    """The likelihoods of the library, and whatever they are derived from."""
+    tops = [ast.parse(path.read_text()).body for path in (SOURCE / "likelihoods").glob("*.py")]
+    classes = [node for top in tops for node in top if isinstance(node, ast.ClassDef)]
+    found = {"Likelihood"}
+    for _ in classes:
+        found |= {c.name for c in classes if found & {ast.unparse(base) for base in c.bases}}
+    return found
+
+
+def test_no_likelihood_is_asked_for_its_class() -> None:
+    """What differs between them is a method, so that one of the user's own has it too."""
+    concrete = likelihood_classes() - {"Likelihood"}
+    assert {"Bernoulli", "Categorical", "Gaussian"} <= concrete
+    for module, path in MODULES.items():
+        if module == "kfoc" or module.startswith("kfoc.likelihoods"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = {getattr(node, key, None) for key in ("id", "attr", "name")}
+            assert not named & concrete, f"{module} names a likelihood in line {node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type"):
+                asked = ast.unparse(node)
+                assert "Likelihood" not in asked, f"{module} asks {asked}"
 
 
 def test_few_files_are_at_the_top() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import kfoc
 import oracle
 from kfoc.estimators.kfoc import AGGREGATIONS
-from kfoc.plans.choose import PLANS, SINGLE_POSITION
+from kfoc.plans.choose import PLANS
 from random_models import Drawn, models
 
 Draw = Callable[..., Any]
@@ -307,7 +307,7 @@ def test_solutions_of_random_samples(
     else:
         pairs = itertools.product([1.0, 1e-60, 1e60], repeat=2)
         scales = data.draw(st.sampled_from(list(pairs)))
-    plans = [None, *(p for p in PLANS if positions == 1 or p not in SINGLE_POSITION)]
+    plans = [None, *(p for p in PLANS if positions == 1 or not PLANS[p].single)]
     plan = data.draw(st.sampled_from(plans))
     rtol = data.draw(st.sampled_from([0.0, 1e-6]))
     fit = kfoc.nearest_kronecker_of_samples(

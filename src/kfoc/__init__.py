@@ -2,7 +2,7 @@
 
 from kfoc.applications.consolidation import Consolidation
 from kfoc.applications.influence import Influence, Ranking, influence, self_influence
-from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian
+from kfoc.applications.laplace import DataFit, Laplace, OutputGaussian, Validation
 from kfoc.applications.natural_gradient import NaturalGradient
 from kfoc.blocks import (
     Block,
@@ -36,6 +36,9 @@ from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.bernoulli import Bernoulli
 from kfoc.likelihoods.categorical import Categorical
 from kfoc.likelihoods.gaussian import Gaussian
+from kfoc.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from kfoc.likelihoods.weighted import SampleWeighted
+from kfoc.model.next_token import next_token
 from kfoc.nearest.power import KroneckerFit
 from kfoc.nearest.terms import nearest_kronecker
 from kfoc.parameters.coverage import Coverage, LayerCoverage, ParameterCount
@@ -67,6 +70,7 @@ __all__ = [
     "Fisher",
     "Gaussian",
     "GroupedBlock",
+    "HeteroscedasticGaussian",
     "Influence",
     "KroneckerBlock",
     "KroneckerDiagonalBlock",
@@ -82,16 +86,19 @@ __all__ = [
     "Ranking",
     "Report",
     "Rows",
+    "SampleWeighted",
     "ShardedCurvature",
     "Solution",
     "State",
     "Tracker",
     "Treatment",
     "Unsupported",
+    "Validation",
     "fit",
     "influence",
     "nearest_kronecker",
     "nearest_kronecker_of_samples",
+    "next_token",
     "register",
     "self_influence",
 ]

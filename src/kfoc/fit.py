@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,14 @@ from torch import nn
 from kfoc.common.ambient import plainly
 from kfoc.curvature.curvature import Curvature
 from kfoc.distributed import Ranks
-from kfoc.distributed.agreement import check_same, sharded, unwrapped
 from kfoc.estimators import KFOC, Estimator
-from kfoc.fitting.options import check_independent, check_options, counts
-from kfoc.fitting.run import Run
-from kfoc.layers.selection import select
+from kfoc.fitting.task import Task
 from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.named import resolved
-from kfoc.model.batches import Predict, present
-from kfoc.running.by_layers import Sweeps
-from kfoc.running.checkpointed import Checkpoint, Keeper
-from kfoc.running.progress import Progress, length, reporter
+from kfoc.model.batches import Predict
+from kfoc.model.sharding import unwrapped
+from kfoc.running.checkpointed import Checkpoint
+from kfoc.running.chosen import chosen
+from kfoc.running.progress import Progress, reporter
 
 
 @plainly
@@ -73,8 +70,8 @@ def fit(
             called with in order, a mapping, dataclass or NamedTuple that it is called with by
             name, or whatever `predict` takes; tensors in them are moved to the model's device.
             Targets may be missing or None but for `fisher="empirical"`. Labels are compared
-            with the outputs as they stand: for a model of the next token, drop the last outputs
-            in `predict` and the first labels in `data`. Batches without samples are passed over,
+            with the outputs as they stand: for a model of the next token, whose labels are the
+            tokens, pass `predict=kfoc.next_token`. Batches without samples are passed over,
             and do not count.
         likelihood: "categorical" (logits), "gaussian" (unit variance), "bernoulli" (logits), or a
             `Likelihood`.
@@ -84,9 +81,12 @@ def fit(
             (the observed labels).
         mc_samples: draws per sample, for "mc" and "mc-plain".
         layers: names or patterns (`fnmatch`) of the layers to treat; None: all that can be. One
-            that is named and cannot be treated is an error.
+            that is named and cannot be treated is an error. What matches no layer is matched
+            against the parameters, which then have blocks of their own: `"fc.weight"` leaves the
+            bias out, and all names of `model.named_parameters()` have weights and biases apart.
         predict: `(model, inputs) -> outputs`, a tensor or an object with `.logits`. None: the
-            model is called with the inputs; it must return one or the other.
+            model is called with the inputs; it must return one or the other. If it has a method
+            `targets(inputs, targets)`, that gives the labels.
         probes: how many Gaussian probes certify each block; 16 is plenty. They give
             `relative_error`, against the F of the very labels that were drawn, and `fisher_error`,
             against the Fisher itself, each with its standard error. The second takes two more
@@ -102,13 +102,14 @@ def fit(
             all call this with the same model and options, and each with its share of the data,
             of any length. All get the same curvature, that of the data of all.
         checkpoint: a directory, or a `Checkpoint` of one, to save the state of the fit to: every
-            minute and after every pass. It stays when the fit has ended.
+            minute and after every pass. It stays when the fit has ended. With a group, every rank
+            saves below it, and all at the same moment.
         resume: go on from the checkpoint, if there is one, to the same bits: the batches that it
             had taken in are read and dropped, so data must yield the same ones in the same order.
         memory_budget: bytes that all layers' states and finished blocks may take together in
             memory. Where they would take more, the layers are fitted in groups, one after the
             other, each with sweeps of its own over the same data. See docs/memory.md for what is
-            beside it (model, batches, the work on one layer).
+            beside it (model, batches, the work on one layer). With a group, of each rank.
         storage: a directory, new or empty, for the finished blocks: their tensors then lie in
             files there, mapped to memory, and do not count against the budget. The files are
             yours, and must stay as they are while the curvature is in use.
@@ -125,80 +126,32 @@ def fit(
         kfoc.distributed.RanksError: another rank failed, died, or passes other arguments.
     """
     ranks = Ranks.of(group)
-    if ranks and checkpoint is not None:
-        raise ValueError(
-            "checkpoint: the state of a fit over several ranks cannot be saved; leave out "
-            "checkpoint or group"
-        )
-    sweeps = Sweeps.within(memory_budget, storage, rereadable=not isinstance(data, Iterator))
-    if sweeps and (ranks or checkpoint is not None):
-        raise ValueError(
-            "memory_budget and storage go without group and checkpoint: leave out the one or the "
-            "other"
-        )
     with ranks.telling() if ranks else nullcontext():
-        model = unwrapped(model) if ranks else model
-        options = fisher, mc_samples, predict, probes, seed
-        saving = checkpoint, resume
-        how = progress, saving, ranks, sweeps, verify
-        return _fitted(model, data, likelihood, estimator, options, layers, *how)
-
-
-def _fitted(
-    model: nn.Module,
-    data: Iterable[Any],
-    likelihood: str | Likelihood,
-    estimator: Estimator | None,
-    options: tuple[str, int, Predict | None, int, int],
-    layers: str | Iterable[str] | None,
-    progress: bool | Callable[[Progress], Any],
-    saving: tuple[Checkpoint | str | os.PathLike[str] | None, bool],
-    ranks: Ranks | None,
-    sweeps: Sweeps | None,
-    verify: bool,
-) -> Curvature:
-    fisher, mc_samples, predict, probes, seed = options
-    estimator = KFOC() if estimator is None else estimator
-    check_options(model, estimator, fisher, predict)
-    mc_samples, probes, seed = counts(mc_samples, probes, seed)
-    options = fisher, mc_samples, predict, probes, seed
-    report = reporter(progress)
-    chosen = resolved(likelihood)
-
-    def begin() -> Run:
-        selection = select(model, layers, estimator.largest_factor)
-        more: dict[str, Any] = {"ranks": ranks, "sweeps": sweeps, "verify": verify}
-        return Run(model, chosen, estimator, *options, selection, **more)
-
-    run = begin()
-    check_independent(run.selection.every.items())
-    if estimator.pass_limit > 1 and isinstance(data, Iterator):
-        raise ValueError(
-            f"{estimator} needs several passes over the data, and an iterator can be read once: "
-            "pass a list or a DataLoader"
+        task = Task.checked(
+            unwrapped(model) if ranks else model,
+            likelihood,
+            KFOC() if estimator is None else estimator,
+            fisher,
+            mc_samples,
+            layers,
+            predict,
+            probes,
+            seed,
+            verify,
         )
-    keeper = Keeper(*saving, run)
-    if ranks:
-        # A forward pass of a sharded model is a matter of all ranks.
-        together = {"batches in data": str(length(data))} if sharded(model) else {}
-        check_same(ranks, run, together)
-    if not (ranks and sharded(model)):  # whose ranks run every batch together
-        data = present(data)
-    unsettled = run.unsettled
-    with sweeps or keeper.open():
-        while True:
-            curvature = run.through(data, report, keeper)
-            if sweeps is None or sweeps.over(run.passes, run.marks):
-                break
-            run = begin()  # each sweep meets the layers anew, and comes to the same decisions
-            run.unsettled = unsettled
-    if unsettled and not (ranks and ranks.rank):
-        _warn_unsettled(estimator, unsettled)
+        runner = chosen(ranks, checkpoint, resume, memory_budget, storage)
+        curvature = runner.run(task, data, reporter(progress))
+    if not (ranks and ranks.rank):
+        _warn_unsettled(task.estimator, curvature)
     return curvature
 
 
-def _warn_unsettled(estimator: Estimator, unsettled: dict[str, float | None]) -> None:
+def _warn_unsettled(estimator: Estimator, curvature: Curvature) -> None:
     """Tell the caller of `fit` which layers' iterations ended before they had converged."""
+    reports = {name: block.report for name, block in curvature.items()}
+    unsettled = {name: each.change for name, each in reports.items() if not each.converged}
+    if not unsettled:
+        return
     worst = sorted(unsettled, key=lambda name: -(unsettled[name] or 0.0))
     shown = []
     for name in worst[:5]:
@@ -211,5 +164,5 @@ def _warn_unsettled(estimator: Estimator, unsettled: dict[str, float | None]) ->
         "blocks are not yet the closest ones (report.converged is False): allow more passes, or "
         "more max_steps where batches are solved, or a larger rtol",
         RuntimeWarning,
-        stacklevel=5,  # of `plainly` too
+        stacklevel=4,  # of `plainly` too
     )

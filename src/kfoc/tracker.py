@@ -14,27 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kfoc.common.ambient import Plain
 from kfoc.curvature.curvature import Curvature
 from kfoc.estimators import KFOC, Estimator
-from kfoc.files.encoding import decoded, encoded
-from kfoc.files.hints import check_all, check_states
-from kfoc.fitting.options import check_independent
-from kfoc.fitting.run import streaming
+from kfoc.files.hints import check_all
+from kfoc.fitting.saved import checked, load, state_of
+from kfoc.fitting.session import Session
+from kfoc.fitting.task import Task, check_independent
 from kfoc.layers.rule import own_parameters
 from kfoc.likelihoods.base import Likelihood
 from kfoc.model.batches import Predict, empty
-from kfoc.samples.base import LayerSamples
-
-# What a state is made of.
-_STATE = {
-    "settings": "str",
-    "num_samples": "int",
-    "batches": "int",
-    "weight": "float",
-    "by_graph": "bool",
-    "states": "dict",
-    "shapes": "dict",
-    "loose": "list[str]",
-    "skipped": "dict[str, str]",
-}
 
 
 class Tracker(Plain):
@@ -80,14 +66,14 @@ class Tracker(Plain):
         self.layers = layers
         self.predict = predict
         self.seed = seed
-        self._run: Any = None
+        self._session: Session | None = None
         self._trained: dict[str, bool] = {}  # by parameter, when the layers were selected
         self._failure = ""
 
     @property
     def num_batches(self) -> int:
         """How many batches have been taken in."""
-        return 0 if self._run is None else self._run.batches
+        return 0 if self._session is None else self._session.batches
 
     def update(self, inputs: Any, targets: Any = None) -> None:
         """Take in one batch; targets are needed for `fisher="empirical"` alone.
@@ -102,22 +88,26 @@ class Tracker(Plain):
         """
         self._check_usable()
         self._check_unchanged()
-        run = self._begun()
+        session, decay = self._begun(), self._decay()
         if empty((inputs, targets)):
             return
-        before = run.updates
+        before = session.updates
         with _running_statistics(self.model):
             check_independent(self.model.named_modules())
             try:
-                run.stream((inputs, targets))
+                with session.watching():
+                    session.take((inputs, targets))
+                # Now and not before the next batch, which may turn out to be no good.
+                if decay != 1:
+                    session.decay(decay)
             except BaseException as error:
-                if run.updates != before:
+                if session.updates != before:
                     self._failure = str(error) or type(error).__name__
                 raise
 
     def reset(self) -> None:
         """Forget all batches, and select the model's layers anew with the next one."""
-        self._run = None
+        self._session = None
         self._failure = ""
 
     def curvature(self) -> Curvature:
@@ -127,25 +117,15 @@ class Tracker(Plain):
         samples it is in effect the mean over.
         """
         self._check_usable()
-        if not self.num_batches:
+        session = self._session
+        if session is None or not session.batches:
             raise ValueError("there is no curvature before the first batch: call update(...)")
-        return self._run.snapshot()
+        return session.snapshot(max(1, round(session.weight / self._decay())))
 
     def state_dict(self) -> dict[str, Any]:
         """All that has been collected, in dicts, lists, numbers, strings and tensors."""
         self._check_usable()
-        run = self._begun()
-        return {
-            "settings": self._settings(),
-            "num_samples": run.num_samples,
-            "batches": run.batches,
-            "weight": run.weight,
-            "by_graph": run.by_graph,
-            "states": encoded(run.states),
-            "shapes": encoded(run.shapes),
-            "loose": list(run.selection.loose),
-            "skipped": dict(run.selection.skipped),
-        }
+        return {"settings": self._settings(), **state_of(self._begun())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where another tracker of the same model and settings was, bit by bit.
@@ -153,41 +133,16 @@ class Tracker(Plain):
         Raises:
             ValueError: a state of other settings, of another model, or of another version.
         """
-        check_all(state, _STATE)
+        check_all(state, {"settings": "str"} | dict.fromkeys(state, "object"))
         if state["settings"] != self._settings():
             raise ValueError(
                 f"the state is one of {state['settings']}, and this tracker has {self._settings()}"
             )
-        before, self._run = self._run, None
-        try:
-            self._load(state)
-        except BaseException:
-            self._run = before
-            raise
-        self._failure = ""
-
-    def _load(self, state: dict[str, Any]) -> None:
-        run = self._begun()
+        session, trained = self._new(), _trained(self.model)
         device = next(self.model.parameters()).device
-        states, shapes = decoded(state["states"], device), decoded(state["shapes"], device)
-        hints = {"states": "dict[str, object]", "shapes": "dict[str, LayerSamples]"}
-        check_all({"states": states, "shapes": shapes}, hints, {"LayerSamples": LayerSamples})
-        check_states(states, shapes, run.estimator.begin)
-        run.selection.promote(run.selection.watched.keys() & states.keys())
-        run.selection.unwatch()
-        unknown = [name for name in {**states, **shapes} if name not in run.selection.blocks]
-        if unknown:
-            raise ValueError(f"the state has layers that the model does not have: {unknown}")
-        # What earlier batches showed of the model.
-        for name in state["loose"]:
-            if name in run.selection.modules:
-                run.selection.drop(name, "")
-        for name, reason in state["skipped"].items():
-            if name in run.selection.blocks:
-                run.selection.skip(name, reason)
-        run.num_samples, run.batches = state["num_samples"], state["batches"]
-        run.weight, run.by_graph = state["weight"], state["by_graph"]
-        run.states, run.shapes = states, shapes
+        inside = {key: value for key, value in state.items() if key != "settings"}
+        load(session, checked(inside, session, device))
+        self._session, self._trained, self._failure = session, trained, ""
 
     def _settings(self) -> str:
         return (
@@ -208,32 +163,41 @@ class Tracker(Plain):
             raise ValueError(f"decay must lie in (0, 1], found {decay}")
         return decay
 
-    def _begun(self) -> Any:
-        if self._run is None:
-            estimator, decay = self.estimator, self._decay()
-            if isinstance(estimator, KFOC) and estimator.decay is not None:
-                estimator.check()
-                estimator = replace(estimator, decay=None)
-            self._run = streaming(
-                self.model,
-                self.likelihood,
-                estimator.streaming() if decay < 1 else estimator,
-                self.fisher,
-                self.mc_samples,
-                self.layers,
-                self.predict,
-                self.seed,
-                decay,
+    def _begun(self) -> Session:
+        if self._session is None:
+            self._session, self._trained = self._new(), _trained(self.model)
+        return self._session
+
+    def _new(self) -> Session:
+        estimator, decay = self.estimator, self._decay()
+        if isinstance(estimator, KFOC) and estimator.decay is not None:
+            estimator.check()
+            estimator = replace(estimator, decay=None)
+        task = Task.checked(
+            self.model,
+            self.likelihood,
+            estimator,
+            self.fisher,
+            self.mc_samples,
+            self.layers,
+            self.predict,
+            probes=0,
+            seed=self.seed,
+            verify=True,
+        )
+        if estimator.pass_limit > 1:
+            raise ValueError(
+                f"{estimator} needs several passes over the data, and a stream has one: use "
+                "kfoc.KFOC(), kfoc.KFAC() or kfoc.Diagonal()"
             )
-            self._trained = _trained(self.model)
-        return self._run
+        return Session(replace(task, estimator=estimator.streaming()) if decay < 1 else task)
 
     def _check_unchanged(self) -> None:
         """A layer that is another, or trained or frozen by now, has not seen the same batches."""
-        if self._run is None:
+        if self._session is None:
             return
         held = {k: m for k, m in self.model.named_modules() if own_parameters(m)}
-        known, trained = self._run.selection.candidates, _trained(self.model)
+        known, trained = self._session.selection.candidates, _trained(self.model)
         changed = [f"layer {k!r}" for k in [*held, *known] if held.get(k) is not known.get(k)]
         changed += [
             f"requires_grad of {name!r}"

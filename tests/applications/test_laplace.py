@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import kfoc
 from kfoc.applications.laplace import predictive
-from kfoc.interop.per_parameter import per_parameter
+from kfoc.blocks import DampedBlock, Damping
 from kfoc.model import sample_gradients as per_sample_jacobians
 from kfoc.model.functional import Forward
 from models import batches
@@ -288,11 +288,37 @@ def test_a_precision_for_a_sum_of_products() -> None:
         laplace.log_marginal_likelihood(data, prior_precision=-60 * smallest * 0.9)
 
 
+class Own(kfoc.DenseBlock):
+    def damped(self, damping: Damping) -> DampedBlock:
+        return OwnDamped(super().damped(damping))
+
+
+@dataclass(frozen=True)
+class OwnDamped(DampedBlock):
+    """Of another, all but its eigenvalues."""
+
+    base: DampedBlock
+    dtype = property(lambda self: self.base.dtype)
+    shape = property(lambda self: self.base.shape)
+    device = property(lambda self: self.base.device)
+
+    def power(self, vectors: Tensor, exponent: float) -> Tensor:
+        return self.base.power(vectors, exponent)
+
+    def logdet(self) -> float:
+        return self.base.logdet()
+
+    def redamped(self, damping: Damping) -> DampedBlock:
+        return OwnDamped(self.base.redamped(damping))
+
+
 def test_evidence_without_eigenvalues() -> None:
     """Of a kind of block that is not the library's own: a number, and no derivative."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     data = [(torch.randn(20, 5), torch.randint(3, (20,)))]
-    curvature = kfoc.fit(model, data, estimator=per_parameter(model))
+    found = kfoc.fit(model, data, estimator=kfoc.BlockDiagonal())
+    own = {name: Own(block.matrix, block.shape) for name, block in found.items()}
+    curvature = replace(found, blocks=own)
     laplace = kfoc.Laplace(model, curvature)
     found = laplace.log_marginal_likelihood(data)
     logdet = curvature.logdet(1.0, scale=20.0)
@@ -489,7 +515,10 @@ BAD = {
     "prior": ({"prior_precision": 0.0}, "prior_precision must be one finite and positive number"),
     "prior by layer": ({"prior_precision": {"0": 1.0}}, r"missing: \['3'\], unknown: \[\]"),
     "likelihood": ({"likelihood": "poisson"}, "likelihood must be one of categorical, gaussian"),
-    "noise": ({"sigma_noise": 2.0}, "sigma_noise is for the gaussian likelihood"),
+    "noise": (
+        {"sigma_noise": 2.0},
+        "Categorical has no method noise_variance: sigma_noise must be 1, found 2.0",
+    ),
     "temperature": ({"temperature": 0.0}, "temperature must be finite and positive"),
     "samples": ({"num_samples": 0}, "num_samples must be at least 1"),
 }

@@ -47,6 +47,52 @@ def test_scalars(kind: str) -> None:
     assert (found * 2.5).layouts is found.layouts
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_diagonals_and_eigenvalues(kind: str) -> None:
+    found = curvature(block(kind), block(kind, 2, 5))
+    fisher = dense(found)
+    diagonal = found.diagonal()
+    assert {n: t.shape for n, t in diagonal.items()} == {
+        n: t.shape for n, t in vector(found).items()
+    }
+    torch.testing.assert_close(flat(found, diagonal), fisher.diagonal(), **CLOSE)
+    inverse = torch.linalg.inv(3 * fisher + DAMPING * identity(found)).diagonal()
+    damped = found.damped(DAMPING, scale=3.0)
+    torch.testing.assert_close(flat(found, damped.inverse_diagonal()), inverse, **CLOSE)
+    start = 0
+    for layer, values in found.spectrum().items():
+        rows = slice(start, start + len(values))
+        expected = torch.linalg.eigvalsh(fisher[rows, rows]).flip(0)
+        torch.testing.assert_close(values, expected, **CLOSE)
+        assert len(values) == math.prod(found[layer].shape)
+        start = rows.stop
+    singular = found * 0.0
+    with pytest.raises(ValueError, match=r"^layer '.*': the block is singular"):
+        singular.damped(0.0).inverse_diagonal()
+
+
+def test_vectors_of_a_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    found = kfoc.fit(model, [(x, None)], "gaussian", layers="2", estimator=kfoc.KFAC())
+    assert found.vector(model).keys() == {"2.weight", "2.bias"}
+    assert found.vector(model)["2.weight"].data_ptr() == model[2].weight.data_ptr()
+    assert not found.vector(model)["2.weight"].requires_grad
+    model[2].bias.requires_grad_(False)
+    model(x).sum().backward()
+    gradient = found.vector(model, grad=True)
+    assert torch.equal(gradient["2.weight"], model[2].weight.grad)
+    assert not gradient["2.bias"].any()
+    assert found.quadratic_form(gradient) > 0
+    with pytest.raises(
+        ValueError, match=r"layer '2'.*'2.weight' of \[2, 4\], and the model no such"
+    ):
+        found.vector(model[:1])
+    model[2] = torch.nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"'2.weight' of \[2, 4\], and the model one of \[3, 4\]"):
+        found.vector(model)
+
+
 @pytest.mark.parametrize("lead", [(), (3,)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damped_powers(kind: str, lead: tuple[int, ...]) -> None:

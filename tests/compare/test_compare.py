@@ -32,8 +32,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kfoc.compare import charts, pictures, style
-from kfoc.compare.convergence import prefixes, sample_counts
+from kfoc.compare.convergence import Curve, prefixes, sample_counts
 from kfoc.compare.factory import CompareError, Subject, load, subject
+from kfoc.compare.looks import LOOKS
 from kfoc.compare.measure import ESTIMATORS, Options, Study, measure, repeatable
 from kfoc.compare.report import page
 from kfoc.compare.table import show
@@ -242,9 +243,9 @@ def test_spectrum_is_that_of_the_dense_block(kind: kfoc.Estimator) -> None:
         found = pictures.spectrum(block)
         assert found is not None
         dense = torch.linalg.eigvalsh(block.to_dense()).flip(0)
-        ranks = torch.tensor(found.rank).long()
+        ranks = torch.tensor(found.x).long()
         torch.testing.assert_close(
-            torch.tensor(found.value), dense[ranks - 1], rtol=1e-6, atol=1e-12 * dense[0].item()
+            torch.tensor(found.y), dense[ranks - 1], rtol=1e-6, atol=1e-12 * dense[0].item()
         )
 
 
@@ -255,7 +256,7 @@ def test_spectrum_of_groups() -> None:
     block = kfoc.fit(model, [(x, None)])["0"]
     found = pictures.spectrum(block)
     assert found is not None
-    assert found.value[0] == pytest.approx(torch.linalg.eigvalsh(block.to_dense())[-1].item())
+    assert found.y[0] == pytest.approx(torch.linalg.eigvalsh(block.to_dense())[-1].item())
     assert "group 1 of 2" in pictures.heatmaps(block)[0].name
 
 
@@ -329,7 +330,8 @@ def test_charts_are_text_in_the_font_and_the_colours_of_the_page(study: Study) -
     drawings = re.findall("<svg.*?</svg>", page(study))
     assert len(drawings) == 3 * (1 + 3)
     for drawing in drawings:
-        assert not re.search(r"#[0-9a-f]{6}|font-family|font:", drawing)
+        assert not re.search(r"font-family|font:", drawing)
+        assert set(re.findall(r"#[0-9a-f]{6}", drawing)) <= {colour for colour, _ in LOOKS.values()}
         assert set(re.findall(r"var\(--(\w+)\)", drawing)) <= set(style.LIGHT)
     assert set(style.LIGHT) == set(style.DARK)
     for label, entry in zip(study.labels.values(), study.layers[0].entries.values(), strict=True):
@@ -340,10 +342,10 @@ def test_charts_are_text_in_the_font_and_the_colours_of_the_page(study: Study) -
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    entries = [charts.Bar("kfac", "K-FAC", 0.5, 0.1), charts.Bar("kfoc", "K-FOC", 3.0, math.nan)]
+    entries = {"K-FAC": (0.5, 0.1), "K-FOC": (3.0, math.nan)}
     text = charts.bars(entries, 2.0, "t")
-    ends = re.findall(r'd="M 64 [\d.]+ L ([\d.]+) [^"]*" style="fill: var\(--(\w+)\)', text)
-    assert [(name, float(end)) for end, name in ends] == [("kfac", 104.0), ("kfoc", 224.0)]
+    ends = re.findall(r'd="M 64 [\d.]+ L ([\d.]+) [^"]*" style="fill: (#\w+)', text)
+    assert [(name, float(end)) for end, name in ends] == [("#d55e00", 104.0), ("#0072b2", 224.0)]
     assert ">3.000</text>" in text
     assert re.search(r'd="M 96 [\d.]+ L 112 ', text)  # the whisker
 
@@ -376,8 +378,13 @@ def test_contrast(palette: dict[str, str]) -> None:
     """WCAG: 4.5 for text, 3 for what is drawn."""
     for name in ("ink", "soft"):
         assert contrast(palette[name], palette["page"]) >= 4.5
-    for name in ESTIMATORS:
-        assert contrast(palette[name], palette["page"]) >= 3
+    for kind in ESTIMATORS.values():
+        assert contrast(LOOKS[kind.label][0], palette["page"]) >= 3
+
+
+def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
+    for each in zip(*LOOKS.values(), strict=True):
+        assert len(set(each)) == len(LOOKS)
 
 
 def contrast(first: str, second: str) -> float:
@@ -392,11 +399,11 @@ def luminance(colour: str) -> float:
 
 
 def test_lines_of_one_point_and_of_wide_ranges() -> None:
-    for x, y in (([20.0], [0.5]), ([1, 1e7], [1e-30, 1e5]), ([1, 2], [1e-5, 1.02e-5])):
-        text = charts.lines([charts.Line("kfac", "K-FAC", x, y)], "x", "t")
+    for x, y in (((20.0,), (0.5,)), ((1, 1e7), (1e-30, 1e5)), ((1, 2), (1e-5, 1.02e-5))):
+        text = charts.lines({"K-FAC": Curve(x, y)}, "x", "t")
         read(text)
         assert text.count("</text>") > 3
-    assert ">10⁻²" in charts.lines([charts.Line("kfac", "", [1, 1e7], [1e-30, 1])], "x", "t")
+    assert ">10⁻²" in charts.lines({"": Curve((1, 1e7), (1e-30, 1))}, "x", "t")
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium")

@@ -108,7 +108,7 @@ def test_squares_are_unbiased_over_draws_that_are_independent(
     model, x, fishers = noisy()
     off: dict[int, list[float]] = {6: [], 3: []}
     if keys is not None:
-        monkeypatch.setattr(sys.modules["kfoc.fitting.run"], "_UNSEEN", keys)
+        monkeypatch.setattr(sys.modules["kfoc.fitting.session"], "UNSEEN", keys)
 
     def error(mean: torch.Tensor, half: torch.Tensor, approximate: torch.Tensor) -> Any:
         squares = (mean - approximate).square() - half.square()

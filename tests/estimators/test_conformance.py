@@ -21,7 +21,6 @@ from kfoc.errors import Footprint
 from kfoc.estimators.base import State
 from kfoc.estimators.pooling import Gather, Largest, Pooling, Sum
 from kfoc.files.encoding import decoded, encoded
-from kfoc.interop.per_parameter import per_parameter
 from kfoc.samples.base import LayerSamples
 from models import FEW_PASSES, batches
 from own_estimator import Isotropic
@@ -66,8 +65,6 @@ EVERY: dict[str, Case] = {
     "dense": Case(lambda model: kfoc.BlockDiagonal()),
     "ekfac": Case(lambda model: kfoc.EigenCorrected(kfoc.KFAC()), one_pass=False),
     "ek-foc": Case(lambda model: kfoc.EigenCorrected(kfoc.KFOC(buffer=0)), 0.02, False),
-    "per parameter": Case(lambda model: per_parameter(model, kfoc.KFOC(buffer=0)), 0.02),
-    "per parameter of K-FAC": Case(lambda model: per_parameter(model, kfoc.KFAC())),
     "of one's own": Case(lambda model: Isotropic()),
     "timed": Case(lambda model: timed(kfoc.KFOC(buffer=0), {}), 0.02),
     "timed EKFAC": Case(lambda model: timed(kfoc.EigenCorrected(kfoc.KFAC()), {}), one_pass=False),

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from kfoc.nearest.pair import recompressed
-from kfoc.nearest.subspace import Matrix, coordinates, leading, matrices
+from kfoc.estimators.sums import _pieces
+from kfoc.nearest.pair import recompressed, symmetries
+from kfoc.nearest.subspace import Matrix, Singular, coordinates, leading, matrices
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 from models import Dead, batches, convolutional, images, trained
@@ -99,6 +100,34 @@ def test_antisymmetric_factors_are_found() -> None:
     assert torch.equal(block.lefts[1], -block.lefts[1].mT)
     again = kfoc.LowRankBlock(*recompressed(block.lefts, block.rights, 2))
     torch.testing.assert_close(again.to_dense(), fisher)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_symmetry_is_told_through_rounding(size: float) -> None:
+    """No sum is sure to round alike above the diagonal and below: that depends on the processor."""
+    square = torch.randn(4, 3, 3, dtype=torch.float32) * size
+    stack = torch.stack([square[0] + square[0].mT, square[1] - square[1].mT, 0 * square[2]])
+    rounded = stack * (1 + 1e-6 * torch.randn(3, 3, 3, dtype=torch.float32))
+    assert not torch.equal(rounded[1], -rounded[1].mT)
+    for each in (stack, rounded):
+        assert symmetries(each) == [1, -1, 1]
+        sigmas = torch.tensor([3.0, 2.0, 1.0])
+        assert _pieces(Singular(each, each, sigmas), 3).signs == [1, -1, 1]
+
+
+def test_no_term_is_lost_where_factors_are_rounded() -> None:
+    """Of terms of the same size, as an antisymmetric one is often of a symmetric one's."""
+    one, other = torch.randn(2, 5, 5)
+    pairs = [torch.linalg.qr(coordinates(one[None], sign))[0] for sign in (1, -1)]
+    stack = torch.cat([matrices(q, 5, sign) for q, sign in zip(pairs, (1, -1), strict=True)])
+    rounded = stack * (1 + 1e-15 * other)
+    found = kfoc.LowRankBlock(*recompressed(rounded, stack, 2))
+    expected = kfoc.LowRankBlock(stack, stack).to_dense()
+    torch.testing.assert_close(found.to_dense(), expected)
+    assert sorted(symmetries(found.lefts)) == [-1, 1]
+    for factors in (found.lefts, found.rights):
+        for factor, sign in zip(factors, symmetries(factors), strict=True):
+            torch.testing.assert_close(factor, sign * factor.mT)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -13,7 +13,7 @@ from torch import nn
 
 import kfoc
 from kfoc.common.threads import UNCOMPILED, seeded
-from kfoc.layers.selection import select
+from kfoc.layers.select import select
 from kfoc.model.hooks import captured
 from models import batches, convolutional, images
 

@@ -302,7 +302,7 @@ def test_a_state_of_other_classes_is_refused() -> None:
     model = convolutional()
     state = kfoc.Tracker(model).state_dict()
     for name in ("os:system", "fit:torch", "nowhere:Thing", "estimators.kfac:_State", "fit"):
-        bad = state | {"states": {"items": [["0", {"object": name, "fields": {}}]]}}
+        bad = state | {"layers": {"items": [["0", {"object": name, "fields": {}}]]}}
         with pytest.raises(ValueError, match="does not have"):
             kfoc.Tracker(model).load_state_dict(bad)
 
@@ -376,12 +376,12 @@ def test_a_state_that_cannot_be_loaded_leaves_the_tracker_as_it_was() -> None:
     state = tracker.state_dict()
     forged = {"items": [["3", {"dtype": "load"}]]}
     for entry, message in (
-        ({"states": forged}, "no state of kfoc"),
-        ({"states": 5}, "'states' must be dict"),
-        ({"states": {"items": 5}}, "no state of kfoc"),
-        ({"states": {"items": [["3", 5]]}}, "layer '3' must be a Online, found 5"),
+        ({"layers": forged}, "no state of kfoc"),
+        ({"layers": 5}, "'layers' must be dict"),
+        ({"layers": {"items": 5}}, "no state of kfoc"),
+        ({"layers": {"items": [["3", 5]]}}, "'layers' must be dict"),
         ({"batches": "forged"}, "'batches' must be int"),
-        ({"skipped": {"3": 5}}, "'skipped' must be"),
+        ({"selection": state["selection"] | {"skipped": {"3": 5}}}, "'skipped' must be"),
         ({"more": 5}, "'more', which is none of"),
     ):
         with pytest.raises(ValueError, match=message):

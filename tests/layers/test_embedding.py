@@ -591,10 +591,10 @@ def test_one_use_of_a_tied_weight(use: str) -> None:
 
 def test_layers_with_enormous_factors_are_left_out_unless_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 50_257, device="meta"))
-    chosen = kfoc.layers.selection.select(model, None, kfoc.KFOC().largest_factor)
+    chosen = kfoc.layers.select.select(model, None, kfoc.KFOC().largest_factor)
     assert "left factor would have 50257^2 entries" in chosen.skipped["1"]
-    assert "1" in kfoc.layers.selection.select(model, ["1"], kfoc.KFAC().largest_factor).modules
-    assert "1" in kfoc.layers.selection.select(model, None, kfoc.Diagonal().largest_factor).modules
+    assert "1" in kfoc.layers.select.select(model, ["1"], kfoc.KFAC().largest_factor).layers
+    assert "1" in kfoc.layers.select.select(model, None, kfoc.Diagonal().largest_factor).layers
     wide = nn.Sequential(nn.Linear(2**14, 1), nn.Flatten())
     with pytest.raises(ValueError, match="right factor would have 16385"):
         kfoc.fit(wide, [(torch.randn(2, 2**14), None)], "gaussian")

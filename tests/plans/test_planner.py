@@ -6,9 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kfoc
 from kfoc.linalg.products import add_symmetric, blocks, gram, halves, mirrored, share, times_half
-from kfoc.plans.choose import PLANS, SINGLE_POSITION, choose
-from kfoc.plans.cost import COSTS, SKETCHING, Size, reduced_rank, sketch_cost
+from kfoc.plans.choose import PLANS, choose
+from kfoc.plans.cost import Size
 from kfoc.plans.sketch import fit_from_sketch
+from kfoc.plans.sketch_cost import SKETCHING, reduced_rank, sketch_cost
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 
@@ -44,8 +45,8 @@ def counted(function) -> float:
 CASES = [
     (name, plan)
     for name, size in SIZES.items()
-    for plan in COSTS
-    if (plan not in SINGLE_POSITION or size.T == 1)
+    for plan in PLANS
+    if (size.T == 1 or not PLANS[plan].single)
     and (plan != "dense" or size.i * size.o < 2000)
     and (plan not in ("positions", "position_gram") or size.T > 1)
 ]
@@ -54,7 +55,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "plan"), CASES)
 def test_costs_are_the_counted_multiply_adds(name: str, plan: str) -> None:
     size = SIZES[name]
-    cost = COSTS[plan](size)
+    cost = PLANS[plan].cost(size)
     half_steps = 4
 
     def solve(steps: int) -> float:
@@ -128,9 +129,9 @@ def test_memory_limit_is_kept() -> None:
     assert choose(size, 1000, 4) == "primal"
     for plan in ("position_gram", "positions", "gradients", "dense"):
         size = Size(1, 8, 16, 30, 20)
-        limit = int(COSTS[plan](size).memory) * 4 - 1
+        limit = int(PLANS[plan].cost(size).memory) * 4 - 1
         chosen = choose(size, limit, 4)
-        assert chosen == "gradients" or COSTS[chosen](size).memory * 4 <= limit
+        assert chosen == "gradients" or PLANS[chosen].cost(size).memory * 4 <= limit
 
 
 def test_chosen_plan_is_on_the_report() -> None:

@@ -199,6 +199,7 @@ def test_ignored_labels_have_no_influence(fisher: str) -> None:
         assert oracle.relative_error(block.to_dense(), other[layer].to_dense()) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func, of attention
 def test_labels_of_the_next_token_are_not_shifted_in_silence() -> None:
     built = example("gpt2")
     inputs, _ = built.batches[0]
@@ -207,10 +208,72 @@ def test_labels_of_the_next_token_are_not_shifted_in_silence() -> None:
         kfoc.fit(built.model, [batch])
     with pytest.raises(ValueError, match="predicts the next token"):
         kfoc.fit(built.model, [transformers.BatchEncoding(batch)])
+    found = kfoc.fit(built.model, [inputs], estimator=kfoc.KFAC())
+    query = {"input_ids": inputs["input_ids"][:1]}
+    for use in (
+        lambda **how: kfoc.influence(
+            built.model, found, [batch], (query, query["input_ids"]), damping=0.1, **how
+        ),
+        lambda **how: kfoc.self_influence(built.model, found, [batch], damping=0.1, **how),
+        lambda **how: kfoc.Laplace(built.model, found, **how).data_fit([batch]),
+        lambda **how: kfoc.Fisher(built.model, [batch], **how).matvec(found.vector(built.model)),
+    ):
+        with pytest.raises(ValueError, match="predicts the next token"):
+            use()
+        use(predict=kfoc.next_token)
     # Without labels, with pairs, or with a predict there is nothing to be mistaken.
     kfoc.fit(built.model, [inputs])
     kfoc.fit(built.model, [(inputs, inputs["input_ids"])])
     kfoc.fit(built.model, [batch], predict=lambda model, inputs: model(**inputs))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_batches_of_tokens_as_a_language_model_is_trained_on_them(fisher: str) -> None:
+    built = example("gpt2")
+    plain = {"fisher": fisher, "estimator": kfoc.KFAC()}
+    cut = {"predict": lambda model, inputs: model(**inputs).logits[:, :-1]}
+    batches, pairs, masked = [], [], []
+    for inputs, labels in built.batches:
+        ids = inputs["input_ids"]
+        whole = torch.cat([ids[:, :1], labels], 1)
+        batches.append(transformers.BatchEncoding({**inputs, "labels": whole}))
+        pairs.append((inputs, labels))
+        mask = torch.ones_like(ids)
+        mask[:, -2:] = 0
+        behind = torch.where(mask == 0, -100, ids)[:, 1:]
+        masked.append(({**inputs, "attention_mask": mask}, behind))
+    found = kfoc.fit(built.model, batches, predict=kfoc.next_token, **plain)
+    expected = kfoc.fit(built.model, pairs, **cut, **plain)
+    without = [inputs for inputs, _ in masked]
+    found_masked = kfoc.fit(built.model, without, predict=kfoc.next_token, **plain)
+    expected_masked = kfoc.fit(built.model, masked, **cut, **plain)
+    tracker = kfoc.Tracker(built.model, predict=kfoc.next_token, **plain)
+    for batch in batches:
+        tracker.update({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+    for one, other in (
+        (found, expected),
+        (found_masked, expected_masked),
+        (tracker.curvature(), expected),
+    ):
+        for layer, block in other.items():
+            assert torch.equal(one[layer].to_dense(), block.to_dense())
+    assert (
+        oracle.relative_error(
+            found_masked["transformer.wte"].to_dense(), found["transformer.wte"].to_dense()
+        )
+        > 1e-3
+    )
+    ids = built.batches[0][0]["input_ids"]
+    for batch, message in (
+        ((ids, ids[:, 1:]), r"labels itself: they must be \(N, T\).*found \(3, "),
+        ((ids.double(), None), "needs .input_ids. .* found Tensor"),
+        ({"inputs_embeds": ids}, "found NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kfoc.fit(built.model, [batch], predict=kfoc.next_token, **plain)
+    flat = nn.Sequential(nn.Embedding(50, 9), nn.Flatten(1), nn.Linear(27, 9))
+    with pytest.raises(ValueError, match=r"outputs or .logits .* found \(4, 9\)"):
+        kfoc.fit(flat, [(torch.randint(50, (4, 3)), None)], predict=kfoc.next_token)
 
 
 def test_batch_encodings_stay_as_they_are() -> None:

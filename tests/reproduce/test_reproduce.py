@@ -465,3 +465,11 @@ def test_paper_values_are_complete() -> None:
         values = summary.paper_values(name)
         assert values.keys() == keys
         assert all(0 <= s.low <= s.mean <= s.high <= 1 for s in values.values())
+
+
+def test_version() -> None:
+    found = CliRunner().invoke(cli.app, ["--version"])
+    assert (found.exit_code, found.output) == (
+        0,
+        f"kfoc {kfoc.__version__}, torch {torch.__version__}\n",
+    )

@@ -22,7 +22,6 @@ import kfoc
 from documents import code_blocks
 from kfoc.estimators.base import State
 from kfoc.files.encoding import decoded, encoded
-from kfoc.interop.per_parameter import per_parameter
 from kfoc.running import checkpointed as checkpoints
 from kfoc.running.fingerprint import Trail
 from models import FEW_PASSES, batches, convolutional, images
@@ -113,7 +112,6 @@ ESTIMATORS: dict[str, Callable[[nn.Module], kfoc.Estimator]] = {
     "block diagonal": lambda _: kfoc.BlockDiagonal(max_size=5000),
     "ekfac": lambda _: kfoc.EigenCorrected(kfoc.KFAC()),
     "ekfoc": lambda _: kfoc.EigenCorrected(kfoc.KFOC("exact", buffer=300, passes=2)),
-    "per parameter": lambda model: per_parameter(model),
 }
 # The dense block of 4 x 1,030 parameters would take a while, and says nothing of checkpoints.
 TOO_LARGE = {"block diagonal": "[!m]*"}
@@ -496,7 +494,7 @@ class Scaled(kfoc.Gaussian):
 
 def test_likelihoods_of_ones_own_are_told_apart(tmp_path: Path) -> None:
     model, data = interrupted(tmp_path, likelihood=Scaled(1.0))
-    with pytest.raises(ValueError, match=r"Scaled\(scale=1.0\) and is Scaled\(scale=2.0\)"):
+    with pytest.raises(ValueError, match=r"Scaled\(.*scale=1.0\) and is Scaled\(.*scale=2.0\)"):
         kfoc.fit(model, data, Scaled(2.0), checkpoint=tmp_path, resume=True)
     kfoc.fit(model, data, Scaled(1.0), checkpoint=tmp_path, resume=True)
 

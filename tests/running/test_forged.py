@@ -55,7 +55,7 @@ def forgeries(content: dict) -> Iterator[tuple[tuple, Any]]:
         what = place
         if len(place) > 1 and place[-2] == "fields":
             what = at(content, place[:-2])["object"], place[-1]
-        elif len(place) != 1 and place[:1] != ("selection",):
+        elif len(place) > 2 and place[:2] != ("session", "selection"):
             continue
         if what not in seen:
             seen.add(what)
@@ -87,16 +87,25 @@ def test_values_of_another_type_are_named(
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("run", "items", 0, 0), "finished", "no 'states', found 'finished'"),
-        (("run", "items", 0, 0), "estimator", "no 'states', found 'estimator'"),
-        (("run", "items", 5, 1), -1, "negative number"),
-        (("run", "items", 0, 1, "items", 0, 0), "other", "a layer 'other', which this fit does"),
-        (("selection", "modules"), ["other"], "a layer 'other', which this fit does not have"),
-        (("selection", "loose"), {"3": ["other"]}, "a parameter 'other', which"),
+        (("session",), {"estimator": 5}, "no 'layers', found 'estimator'"),
+        (("session", "passes"), -1, "negative number"),
+        (("seconds",), -1.0, "negative number"),
+        (("session", "layers", "items", 0, 0), "other", "a layer 'other', which this fit does"),
+        (
+            ("session", "layers", "items", 0, 1, "fields", "name"),
+            "other",
+            "must be a Online, found .* of layer 'other'",
+        ),
+        (
+            ("session", "selection", "layers"),
+            ["other"],
+            "a layer 'other', which this fit does not have",
+        ),
+        (("session", "selection", "loose"), {"3": ["other"]}, "a parameter 'other', which"),
         (("buffers",), {"other.x": None}, "a module with a buffer 'other', which"),
-        (("run", "items", 0, 1, "items", 0, 1), {"dtype": "compile"}, "no state of kfoc"),
-        (("run", "items", 0, 1, "items", 0, 1), {"tuple": 5}, "no state of kfoc"),
-        (("run", "items", 0, 1), {"items": [[[], 5]]}, "no state of kfoc: .*hashable"),
+        (("session", "layers", "items", 0, 1), {"dtype": "compile"}, "no state of kfoc"),
+        (("session", "layers", "items", 0, 1), {"tuple": 5}, "no state of kfoc"),
+        (("session", "layers"), {"items": [[[], 5]]}, "no state of kfoc: .*hashable"),
         ((), [1], "found list"),
     ],
 )

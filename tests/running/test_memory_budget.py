@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,14 @@ from torch import Tensor, nn
 import kfoc
 from kfoc.errors import Footprint
 from kfoc.estimators import Estimator
+from kfoc.fitting.layer_fit import LayerFit
+from kfoc.fitting.session import Session
 from kfoc.layers import tied
 from kfoc.running import by_layers
 from kfoc.samples import one_hot as tokens
 from models import FEW_PASSES, batches, convolutional, images
+from test_checkpoint import StopError
+from test_same_operations import Ending
 
 ESTIMATORS = [
     kfoc.KFOC(buffer=200),
@@ -122,36 +125,36 @@ class Watch:
         self.footprints: dict[str, Footprint] = {}
         self.worst: dict[str, int] = {}
         self.blocks: dict[str, int] = {}
-        from kfoc.fitting.run import Run
+        one_batch, ended, one_block = Session._take, Session.curvature, LayerFit.block
+        takes = by_layers._Sweeps.takes
+        self.kept = 0
 
-        one_batch, finished = Run._batch, Run.finished
-        takes, one = by_layers.Sweeps.takes, Run._finished
-
-        def batch(run: Any, *args: Any) -> int:
-            count = one_batch(run, *args)
-            each = {n: size_of([s, run.probes.get(n)]) for n, s in run.states.items()}
+        def batch(session: Session, *args: Any) -> None:
+            one_batch(session, *args)
+            each = {n: size_of([f.state, f.probes]) for n, f in session.fitted.items()}
             self.worst = {n: max(each.get(n, 0), self.worst.get(n, 0)) for n in each | self.worst}
-            kept = run.sweeps.blocks if run.sweeps and not run.sweeps.files else {}
-            self.peak = max(self.peak, sum(each.values()) + size_of(kept))
-            return count
+            self.peak = max(self.peak, sum(each.values()) + self.kept)
 
-        def ended(run: Any) -> kfoc.Curvature:
-            self.groups.append(sorted(run.states))
-            return finished(run)
+        def curvature(session: Session, *args: Any) -> kfoc.Curvature:
+            self.groups.append(sorted(session.fitted))
+            return ended(session, *args)
 
-        def asked(sweeps: Any, layer: str, estimate: Callable[[], Footprint]) -> bool:
-            self.footprints[layer] = estimate()
-            return takes(sweeps, layer, estimate)
+        def asked(sweeps: Any, session: Session, layer: LayerFit, samples: Any) -> bool:
+            layer.measure(session.task, session.estimator, samples)
+            assert layer.footprint is not None
+            self.footprints[layer.name] = layer.footprint
+            self.kept = 0 if sweeps.by.files else size_of(sweeps.blocks)
+            return takes(sweeps, session, layer, samples)
 
-        def block(run: Any, name: str) -> kfoc.Block:
-            found = one(run, name)
-            self.blocks[name] = size_of(list(found.tensors()))
+        def block(layer: LayerFit, *args: Any, **options: Any) -> kfoc.Block:
+            found = one_block(layer, *args, **options)
+            self.blocks[layer.name] = size_of(list(found.tensors()))
             return found
 
-        monkeypatch.setattr(Run, "_batch", batch)
-        monkeypatch.setattr(Run, "finished", ended)
-        monkeypatch.setattr(Run, "_finished", block)
-        monkeypatch.setattr(by_layers.Sweeps, "takes", asked)
+        monkeypatch.setattr(Session, "_take", batch)
+        monkeypatch.setattr(Session, "curvature", curvature)
+        monkeypatch.setattr(LayerFit, "block", block)
+        monkeypatch.setattr(by_layers._Sweeps, "takes", asked)
 
 
 @pytest.fixture
@@ -280,8 +283,6 @@ def test_budgets_that_cannot_be_held(tmp_path: Path) -> None:
     options: dict = {"estimator": kfoc.KFOC(buffer=0, head=0), "storage": tmp_path / "other"}
     with pytest.raises(ValueError, match="an iterator can be read once"):
         kfoc.fit(model, iter(data), memory_budget=2 * 35_000, **options)
-    with pytest.raises(ValueError, match="without group and checkpoint"):
-        kfoc.fit(model, data, memory_budget=2**30, checkpoint=tmp_path / "saved")
 
 
 def test_progress_counts_the_passes_of_all_sweeps(watch: Watch, tmp_path: Path) -> None:
@@ -293,3 +294,25 @@ def test_progress_counts_the_passes_of_all_sweeps(watch: Watch, tmp_path: Path) 
     assert [one.pass_number for one in seen] == [
         k for k in range(1, len(watch.groups) + 1) for _ in data
     ]
+
+
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_a_budgeted_fit_is_resumed_in_the_midst_of_any_sweep(
+    batch: int, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda file: None)
+    model, data = convolutional(), batches(*images(20), 7)
+    options: dict = {"estimator": kfoc.KFOC(buffer=0, head=0), "memory_budget": 70_000}
+    expected = kfoc.fit(model, data, **options, storage=tmp_path / "blocks")
+    assert (len(watch.groups), len(data)) == (2, 3)
+    every = kfoc.Checkpoint(tmp_path / "saved", seconds=None, batches=1)
+    with pytest.raises(StopError):
+        kfoc.fit(model, Ending(data, batch), checkpoint=every, storage=tmp_path / "cut", **options)
+    assert not (tmp_path / "cut").exists()
+    options |= {"checkpoint": every, "resume": True, "storage": tmp_path / "cut"}
+    seen: list[kfoc.Progress] = []
+    check_same(kfoc.fit(model, data, progress=seen.append, **options), expected)
+    # One batch is read ahead, but for the last of a sweep.
+    assert len(seen) == 6 - (batch if batch % 3 == 0 else batch - 1)
+    with pytest.raises(ValueError, match="memory_budget was 70000 and is 80000"):
+        kfoc.fit(model, data, **options | {"memory_budget": 80_000, "storage": tmp_path / "more"})

@@ -17,7 +17,7 @@ from kfoc.fisher.fisher import Fisher
 from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict, empty
-from kfoc.model.functional import Forward, batches, concerning, count_samples, sliced
+from kfoc.model.functional import Forward, concerning, count_samples, sliced
 from kfoc.model.sample_gradients import chunks, gradients
 
 
@@ -184,7 +184,7 @@ class _Run:
 
     def over(self, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
         """Chunks of all samples' gradients."""
-        for number, (inputs, targets) in enumerate(batches(data)):
+        for number, (inputs, targets) in enumerate(self.forward.batches(data)):
             with concerning(f"batch {number} of data"):
                 yield from self.sample_gradients(inputs, targets)
 
@@ -205,7 +205,7 @@ class _Run:
         """Name -> (Q, *shape)."""
         if empty(query):
             raise ValueError("the query has no samples")
-        ((inputs, targets),) = batches([query])
+        ((inputs, targets),) = self.forward.batches([query])
         parts = list(self.sample_gradients(inputs, targets))
         return {name: torch.cat([part[name] for part in parts]) for name in self.parameters}
 

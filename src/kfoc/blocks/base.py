@@ -40,6 +40,8 @@ class Report:
             `||F||^2` is; None where nobody asked for it.
         fisher_error_std: the standard error of `fisher_error`, by probes and draws: an estimate
             itself, and of a few dozen samples up to half too small.
+        change: by how much sigma changed, relatively, in the last pass over the data; None where
+            there is no iteration over passes.
     """
 
     relative_error: float | None = None
@@ -51,6 +53,7 @@ class Report:
     fisher_error: float | None = None
     fisher_error_std: float | None = None
     head: int | None = None
+    change: float | None = None
 
 
 def placed(

@@ -88,6 +88,18 @@ class DampedBlock(Plain, ABC):
         """`ln det B`."""
 
     @abstractmethod
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of `B^-1`, (o, i): the marginal variances of N(0, B^-1).
+
+        Raises:
+            ValueError: B is singular or indefinite.
+        """
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Those of B, (o * i,), in no order."""
+
+    @abstractmethod
     def redamped(self, damping: Damping) -> DampedBlock:
         """The same F with another damping, reusing the factorisation."""
 
@@ -129,6 +141,13 @@ class DampedSpectrum(DampedBlock):
     def logdet(self) -> float:
         self._check(-1)
         return self.values.double().log().sum().item()
+
+    def inverse_diagonal(self) -> Tensor:
+        self._check(-1)
+        return self.spectrum.basis.diagonal(1 / self.values)
+
+    def eigenvalues(self) -> Tensor:
+        return self.values.flatten()
 
     def redamped(self, damping: Damping) -> DampedSpectrum:
         return DampedSpectrum(self.spectrum, damping)

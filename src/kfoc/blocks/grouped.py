@@ -113,6 +113,12 @@ class DampedGroups(DampedBlock):
     def logdet(self) -> float:
         return sum(block.logdet() for block in self.blocks)
 
+    def inverse_diagonal(self) -> Tensor:
+        return torch.cat([block.inverse_diagonal() for block in self.blocks])
+
+    def eigenvalues(self) -> Tensor:
+        return torch.cat([block.eigenvalues() for block in self.blocks])
+
     def redamped(self, damping: Damping) -> DampedGroups:
         return DampedGroups(tuple(block.redamped(damping) for block in self.blocks))
 

@@ -19,6 +19,10 @@ class Basis(Protocol):
         """The vectors with these coordinates."""
         ...
 
+    def diagonal(self, values: Tensor) -> Tensor:
+        """The diagonal (o, i) of the matrix that has these eigenvalues (o, i) in the basis."""
+        ...
+
 
 @dataclass(frozen=True)
 class ProductBasis:
@@ -35,6 +39,10 @@ class ProductBasis:
         vectors = coordinates if self.left is None else self.left @ coordinates
         return vectors if self.right is None else vectors @ self.right.mT
 
+    def diagonal(self, values: Tensor) -> Tensor:
+        rows = values if self.left is None else self.left.square() @ values
+        return rows if self.right is None else rows @ self.right.square().mT
+
 
 @dataclass(frozen=True)
 class DenseBasis:
@@ -47,6 +55,9 @@ class DenseBasis:
 
     def back(self, coordinates: Tensor) -> Tensor:
         return (coordinates.flatten(-2) @ self.vectors.mT).view(coordinates.shape)
+
+    def diagonal(self, values: Tensor) -> Tensor:
+        return (self.vectors.square() @ values.flatten()).view(values.shape)
 
 
 @dataclass(frozen=True)

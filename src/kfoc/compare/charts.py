@@ -6,9 +6,9 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -16,6 +16,8 @@ from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from kfoc.compare.convergence import Curve
+from kfoc.compare.looks import look
 from kfoc.compare.style import LIGHT
 from kfoc.compare.words import measured, quantity
 
@@ -42,27 +44,13 @@ STYLE = {
 }
 
 
-class Bar(NamedTuple):
-    """One bar: the estimator's key (for its colour), its label, the value and its error."""
+def bars(entries: Mapping[str, tuple[float, float]], limit: float, title: str) -> str:
+    """Horizontal bars from 0 to `limit` with whiskers of one standard error, and their numbers.
 
-    key: str
-    label: str
-    value: float
-    deviation: float
-
-
-class Line(NamedTuple):
-    """One line: the estimator's key, its label, and its points."""
-
-    key: str
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
-    """Horizontal bars from 0 to `limit` with whiskers of one standard error, and their numbers."""
-    described = "; ".join(f"{b.label} {measured(b.value, b.deviation)}" for b in entries)
+    Args:
+        entries: estimator's label -> the value and its standard error.
+    """
+    described = "; ".join(f"{label} {measured(*entry)}" for label, entry in entries.items())
     with matplotlib.style.context(["default", STYLE]):
         figure, axes = _axes(ROW * len(entries) + 2, LABEL, VALUE, 0, 0)
         axes.set(xlim=(0, limit), ylim=(len(entries) - 0.5, -0.5))
@@ -70,31 +58,30 @@ def bars(entries: Sequence[Bar], limit: float, title: str) -> str:
         axes.set_xticks([x for x in (0.5, 1.0) if x <= limit], [])
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="x", clip_on=False)
-        axes.set_yticks(range(len(entries)), [bar.label for bar in entries])
-        for row, bar in enumerate(entries):
-            length = min(bar.value, limit)
-            spread = 0.0 if math.isnan(bar.deviation) else bar.deviation
+        axes.set_yticks(range(len(entries)), list(entries))
+        for row, (label, (value, deviation)) in enumerate(entries.items()):
+            length = min(value, limit)
+            spread = 0.0 if math.isnan(deviation) else deviation
             whisker = [[min(spread, length)], [min(spread, limit - length)]]
-            axes.barh(row, length, 0.55, color=LIGHT[bar.key], clip_on=False)
-            look: dict[str, Any] = {"color": LIGHT["ink"], "elinewidth": 1, "capsize": 3}
-            axes.errorbar(length, row, xerr=whisker, fmt="none", clip_on=False, **look)
-            number = measured(bar.value, bar.deviation)
+            axes.barh(row, length, 0.55, color=look(label)["color"], clip_on=False)
+            thin: dict[str, Any] = {"color": LIGHT["ink"], "elinewidth": 1, "capsize": 3}
+            axes.errorbar(length, row, xerr=whisker, fmt="none", clip_on=False, **thin)
             place = {"transform": figure.transFigure, "ha": "right", "va": "center_baseline"}
-            axes.text(1, 1 - (row + 0.5) / len(entries), number, **place)
+            axes.text(1, 1 - (row + 0.5) / len(entries), measured(value, deviation), **place)
         return _inline(figure, f"{title}: {described}")
 
 
-def lines(drawn: Sequence[Line], x_label: str, title: str, *, dots: bool = True) -> str:
-    """Lines on two logarithmic axes."""
-    described = "; ".join(
-        f"{line.label} from {line.y[0]:.2g} to {line.y[-1]:.2g}" for line in drawn
-    )
+def lines(drawn: Mapping[str, Curve], x_label: str, title: str, *, dots: bool = True) -> str:
+    """Lines on two logarithmic axes, by the estimator's label."""
+    ends = ((label, curve.y[0], curve.y[-1]) for label, curve in drawn.items())
+    described = "; ".join(f"{label} from {first:.2g} to {last:.2g}" for label, first, last in ends)
     with matplotlib.style.context(["default", STYLE]):
         figure, axes = _axes(190, 46, 10, 8, 36)
-        for line in drawn:
-            marker = "o" if dots or len(line.x) == 1 else ""
-            look = {"marker": marker, "markersize": 5, "linewidth": 1.8, "clip_on": False}
-            axes.loglog(line.x, line.y, color=LIGHT[line.key], **look)
+        for label, curve in drawn.items():
+            style = look(label) | {"markersize": 5, "linewidth": 1.8, "clip_on": False}
+            if not dots and len(curve.x) > 1:
+                style["marker"] = ""
+            axes.loglog(*curve, **style)
         axes.margins(0)
         for axis in (axes.xaxis, axes.yaxis):
             _ticks(axis)

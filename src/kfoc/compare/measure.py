@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from kfoc import KFAC, KFOC, Block, Curvature, Diagonal, EigenCorrected, Estimator, fit
 from kfoc.compare.convergence import Curve, half_steps, sample_counts
 from kfoc.compare.factory import CompareError, Subject
-from kfoc.compare.pictures import Heatmap, Spectrum, heatmaps, spectrum
+from kfoc.compare.pictures import Heatmap, heatmaps, spectrum
 from kfoc.compare.timed import timed
 
 Say = Callable[[str], None]
@@ -81,7 +81,7 @@ class Entry:
     converged: bool
     structure: str
     heatmaps: tuple[Heatmap, ...] = ()
-    spectrum: Spectrum | None = None
+    spectrum: Curve | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfoc import Block, DenseBlock, DiagonalBlock, EigenBlock, GroupedBlock, KroneckerBlock
+from kfoc.compare.convergence import Curve
 
 # Larger matrices are shown by the means of blocks of entries.
 PIXELS = 64
@@ -30,14 +31,6 @@ class Heatmap(NamedTuple):
     name: str
     shape: tuple[int, int]
     pixels: Tensor
-
-
-class Spectrum(NamedTuple):
-    """Eigenvalues by rank (from 1), falling: some of them where there are many; and how many."""
-
-    rank: tuple[float, ...]
-    value: tuple[float, ...]
-    total: int
 
 
 def heatmaps(block: Block) -> tuple[Heatmap, ...]:
@@ -69,8 +62,11 @@ def reduced(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def spectrum(block: Block) -> Spectrum | None:
-    """The positive eigenvalues of a block; None where they take too long to compute."""
+def spectrum(block: Block) -> Curve | None:
+    """The positive eigenvalues of a block by rank from 1, falling: some where there are many.
+
+    None where they take too long to compute.
+    """
     values = eigenvalues(block)
     if values is None or not values.numel():
         return None
@@ -82,8 +78,7 @@ def spectrum(block: Block) -> Spectrum | None:
     count = torch.tensor(len(positive), dtype=torch.float64)
     ranks = torch.logspace(0, count.log10().item(), POINTS, dtype=torch.float64).round().long()
     ranks = ranks.clamp(1, len(positive)).unique()
-    ordered = positive[ranks - 1].tolist()
-    return Spectrum(tuple(map(float, ranks.tolist())), tuple(ordered), len(positive))
+    return Curve(tuple(map(float, ranks.tolist())), tuple(positive[ranks - 1].tolist()))
 
 
 def eigenvalues(block: Block) -> Tensor | None:

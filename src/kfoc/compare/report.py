@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from kfoc.compare.charts import Bar, Line, bars, image, lines
+from kfoc.compare.charts import bars, image, lines
+from kfoc.compare.looks import look
 from kfoc.compare.measure import ESTIMATORS, Entry, Layer, Study
 from kfoc.compare.pictures import Heatmap
 from kfoc.compare.style import sheet
@@ -63,8 +64,9 @@ def _cells(cells: Iterable[str], words: int = 0) -> str:
 
 
 def _swatched(study: Study, name: str) -> str:
-    colour = f"background:var(--{name})"
-    return f"<span class='swatch' style='{colour}'></span>{escape(study.labels[name])}"
+    label = study.labels[name]
+    colour = f"background:{look(label)['color']}"
+    return f"<span class='swatch' style='{colour}'></span>{escape(label)}"
 
 
 def _overview(study: Study) -> str:
@@ -101,10 +103,10 @@ def _errors(study: Study) -> str:
 
 
 def _bars(study: Study, layer: Layer, limit: float) -> str:
-    entries = [
-        Bar(name, study.labels[name], entry.error, entry.standard_error)
+    entries = {
+        study.labels[name]: (entry.error, entry.standard_error)
         for name, entry in layer.entries.items()
-    ]
+    }
     return bars(entries, limit, f"Relative errors of layer {layer.name or '(the model)'}")
 
 
@@ -150,23 +152,23 @@ def _curves(study: Study, layer: Layer) -> str:
     # Head -> lines, what is along, the chart's title, and what is below it.
     charts = {
         "Eigenvalues": (
-            [
-                Line(name, study.labels[name], entry.spectrum.rank, entry.spectrum.value)
+            {
+                study.labels[name]: entry.spectrum
                 for name, entry in layer.entries.items()
                 if entry.spectrum
-            ],
+            },
             "rank",
             "Eigenvalues of the estimates",
             "Of the estimates of F, those above rounding.",
         ),
         "Power iteration": (
-            [Line("kfoc", "K-FOC", *layer.by_step)] if layer.by_step else [],
+            {"K-FOC": layer.by_step} if layer.by_step else {},
             "half steps",
             "Convergence of the power iteration",
             f"1 − σ/σ∞ of the plain iteration on the first batch ({study.first_batch:,} samples).",
         ),
         "Estimates by samples": (
-            [Line(name, study.labels[name], *curve) for name, curve in layer.by_samples.items()],
+            {study.labels[name]: curve for name, curve in layer.by_samples.items()},
             "samples",
             "Distance to the final estimate",
             f"‖estimate − final‖ / ‖final‖; final: all {study.num_samples:,} samples.",

@@ -7,12 +7,6 @@ PALETTE = {
     "ink": ("#1c2024", "#e8eaed"),
     "soft": ("#565d66", "#a8afb8"),
     "rule": ("#dcdfe3", "#343a41"),
-    "diagonal": ("#767b83", "#989fa8"),
-    "kfac": ("#b4540a", "#e8904a"),
-    "kfoc": ("#1f5fae", "#6ba6f0"),
-    "ekfac": ("#94358a", "#d388cc"),
-    "ekfoc": ("#0b7a63", "#3fbf9f"),
-    "optimum": ("#1c2024", "#e8eaed"),
 }
 LIGHT, DARK = ({name: pair[k] for name, pair in PALETTE.items()} for k in (0, 1))
 
@@ -75,7 +69,7 @@ align-items:baseline;list-style:none}
 summary::-webkit-details-marker{display:none}
 summary::before{content:"+";color:var(--soft);width:.8em;flex:none;font-weight:600}
 details[open]>summary::before{content:"−"}
-summary:focus-visible{outline:2px solid var(--kfoc);outline-offset:2px}
+summary:focus-visible{outline:2px solid var(--soft);outline-offset:2px}
 summary .title{font-weight:600;overflow-wrap:anywhere;min-width:0}
 summary .soft{font-size:.85rem;font-variant-numeric:tabular-nums}
 details>.grid-of{padding:8px 0 26px}

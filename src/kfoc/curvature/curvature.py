@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfoc.blocks import Block, placed
 from kfoc.common.ambient import Plain
 from kfoc.curvature.arithmetic import Comparison, compared, merged
 from kfoc.curvature.damped import DampedCurvature, Dampings, dampings
 from kfoc.curvature.file import Stored, read, write
-from kfoc.errors import naming
+from kfoc.errors import naming, problem
 from kfoc.parameters.coverage import Coverage, ParameterCount, coverage
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
-from kfoc.parameters.vectors import Places, Vector, applied, quadratic
+from kfoc.parameters.vectors import Places, Vector, applied, joined, quadratic
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +76,50 @@ class Curvature(Plain, Mapping[str, Block]):
         """`v^T F v`, of the leading dimensions of v."""
         operators = {layer: block.matvec for layer, block in self.blocks.items()}
         return quadratic(vector, self.layouts, operators, self._places)
+
+    def vector(self, model: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
+        """A model's parameters, or their gradients, as the vector that the methods here take.
+
+        Parameters that the curvature does not cover are left out; a gradient that is None is zero.
+
+        Args:
+            model: that the curvature is of, or another one with parameters of the same names.
+            grad: the gradients that its parameters hold, in place of their values.
+
+        Raises:
+            ValueError: parameters that the model does not have, or has in other shapes.
+        """
+        named, found = dict(model.named_parameters(remove_duplicate=False)), {}
+        for layer, layout in self.layouts.items():
+            for name, shape in zip(layout.names, layout.shapes, strict=True):
+                held = named.get(name)
+                if held is None or tuple(held.shape) != shape:
+                    there = "no such parameter" if held is None else f"one of {list(held.shape)}"
+                    raise problem(
+                        layer,
+                        f"the curvature has a parameter {name!r} of {list(shape)}, and the model "
+                        + there,
+                    )
+                value: Tensor = held
+                if grad:
+                    value = torch.zeros_like(held) if held.grad is None else held.grad
+                found[name] = value.detach()
+        return found
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """The diagonal of F by parameter name, in the parameter's shape."""
+        parts = {layer: block.diagonal_in(None, None) for layer, block in self.blocks.items()}
+        return joined(parts, self.layouts)
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """Layer name -> all eigenvalues of its block, the largest first.
+
+        Raises:
+            ValueError: a block that is not finite or positive semi-definite, or a large sum of
+                Kronecker products; the message names the layer.
+        """
+        damped = self.damped(0.0).blocks
+        return {k: each.eigenvalues().sort(descending=True).values for k, each in damped.items()}
 
     def trace(self) -> float:
         """`tr F`."""

@@ -80,6 +80,18 @@ class DampedCurvature(Plain):
         """`v^T B^-1 v`: with a stack of Jacobian rows, the variances of a linearised model."""
         return self._quadratic(vector, -1)
 
+    def inverse_diagonal(self) -> dict[str, Tensor]:
+        """The diagonal of `B^-1` by parameter name, in its shape: marginal variances of N(0, B^-1).
+
+        Raises:
+            ValueError: B is singular or indefinite; the message names the layer.
+        """
+        parts = {}
+        for layer, block in self.blocks.items():
+            with naming(layer):
+                parts[layer] = block.inverse_diagonal()
+        return joined(parts, self.layouts)
+
     def logdet(self) -> float:
         """`ln det B`."""
         total = 0.0

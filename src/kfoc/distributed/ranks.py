@@ -67,6 +67,10 @@ class Ranks:
         rank: this process's number in the group.
         world: how many there are.
         traffic: what was sent so far, over all fits with this object.
+        samples: of all ranks, in this pass so far.
+        steps: from batch to batch, likewise.
+        asking: whether this rank asks for something to be done by all after its next step.
+        asked: whether any rank did so in the last one.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -100,6 +104,7 @@ class Ranks:
     def start(self) -> None:
         """Begin a pass."""
         self.samples = self.steps = 0
+        self.asking = self.asked = False
 
     def first_index(self, count: int) -> int:
         """The number in the whole data set of the first of this rank's next `count` samples."""
@@ -118,6 +123,7 @@ class Ranks:
         going = any(row[0] == _BATCH for row in told)
         self.samples += sum(counts)
         self.steps += going
+        self.asked = any(row[3] for row in told)
         return first, going
 
     def section(self, mark: int = 0) -> bool:
@@ -201,7 +207,7 @@ class Ranks:
 
     def _tell(self, kind: int, number: int) -> list[list[int]]:
         """Every rank's message; raises where one says that it failed."""
-        own = self._sendable(torch.tensor([kind, number, self.steps]))
+        own = self._sendable(torch.tensor([kind, number, self.steps, self.asking]))
         found = [torch.empty_like(own) for _ in range(self.world)]
         self._called(lambda: distributed.all_gather(found, own, self.group))
         self.traffic.statuses += 1

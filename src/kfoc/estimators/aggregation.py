@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cached_property
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, KroneckerBlock, KroneckerDiagonalBlock, Report
 from kfoc.estimators.base import State
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
-from kfoc.estimators.pooling import largest as largest_of
+from kfoc.estimators.scaled import Scaled
 from kfoc.linalg.products import mirrored
 from kfoc.linalg.scaling import balance, norm_of
-from kfoc.nearest.contraction import positive
+from kfoc.nearest.cone import on_the_cone
 from kfoc.nearest.pair import Pieces
 from kfoc.nearest.power import KroneckerFit
 from kfoc.samples.linear import Samples
 
 
 class Aggregation(State):
-    """The state of one layer: how batches add up to an estimate."""
+    """The state of one layer: how batches add up to an estimate.
+
+    Attributes:
+        several_passes: whether it takes more passes than one.
+        keeps_head: whether it keeps a head between buffers of samples (`kfoc.estimators.head`).
+        counts_batches: whether `KFOC(decay=...)` goes with it.
+    """
+
+    several_passes: ClassVar[bool] = False
+    keeps_head: ClassVar[bool] = False
+    counts_batches: ClassVar[bool] = False
 
     # All that a state holds, and may hold where it is read from a file; so in the classes below.
     config: Options
@@ -86,7 +96,7 @@ class Aggregation(State):
         self.found = fit.left, fit.right
 
 
-class Approx(Aggregation):
+class Approx(Scaled, Aggregation):
     """The paper's K-FOC_approx: factors averaged one by one, `right` at unit norm.
 
     The paper's Lemma 3.2 puts sigma into one factor and leaves the other at unit norm, and its
@@ -94,7 +104,7 @@ class Approx(Aggregation):
     would make every average exact, where the paper reports an error of 0.29 for batches of one.
     """
 
-    unit: float = 0.0  # the scale of `left`, which may leave the range of its dtype
+    unit: float = 0.0  # of `left` alone: `right` is a sum of matrices of norm one
 
     # Formed when first needed: a single batch that is solved at once does without sums.
     @cached_property
@@ -112,20 +122,17 @@ class Approx(Aggregation):
         rescaled, scale = samples.rescaled()  # or factors might vanish where sigma does not
         batch = self.solved(rescaled)
         sigma = batch.sigma * scale
-        unit = max(self.unit, sigma)
         if sigma:
             # `right` at unit norm; the means over batches are weighted by their samples.
-            if self.unit != unit:
-                self.left.mul_(self.unit / unit)
-            share = sigma / unit * samples.num_samples
+            share = self.room(sigma) * samples.num_samples
             self.left.add_(batch.left, alpha=share / norm_of(batch.left))
             self.right.add_(batch.right, alpha=samples.num_samples / norm_of(batch.right))
-            self.unit = unit
+
+    def scale(self, factor: float) -> None:
+        self.left.mul_(factor)
 
     def pooled(self) -> Pooling[None]:
-        (unit,) = yield from largest_of(self.unit)
-        self.left.mul_(self.unit / (unit or 1.0))
-        self.unit = unit
+        yield from self.in_common_units()
         yield [Sum(self.totals())]
 
     def totals(self) -> list[Tensor]:
@@ -143,13 +150,3 @@ def last_change(sigmas: list[float]) -> float | None:
     if len(sigmas) < 2:
         return None
     return abs(sigmas[-1] - sigmas[-2]) / (sigmas[-1] or 1.0)
-
-
-def on_the_cone(factor: Tensor) -> Tensor:
-    """The closest positive semi-definite matrix, or non-negative diagonal."""
-    if factor.ndim == 1:
-        return factor.clamp_min(0)
-    if positive(factor):
-        return factor
-    values, vectors = torch.linalg.eigh(factor)
-    return mirrored((vectors * values.clamp_min(0)) @ vectors.mT)

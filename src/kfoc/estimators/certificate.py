@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import Block
-from kfoc.estimators.pooling import Pooling, Sum, largest
+from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.estimators.scaled import Scaled
 from kfoc.estimators.tokens import add_products
 from kfoc.likelihoods.draws import Draws
 from kfoc.plans.base import CHUNK
@@ -18,7 +19,7 @@ from kfoc.samples.base import LayerSamples, gradient_chunks
 from kfoc.samples.linear import Samples
 
 
-class Probes:
+class Probes(Scaled):
     """Products of the exact block F with a few Gaussian vectors, for one layer.
 
     For v ~ N(0, I), `E ||F v||^2 = ||F||^2` and `E ||(F - B) v||^2 = ||F - B||^2`, so the products
@@ -85,11 +86,7 @@ class Probes:
         rescaled, scale = samples.rescaled()
         if not scale:
             return
-        if scale > self.unit:
-            for total in (self.products, self.unseen):
-                total *= self.unit / scale
-            self.unit = scale
-        alpha = scale / self.unit
+        alpha = self.room(scale)
         if isinstance(rescaled, Samples) and rescaled.diagonal:
             for k, total in enumerate(sums):
                 each = None if weights is None else weights[k]
@@ -104,12 +101,13 @@ class Probes:
             flat.addmm_(inner, rows, alpha=alpha)
             start = stop
 
+    def scale(self, factor: float) -> None:
+        self.products.mul_(factor)
+        self.unseen.mul_(factor)
+
     def pooled(self) -> Pooling[None]:
         """Add up the products of all ranks."""
-        (unit,) = yield from largest(self.unit)
-        for total in (self.products, self.unseen):
-            total *= self.unit / (unit or 1.0)
-        self.unit = unit
+        yield from self.in_common_units()
         yield [Sum([self.products, *self.unseen])]
 
     def certified(self, block: Block, num_samples: int) -> Block:

@@ -20,6 +20,9 @@ from kfoc.samples.linear import Samples
 class Exact(Online):
     """After a pass of `Online`, the power iteration, one half step per pass."""
 
+    several_passes = True
+    counts_batches = False
+
     power: PowerIteration | None
     image: Tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from kfoc.estimators.sums import ExactSums, Sums
 from kfoc.linalg.scaling import check_representable
 from kfoc.nearest.power import KroneckerFit
 from kfoc.parameters.layout import Layout
-from kfoc.plans.choose import PLANS, SINGLE_POSITION
+from kfoc.plans.choose import PLANS
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 from kfoc.samples.one_hot import FULL_VOCABULARY
@@ -30,7 +30,15 @@ from kfoc.samples.tied import Tied
 # Bytes of a sigma in float64, and of one beside all of them.
 SIGMA = 16
 
-AGGREGATIONS = ("online", "running", "approx", "exact")
+# An aggregation of one's own goes in here.
+AGGREGATIONS: dict[str, type[Aggregation]] = {
+    "online": Online,
+    "running": Running,
+    "approx": Approx,
+    "exact": Exact,
+}
+# Those of sums of several products.
+OF_SUMS: dict[str, type[Aggregation]] = {"online": Sums, "exact": ExactSums}
 
 
 @dataclass(frozen=True)
@@ -91,28 +99,32 @@ class KFOC(Options, FactoredEstimator):
             whole(name, getattr(self, name), 0)
         if self.head is not None:
             whole("head", self.head, self.rank if self.rank > 1 else 0)
-        if self.decay is not None and (self.aggregation != "online" or not 0 < self.decay <= 1):
+        counts = self._kind.counts_batches
+        if self.decay is not None and not (counts and 0 < self.decay <= 1):
             raise ValueError(
                 f'decay must lie in (0, 1] and goes with aggregation="online", found {self.decay} '
                 f"with {self.aggregation!r}"
             )
-        many = self.rank > 1
-        if many and (self.aggregation in ("running", "approx") or self.plan):
+        if self.rank > 1 and (self.aggregation not in OF_SUMS or self.plan):
             raise ValueError(
                 f'rank={self.rank} goes with aggregation="online" or "exact", and without plan, '
                 f"found {self}"
             )
 
     @property
+    def _kind(self) -> type[Aggregation]:
+        return AGGREGATIONS[self.aggregation]
+
+    @property
     def pass_limit(self) -> int:
-        return self.passes if self.aggregation == "exact" else 1
+        return self.passes if self._kind.several_passes else 1
 
     @property
     def sums_rows(self) -> bool:
-        return self.aggregation in ("online", "exact") and self.decay is None
+        return self._kind.keeps_head and self.decay is None
 
     def sized(self, layouts: Mapping[str, Layout]) -> KFOC:
-        if self.head is not None or self.aggregation not in ("online", "exact"):
+        if self.head is not None or not self._kind.keeps_head:
             return self
         pairs = sum(map(_pair_numbers, layouts.values())) * 4
         least = self.rank if self.rank > 1 else 0
@@ -121,19 +133,19 @@ class KFOC(Options, FactoredEstimator):
 
     def begin_one(self, layer: str, samples: Samples) -> Aggregation:
         several = self.rank > 1 and not samples.diagonal
-        return (_OF_SUMS if several else _STRATEGIES)[self.aggregation](self, samples)
+        return (OF_SUMS if several else AGGREGATIONS)[self.aggregation](self, samples)
 
     def footprint_one(self, samples: Samples) -> Footprint:
         factors = factors_bytes(samples)
         several = self.rank > 1 and not samples.diagonal
         block = factors * (self.rank if several else 1)
-        if self.aggregation not in ("online", "exact"):
+        if not self._kind.keeps_head:
             return Footprint(factors + SIGMA, factors)
         pairs = self.head_size + 1
         if (Sums if several else Online).sums_fisher(self, samples):
             pairs = 0
         # Between the passes of "exact", what is held fixed and its images.
-        if self.aggregation == "exact":
+        if self._kind.several_passes:
             pairs = max(pairs, 2 * self.columns if several else 1)
         # What is pending, or F in its place, beside the sums; tokens may be the wider numbers.
         inputs = samples.embedding.inputs if isinstance(samples, Tied) else samples.inputs
@@ -142,7 +154,7 @@ class KFOC(Options, FactoredEstimator):
 
     def streaming(self) -> KFOC:
         # Without the buffer, whose samples would have to be taken in at once at every decay.
-        return replace(self, decay=1.0) if self.aggregation == "online" else self
+        return replace(self, decay=1.0) if self._kind.counts_batches else self
 
 
 def _pair_numbers(layout: Layout) -> int:
@@ -152,18 +164,6 @@ def _pair_numbers(layout: Layout) -> int:
     groups, (o, i) = layout.groups, layout.shape
     inputs = i if layout.kind == "columns" and i > FULL_VOCABULARY else i * i
     return groups * ((o // groups) ** 2 + inputs)
-
-
-_STRATEGIES: dict[str, Callable[[KFOC, Samples], Aggregation]] = {
-    "approx": Approx,
-    "running": Running,
-    "online": Online,
-    "exact": Exact,
-}
-_OF_SUMS: dict[str, Callable[[KFOC, Samples], Aggregation]] = {
-    "online": Sums,
-    "exact": ExactSums,
-}
 
 
 @plainly
@@ -200,7 +200,7 @@ def nearest_kronecker_of_samples(
     config = KFOC(rtol=rtol, max_steps=max_steps, plan=plan, memory_limit=memory_limit)
     config.check()
     samples = _checked_samples(inputs, grads)
-    if plan in SINGLE_POSITION and samples.num_positions != 1:
+    if plan is not None and PLANS[plan].single and samples.num_positions != 1:
         raise ValueError(
             f"plan {plan!r} is for inputs with one position, found T = {samples.num_positions}"
         )

@@ -13,6 +13,7 @@ from kfoc.estimators.options import Options
 from kfoc.estimators.pending import Pending
 from kfoc.estimators.pooling import Pooling, Sum, summed
 from kfoc.estimators.pooling import largest as largest_of
+from kfoc.estimators.scaled import Scaled
 from kfoc.linalg.products import mirrored
 from kfoc.nearest.accelerated import fit_contraction
 from kfoc.nearest.contraction import Contraction
@@ -32,11 +33,14 @@ TRIPLES = 2
 LENGTH = 3
 
 
-class Online(Aggregation):
+class Online(Scaled, Aggregation):
     """A head and a tail, of buffers of samples (`kfoc.estimators.head`).
 
     What fits the buffer gets its optimum, and so does a layer whose F is small enough to be summed.
     """
+
+    keeps_head = True
+    counts_batches = True
 
     weight: float
     unit: float
@@ -66,8 +70,7 @@ class Online(Aggregation):
             return
         if self.fisher is not None:
             rescaled, scale = samples.rescaled()
-            self._weigh(samples, scale)
-            add_fisher(self.fisher, rescaled, scale / (self.unit or 1.0))
+            add_fisher(self.fisher, rescaled, self._weigh(samples, scale))
             return
         held, room = self.pending.numel, self.pending.room
         if held + samples.numel > room or not self.pending.joins(samples):
@@ -94,8 +97,8 @@ class Online(Aggregation):
 
     def absorb(self, samples: Samples) -> None:
         rescaled, scale = samples.rescaled()
-        self._weigh(samples, scale)
-        self._merge(self.config.contraction(rescaled), scale / (self.unit or 1.0), rescaled)
+        share = self._weigh(samples, scale)
+        self._merge(self.config.contraction(rescaled), share, rescaled)
 
     def _merge(self, contraction: Contraction, scale: float, rescaled: Samples | None) -> None:
         """Add `scale` times a contraction, of samples or of F itself, to head and tail."""
@@ -127,26 +130,25 @@ class Online(Aggregation):
             self.head = Head(self.config.head_size, True, shapes, self.like)
         return self.head
 
-    def _weigh(self, samples: Samples, scale: float) -> None:
-        """Make room for one more batch: the decay, and the scale that all sums are in."""
-        decay = self.config.decay or 1.0
-        self.rescale(scale, decay)
-        self.weight = decay * self.weight + samples.num_samples
+    def _weigh(self, samples: Samples, scale: float) -> float:
+        """Make room for one more batch, decayed and scaled; what its numbers count."""
+        if self.config.decay not in (None, 1.0):
+            self._decay(self.config.decay)
+        self.weight += samples.num_samples
+        return self.room(scale)
 
-    def rescale(self, scale: float, decay: float = 1.0) -> None:
-        unit = max(self.unit, scale)
-        if not unit:  # zeros alone, so far
-            return
-        factor = decay * self.unit / unit
+    def scale(self, factor: float) -> None:
         if self.fisher is not None:
             self.fisher *= factor
-        if self.head is not None and factor != 1.0:
+        if self.head is not None:
             self.head.scale(factor)
-        self.unit = unit
 
     def decay(self, factor: float) -> None:
         self.flush()
-        self.rescale(0.0, factor)
+        self._decay(factor)
+
+    def _decay(self, factor: float) -> None:
+        self.scale(factor)
         self.weight *= factor
 
     def close(self) -> None:
@@ -185,8 +187,7 @@ class Online(Aggregation):
             o, i = self.shape
             self.fisher = self.like.new_zeros(o * i, o * i)
             self.pending.taken()
-        (unit,) = yield from largest_of(self.unit)
-        self.rescale(unit)
+        yield from self.in_common_units()
         (self.weight,) = yield from summed(self.weight)
         if factored:
             yield from self._head().pooled()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kfoc.blocks import GroupedBlock, KroneckerBlock, Report
 from kfoc.estimators.base import State
-from kfoc.estimators.pooling import Pooling, Sum, largest
+from kfoc.estimators.pooling import Pooling, Sum
+from kfoc.estimators.scaled import Scaled
 from kfoc.linalg.scaling import balanced
 from kfoc.plans.base import CHUNK
 from kfoc.samples.base import gradient_chunks
@@ -16,10 +17,10 @@ from kfoc.samples.grouped import Depthwise
 
 
 @dataclass
-class Rows(State):
+class Rows(Scaled, State):
     """Each row's F, which is the optimum: a row's `left` is 1 x 1."""
 
-    total: Tensor  # (o, i, i), times `1 / unit`
+    total: Tensor  # (o, i, i)
     unit: float = 0.0
 
     def add(self, samples: Depthwise, alone: bool) -> None:
@@ -27,22 +28,20 @@ class Rows(State):
         rescaled, scale = samples.rescaled()
         if not scale:
             return
-        self._rescale(max(self.unit, scale))
+        share = self.room(scale)
         o, i = samples.shape
         for gradients in gradient_chunks(rescaled, CHUNK):
             rows = gradients.permute(2, 0, 1, 3).reshape(o, -1, i)
-            self.total.baddbmm_(rows.mT, rows, alpha=scale / self.unit)
+            self.total.baddbmm_(rows.mT, rows, alpha=share)
 
-    def _rescale(self, unit: float) -> None:
-        self.total.mul_(self.unit / (unit or 1.0))
-        self.unit = unit
+    def scale(self, factor: float) -> None:
+        self.total.mul_(factor)
 
     def totals(self) -> list[Tensor]:
         return [self.total]
 
     def pooled(self) -> Pooling[None]:
-        (unit,) = yield from largest(self.unit)
-        self._rescale(unit)
+        yield from self.in_common_units()
         yield [Sum([self.total])]
 
     def block(self, num_samples: float) -> GroupedBlock:

@@ -21,7 +21,7 @@ from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
 from kfoc.nearest.contraction import Contraction
-from kfoc.nearest.pair import Pieces
+from kfoc.nearest.pair import Pieces, symmetries
 from kfoc.nearest.power import PowerIteration
 from kfoc.nearest.subspace import (
     HalfSteps,
@@ -183,6 +183,9 @@ class Sums(Online):
 class ExactSums(Sums):
     """After a pass of `Sums`, the subspace iteration, one half step per pass."""
 
+    several_passes = True
+    counts_batches = False
+
     power: PowerIteration | None
     counts: list[int]
     image: Tensor
@@ -248,5 +251,5 @@ def _pieces(found: Singular, count: int) -> Pieces:
     """The first triples, but for those that are zero."""
     kept = min(count, int((found.sigmas > 0).sum()))
     lefts = found.lefts[:kept]
-    signs = [-1 if torch.equal(left, -left.mT) and left.any() else 1 for left in lefts]
-    return Pieces(lefts, found.rights[:kept], found.sigmas[:kept].double().cpu(), signs)
+    sigmas = found.sigmas[:kept].double().cpu()
+    return Pieces(lefts, found.rights[:kept], sigmas, symmetries(lefts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache, cached_property
 from typing import Any, get_args, get_origin
@@ -99,20 +99,6 @@ def check_all(values: Any, hints: Mapping[str, str], scope: Mapping[str, Any] = 
         found = ", ".join(map(repr, values))
         raise ValueError(f"there is no {missing[0]!r}, found {found}")
     check(values, {name: (hint, scope) for name, hint in hints.items()})
-
-
-def check_states(
-    states: Mapping[str, Any], shapes: Mapping[str, Any], begin: Callable[[str, Any], Any]
-) -> None:
-    """Raise ValueError for the state of a layer that is of another type than a new one's."""
-    for name, state in states.items():
-        if name not in shapes:
-            raise ValueError(f"layer {name!r} has a state, and no shape")
-        expected = type(begin(name, shapes[name]))
-        if type(state) is not expected:
-            raise ValueError(
-                f"the state of layer {name!r} must be a {expected.__name__}, found {state!r:.60}"
-            )
 
 
 def check(values: Mapping[str, Any], hints: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:

@@ -28,8 +28,8 @@ def write_tensors(path: Place, key: str, text: str, tensors: Mapping[str, Tensor
         torch_format.save_file(own, str(temporary), metadata=header)
 
 
-def read_tensors(path: Place, mmap: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and the tensors of a safetensors file, on the CPU.
+def read_tensors(path: Place, key: str, mmap: bool = False) -> tuple[str, dict[str, Tensor]]:
+    """The text and the tensors of a file that `write_tensors` wrote, on the CPU.
 
     Args:
         mmap: leave the tensors in the file, where they change with it.
@@ -37,12 +37,18 @@ def read_tensors(path: Place, mmap: bool = False) -> tuple[dict[str, str], dict[
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: safetensors is not installed.
-        ValueError: the file is damaged, or of another format.
+        ValueError: the file is damaged, or of another kind.
     """
     with opened(path) as file:
         found = {name: file.get_tensor(name) for name in list(file.keys())}
         header = file.metadata() or {}
-    return header, found if mmap else {name: tensor.clone() for name, tensor in found.items()}
+    if key not in header:
+        raise ValueError(
+            f"{str(path)!r} is a safetensors file of another kind: it has no {key!r} in its header"
+        )
+    if header.get("checksum") != checksum(header[key], found):
+        raise ValueError(f"{str(path)!r} is damaged: its checksum does not fit what it holds")
+    return header[key], found if mmap else {name: tensor.clone() for name, tensor in found.items()}
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -17,17 +17,17 @@ from kfoc.common.arguments import check_model, whole
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.distributed import Ranks
-from kfoc.distributed.agreement import sharded, unwrapped
 from kfoc.fisher.passes import Batch, Passes
 from kfoc.fisher.preconditioner import Preconditioner
-from kfoc.fitting.options import check_independent
-from kfoc.layers.selection import chosen_parameters
+from kfoc.fitting.task import check_independent
+from kfoc.layers.select import chosen_parameters
 from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.named import resolved
 from kfoc.linalg.conjugate_gradients import conjugate_gradients
 from kfoc.model.batches import Predict
 from kfoc.model.functional import Forward
 from kfoc.model.sample_gradients import chunks
+from kfoc.model.sharding import is_sharded, unwrapped
 from kfoc.model.trace import coarsest, tolerance
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
@@ -115,7 +115,7 @@ class Fisher(Plain):
                 "data is an iterator, which can be read once, and every product is a pass over "
                 "it: pass a list or a DataLoader"
             )
-        if sharded(model):
+        if is_sharded(model):
             raise ValueError("model: there are no products with parameters that are sharded")
         check_independent(model.named_modules())
         forward = Forward(model, predict)

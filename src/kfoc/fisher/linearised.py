@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from kfoc.errors import out_of_memory
+from kfoc.fitting.marks import Mark
 from kfoc.model.functional import Forward, wide
-from kfoc.running.marks import Mark
 
 Vectors = Mapping[str, Tensor]
 

@@ -17,12 +17,12 @@ from kfoc.common.threads import UNFUSED, seeded
 from kfoc.distributed import Ranks, RanksError
 from kfoc.errors import advised, within
 from kfoc.fisher.linearised import Linearised, Modes
+from kfoc.fitting.marks import Mark
 from kfoc.likelihoods.base import Likelihood, outer_products
 from kfoc.linalg.scaling import finite
 from kfoc.model.batches import check_next_token, checked_outputs, present, unpacked
 from kfoc.model.functional import Forward, concerning
 from kfoc.model.undisturbed import undisturbed
-from kfoc.running.marks import Mark
 from kfoc.running.progress import Meter, Report, length
 
 
@@ -159,7 +159,9 @@ class Passes:
 
     def _linearised(self, item: Any, parameters: Mapping[str, Tensor], index: int) -> Batch:
         check_next_token(self.forward.model, item, self.forward.predict)
-        inputs, targets = (self.forward.moved(each) for each in unpacked(item))
+        inputs, targets = (
+            self.forward.moved(each) for each in unpacked(item, self.forward.predict)
+        )
         # Dropout in train mode draws what it draws in `fit`.
         number = index * self.ranks.world + self.ranks.rank if self.ranks else index
         cuda = next(self.forward.model.parameters()).device.type == "cuda"

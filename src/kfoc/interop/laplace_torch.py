@@ -3,7 +3,7 @@
     la = Laplace(model, "classification", hessian_structure="kron", backend=KFOCBackend)
 
 laplace-torch keeps Kronecker factors per parameter, so weights are fitted without their biases,
-and biases get their exact block (see `kfoc.interop.per_parameter`).
+and biases get their exact block (`layers` of `kfoc.fit` may be parameters).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from kfoc.common.ambient import Plain
 from kfoc.curvature.curvature import Curvature
 from kfoc.estimators import KFAC, KFOC, Estimator
 from kfoc.fit import fit
-from kfoc.interop.per_parameter import SplitBlock, per_parameter
 from kfoc.model.buffers import buffers_kept
 from kfoc.nearest.pair import nearest_to_pair
 from kfoc.parameters.layout import Layout
@@ -136,10 +135,10 @@ class KFOCBackend(CurvatureInterface):
             self._network,
             [(x, y)],
             LIKELIHOODS[self.likelihood],
-            estimator=per_parameter(self._network, self.estimator),
+            estimator=self.estimator,
             fisher=self.fisher,
             mc_samples=self.mc_samples,
-            layers=self._layers(parameters),
+            layers=parameters,
             predict=lambda model, inputs: model(inputs),
             seed=(self.seed + 1_000_003 * self.batches) % 2**63,
         )
@@ -157,10 +156,6 @@ class KFOCBackend(CurvatureInterface):
         """The names in the user's model of laplace-torch's parameters, in its order."""
         names = {id(p): name for name, p in self._network.named_parameters()}
         return [names[id(parameter)] for parameter in self.params]
-
-    def _layers(self, parameters: Iterable[str]) -> list[str]:
-        """The layers that own these parameters."""
-        return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
 
 
 _OTHER_STRUCTURE = (
@@ -313,7 +308,8 @@ def per_parameter_factors(
     for name in wanted:
         if name not in found:
             layer = name.rpartition(".")[0]
-            reason = curvature.skipped.get(layer, "the curvature was fitted without it")
+            skipped = curvature.skipped.get(name, curvature.skipped.get(layer))
+            reason = skipped or "the curvature was fitted without it"
             raise ValueError(
                 f"laplace-torch asks for the parameter {name!r}, which has no block: {reason}. "
                 "Set its requires_grad to False to leave it out"
@@ -325,10 +321,8 @@ def _split(block: Block, layout: Layout) -> dict[str, Factors]:
     """The factors of each parameter's part of a layer's block."""
     if isinstance(block, (DenseBlock, DiagonalBlock)):
         return _places(block, layout)
-    if isinstance(block, SplitBlock):
-        weight, bias = layout.names
-        without = Layout(layout.names[:1], layout.shapes[:1], layout.kind, layout.groups)
-        return {weight: _split(block.weight, without)[weight], bias: [block.bias.to_dense()]}
+    if isinstance(block, KroneckerBlock) and layout.kind == "stacked":  # a bias alone
+        return {layout.names[0]: [block.left * block.right]}
     if not isinstance(block, KroneckerBlock) or layout.kind not in ("rows", "columns"):
         raise ValueError(
             f"a {type(block).__name__} of {layout.kind} has no form per parameter that "

@@ -1,60 +1,43 @@
-"""Which of a model's layers are treated, and why the others are not."""
+"""Which of a model's layers are treated, and why the others are not, as a fit finds out."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from kfoc.layers.attention import Inlined, inlined, part_name
-from kfoc.layers.rule import (
-    Refused,
-    Treatment,
-    Unsupported,
-    checked_treatment,
-    has_rule,
-    own_parameters,
-    trained_parameters,
-)
-from kfoc.layers.tied import TiedTreatment, tied_treatment
-from kfoc.layers.watched import Watched, watchable
+from kfoc.layers.attention import Inlined, part_name
+from kfoc.layers.layer import Layer
+from kfoc.layers.rule import trained_parameters
 from kfoc.parameters.layout import Layout
 
 # Parameters that no treatment covers get per-sample gradients one by one, up to so many in all:
 # a batch of N samples holds N numbers for each of them.
 LOOSE_LIMIT = 2**16
 
-# What a name must have to match as a pattern.
-_WILD = frozenset("*?[")
-
 
 @dataclass
 class Selection:
-    """Which layers are treated and how, which are not and why, and which were asked for by name.
+    """Which layers are treated, which are not and why, and which were asked for by name.
 
     Attributes:
         every: all of the model's modules by name.
         candidates: those with parameters of their own, in the model's order.
-        modules: those that are treated.
-        treatments: how.
+        layers: those that are treated.
+        watched: those that may turn out to be layers, by their names as such.
         inlined: modules that use their parts' parameters by themselves, where a part is treated.
-        twins: treated layer -> the other modules that hold the very same parameters, and theirs.
         loose: block name -> parameters, by full name, that get per-sample gradients one by one.
-        watched: weights that may turn out to be a layer's, or have: name of that layer -> which.
         skipped: name -> the reason.
         named: those that were asked for by name.
     """
 
     every: dict[str, nn.Module] = field(default_factory=dict)
     candidates: dict[str, nn.Module] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    treatments: dict[str, Treatment] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    watched: dict[str, Layer] = field(default_factory=dict)
     inlined: dict[str, Inlined] = field(default_factory=dict)
-    twins: dict[str, list[tuple[nn.Module, Treatment]]] = field(default_factory=dict)
     loose: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
-    watched: dict[str, Watched] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
 
@@ -62,40 +45,28 @@ class Selection:
     def blocks(self) -> list[str]:
         """The names of all blocks, in the model's order."""
         order = {name: number for number, name in enumerate(self.candidates)}
-        homes = {name: each.home for name, each in self.watched.items()}
+        homes = {name: layer.home for name, layer in self.layers.items()}
 
         def place(name: str) -> int:
             return order.get(homes.get(name, name), len(order))
 
-        return sorted([*self.modules, *self.loose], key=place)
+        return sorted([*self.layers, *self.loose], key=place)
 
-    def layer_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """A treated layer's treated parameters, by their names in the module."""
-        _, module, treatment = self._layer(name)
-        own = own_parameters(module)
-        return {key: own[key] for key in treatment.parameters}
+    def layer(self, name: str) -> Layer:
+        """A layer that is treated, or may turn out to be one."""
+        return self.layers[name] if name in self.layers else self.watched[name]
 
-    def _layer(self, name: str) -> tuple[str, nn.Module, Treatment]:
-        """The name of a layer's module, the module, and its treatment."""
-        if name in self.watched:
-            each = self.watched[name]
-            return each.home, each.module, each.treatment
-        return name, self.modules[name], self.treatments[name]
+    def of_module(self, home: str) -> list[Layer]:
+        """A module's layers, of which it has more than one where its parameters are."""
+        return [layer for layer in self.layers.values() if layer.home == home]
 
     def layout(self, name: str) -> Layout:
         """Where a block's parameters lie in its matrix."""
-        if name in self.loose and name not in self.watched:
-            parameters = self.loose[name]
-            shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
-            return Layout(tuple(parameters), shapes, "flat")
-        home, module, treatment = self._layer(name)
-        own = own_parameters(module)
-        return Layout(
-            tuple(part_name(home, parameter) for parameter in treatment.parameters),
-            tuple(tuple(own[parameter].shape) for parameter in treatment.parameters),
-            treatment.layout,
-            treatment.groups,
-        )
+        if name in self.layers or name in self.watched:
+            return self.layer(name).layout
+        parameters = self.loose[name]
+        shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
+        return Layout(tuple(parameters), shapes, "flat")
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a layer without treatment: its parameters become loose where they are few enough.
@@ -103,13 +74,12 @@ class Selection:
         Raises:
             ValueError: they are not, and the layer was asked for by name.
         """
-        if name in self.watched and name in self.modules:
-            trained, home = self.layer_parameters(name), self.watched.pop(name).home
-        else:
+        layer = self.layers.pop(name, None)
+        if layer is None or layer.whole:
             trained, home = trained_parameters(self.candidates[name]), name
-        self.modules.pop(name, None)
-        self.treatments.pop(name, None)
-        held = self._held()
+        else:
+            trained, home = layer.parameters, layer.home
+        held = self.held()
         own = {part_name(home, key): p for key, p in trained.items() if id(p) not in held}
         if own:
             self.loosen(name, own, reason)
@@ -121,9 +91,10 @@ class Selection:
         where = ", ".join(map(repr, sorted(blocks)))
         self.skipped[name] = f"its parameters are in the block of {where}"
 
-    def _held(self) -> dict[int, str]:
-        """Identity of a loose parameter -> its block."""
-        return {id(p): block for block, each in self.loose.items() for p in each.values()}
+    def held(self) -> dict[int, str]:
+        """Identity of a parameter that is loose, or of several modules treated as one -> block."""
+        twins = {layer.name: layer.parameters for layer in self.layers.values() if layer.twins}
+        return {id(p): block for block, each in (self.loose | twins).items() for p in each.values()}
 
     def loosen(self, block: str, parameters: dict[str, nn.Parameter], reason: str) -> None:
         """Give parameters a block of their own, from per-sample gradients one by one."""
@@ -143,9 +114,8 @@ class Selection:
         homes: dict[str, set[str]] = {}
         names = set(names)
         for name in [name for name in self.watched if name in names]:
-            each = self.watched[name]
-            self.modules[name], self.treatments[name] = each.module, each.treatment
-            homes.setdefault(each.home, set()).update(each.treatment.parameters)
+            layer = self.layers[name] = self.watched.pop(name)
+            homes.setdefault(layer.home, set()).update(layer.treatment.parameters)
         for home, covered in homes.items():
             self.loose.pop(home, None)
             reason = self.skipped.pop(home, "not covered by another block")
@@ -156,182 +126,17 @@ class Selection:
 
     def settle(self) -> None:
         """No more weights are watched but those of layers. Raises ValueError as `skip` does."""
-        homes = {each.home for name, each in self.watched.items() if name not in self.modules}
-        self.unwatch()
+        homes = {each.home for each in self.watched.values()}
+        self.watched.clear()
         for home in homes & self.skipped.keys():
             self.skip(home, self.skipped[home])
 
-    def unwatch(self) -> None:
-        """Forget the weights that were watched and are no layers."""
-        for name in self.watched.keys() - self.modules.keys():
-            del self.watched[name]
-
     def skip(self, name: str, reason: str) -> None:
         """Leave a layer out. Raises ValueError where it was asked for by name."""
-        awaiting = any(each.home == name for each in self.watched.values())
+        watched = [*self.watched.values(), *(each for each in self.layers.values() if each.weight)]
+        awaiting = any(layer.home == name for layer in watched)
         if name in self.named and not awaiting:
             raise ValueError(f"layer {name!r} cannot be treated: {reason}")
-        self.modules.pop(name, None)
-        self.treatments.pop(name, None)
+        self.layers.pop(name, None)
         self.loose.pop(name, None)
-        self.twins.pop(name, None)
         self.skipped[name] = reason
-
-
-def select(
-    model: nn.Module, layers: str | Iterable[str] | None, largest: int | None = None
-) -> Selection:
-    """Match `layers` against the model's modules that hold parameters of their own.
-
-    Layers that would need a factor of more than `largest` rows are treated where they are named.
-    """
-    every = dict(model.named_modules())
-    candidates = {name: module for name, module in every.items() if own_parameters(module)}
-    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    selection = Selection(every, candidates, named={p for p in patterns or () if p in candidates})
-    chosen = candidates.keys() if patterns is None else _matching(candidates, patterns)
-    owners = _owners(candidates)
-    for name, module in candidates.items():
-        if name in chosen:
-            _add(selection, name, module, owners)
-            if largest is not None and name not in selection.named and name in selection.treatments:
-                _check_size(selection, name, largest)
-    if not selection.blocks and not selection.watched:
-        raise ValueError(f"no layer can be treated: {selection.skipped or 'no parameters'}")
-    for name, module in every.items():
-        whole = inlined(module)
-        if whole is None:
-            continue
-        if any(part_name(name, part) in selection.modules for part in whole.parts):
-            selection.inlined[name] = whole
-    return selection
-
-
-def chosen_parameters(
-    model: nn.Module, layers: str | Iterable[str] | None
-) -> dict[str, nn.Parameter]:
-    """Trained parameters of the modules whose names match, by full name, each once.
-
-    Raises:
-        ValueError: a pattern that matches no module with parameters, or none of them is trained.
-    """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if layers is not None:
-        candidates = {n: m for n, m in model.named_modules() if own_parameters(m)}
-        chosen = _matching(candidates, [layers] if isinstance(layers, str) else layers)
-        kept = {id(p) for name in chosen for p in trained_parameters(candidates[name]).values()}
-        named = {name: p for name, p in named.items() if id(p) in kept}
-    if not named:
-        where = "the model" if layers is None else f"layers={layers!r}"
-        raise ValueError(f"{where} has no parameters that are trained (requires_grad is False)")
-    return named
-
-
-def _matching(candidates: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The names that match a pattern; each must match one."""
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if _WILD.isdisjoint(pattern):  # as a rule: without a regular expression then
-            found = [name for name in candidates if name == pattern]
-        else:
-            found = [name for name in candidates if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            raise ValueError(
-                f"layers: {pattern!r} matches no layer with parameters; there are "
-                f"{', '.join(map(repr, candidates))}"
-            )
-        chosen.update(found)
-    return chosen
-
-
-def _owners(candidates: dict[str, nn.Module]) -> dict[int, list[str]]:
-    """Parameter identity -> the names of the modules that hold it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in candidates.items():
-        for parameter in own_parameters(module).values():
-            owners.setdefault(id(parameter), []).append(name)
-    return owners
-
-
-def _add(selection: Selection, name: str, module: nn.Module, owners: dict[int, list[str]]) -> None:
-    """Give a module a treatment, or its parameters another place."""
-    trained = trained_parameters(module)
-    if any(parameter.is_complex() for parameter in trained.values()):
-        selection.skip(name, "complex parameters")
-        return
-    others = {other for p in trained.values() for other in owners[id(p)] if other != name}
-    covering = others & selection.twins.keys()
-    try:
-        found, twins = _treatments(module, {n: selection.candidates[n] for n in sorted(others)})
-    except Refused as reason:
-        selection.skip(name, str(reason))
-    except Unsupported as reason:
-        if not has_rule(module) and not others:
-            selection.watched.update(watchable(name, module))
-        selection.drop(name, str(reason))
-    else:
-        if covering:
-            selection.cover(name, covering)
-            return
-        selection.treatments[name], selection.modules[name] = found, module
-        if twins:
-            selection.twins[name] = twins
-        for key, parameter in trained.items():
-            if key not in found.parameters:
-                full = part_name(name, key)
-                selection.loosen(full, {full: parameter}, f"not covered by that of {name!r}")
-
-
-def _treatments(
-    module: nn.Module, others: dict[str, nn.Module]
-) -> tuple[Treatment, list[tuple[nn.Module, Treatment]]]:
-    """The treatment of a module, and of the others that hold parameters of its own."""
-    if len(others) == 1:
-        (other,) = others.values()
-        if {type(module), type(other)} == {nn.Embedding, nn.Linear}:
-            tied = tied_treatment(module, other)
-            return tied, [(other, tied)]
-    found = checked_treatment(module)
-    return found, [_twin(name, other, module, found) for name, other in others.items()]
-
-
-def _twin(
-    name: str, other: nn.Module, module: nn.Module, treatment: Treatment
-) -> tuple[nn.Module, Treatment]:
-    """A module that shares all parameters with another, as the same matrix: with its treatment.
-
-    Their calls are then those of one layer, each by the treatment of the module that was called.
-
-    Raises:
-        Unsupported: they share some parameters only, or are of different kinds.
-    """
-    own, theirs = trained_parameters(module), trained_parameters(other)
-    same = own.keys() == theirs.keys() and all(own[key] is theirs[key] for key in own)
-    if same and type(other) is type(module) and inlined(module) is None:
-        found = checked_treatment(other)
-        if (found.parameters, found.layout, found.groups) == (
-            treatment.parameters,
-            treatment.layout,
-            treatment.groups,
-        ):
-            return other, found
-    raise Unsupported(f"it shares a parameter with {name!r}")
-
-
-def _check_size(selection: Selection, name: str, largest: int) -> None:
-    """Leave out a layer with a factor that is too large to be formed unasked."""
-    treatment, module = selection.treatments[name], selection.modules[name]
-    if sum(parameter.numel() for parameter in own_parameters(module).values()) <= largest:
-        return  # no side of [W | b] is longer than all of it
-    tied = isinstance(treatment, TiedTreatment)
-    if treatment.direct is not None or isinstance(module, nn.Embedding) or tied:
-        return  # without factors, or with a diagonal one
-    o, i = selection.layout(name).shape
-    sides = {"left": o // treatment.groups, "right": i}
-    side = max(sides, key=lambda key: sides[key])
-    if sides[side] > largest:
-        selection.skip(
-            name,
-            f"its {side} factor would have {sides[side]}^2 entries: name the layer in layers=... "
-            "to treat it all the same",
-        )

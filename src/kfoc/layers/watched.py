@@ -8,38 +8,21 @@ its rows belong to samples, and it accounts for all of the weight's gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kfoc.layers.layer import Layer
 from kfoc.layers.linear import linear
-from kfoc.layers.rule import Treatment, trained_parameters
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A weight that may turn out to be a layer's.
-
-    Attributes:
-        home: the name of its module.
-        module: that module.
-        weight: the parameter's name in it.
-        treatment: how its calls become samples.
-    """
-
-    home: str
-    module: nn.Module
-    weight: str
-    treatment: Treatment
-
+from kfoc.layers.rule import trained_parameters
 
 # A use: the weight's name, which of its matrices, the rows of the output, input and output.
 Seen = Callable[[str, "int | None", "slice | None", Tensor, Tensor], None]
 
 
-def watchable(home: str, module: nn.Module) -> dict[str, Watched]:
+def watchable(home: str, module: nn.Module) -> dict[str, Layer]:
     """Block name -> a weight of a module that no rule covers and that may be seen in use.
 
     A single matrix, with a bias perhaps, goes by the module's name, others by their own.
@@ -56,7 +39,7 @@ def watchable(home: str, module: nn.Module) -> dict[str, Watched]:
             treatment = linear(module, weight, "bias" if len(weights) == 1 else "")
         alone = len(weights) == 1 and set(treatment.parameters) == set(trained)
         name = home if alone else ".".join(filter(None, (home, weight)))
-        found[name] = Watched(home, module, weight, treatment)
+        found[name] = Layer(name, home, module, treatment, weight=weight)
     return found
 
 

@@ -26,8 +26,17 @@ FISHER_TYPES = ("mc", "mc-plain", "exact", "empirical")
 class Likelihood(ABC):
     """What the outputs mean. Subclass it for a likelihood of your own.
 
-    All cotangents have the shape of the outputs, whose first dimension is the samples.
-    """
+    All cotangents have the shape of the outputs, whose first dimension is the samples. A fit and
+    influence ask for the abstract methods. `Laplace` asks for more, and says what it misses:
+
+    | optional method | for |
+    |---|---|
+    | `log_likelihood` | marginal likelihoods and `tuned_by_validation` |
+    | `probabilities` | `Laplace.probabilities` |
+    | `moderated` | its closed form, `"probit"` |
+    | `noise_variance`, with `misfit` | `Laplace.predictive` and `sigma_noise`: labels that are Gaussian |
+    | `num_labels` | the mean in `tuned_by_validation`, where samples have several labels |
+    """  # noqa: E501
 
     @abstractmethod
     def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
@@ -69,6 +78,50 @@ class Likelihood(ABC):
         """The likelihood for this batch and those after it, where a batch leaves something open."""
         return self
 
+    def log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
+        """`ln p(targets)` of every sample, (N,), constants included; `check` has passed them.
+
+        Labels that do not count add nothing.
+        """
+        raise self.missing("log_likelihood", "(outputs, targets) -> (N,)")
+
+    def misfit(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Minus the part of `ln p(targets)` that the outputs change, (N,).
+
+        All of it, unless there is a `noise_variance`: then half the squared errors by that.
+        """
+        if self.defines("noise_variance"):
+            raise self.missing("misfit", "(outputs, targets) -> (N,), half the squared errors")
+        return -self.log_likelihood(outputs, targets)
+
+    def num_labels(self, outputs: Tensor, targets: Any) -> Tensor:
+        """How many labels every sample has, (N,)."""
+        return outputs.new_ones(len(outputs))
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """The mean of the labels at these outputs, (N, ...): of classes, their probabilities."""
+        raise self.missing("probabilities", "(outputs) -> (N, ...)")
+
+    def moderated(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """The outputs at which `probabilities` are about their mean over Gaussian outputs."""
+        raise self.missing("moderated", "(mean, variance) -> outputs")
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """Of labels that are Gaussian around the outputs, in their shape."""
+        raise self.missing("noise_variance", "(outputs) -> variances")
+
+    def unweighted(self, targets: Any) -> tuple[Likelihood, Any, Tensor | None]:
+        """The likelihood without samples' weights, its targets, and the weights (N,) if any."""
+        return self, targets, None
+
+    def defines(self, method: str) -> bool:
+        """Whether it has one of the optional methods."""
+        return getattr(type(self), method) is not getattr(Likelihood, method)
+
+    def missing(self, method: str, form: str) -> ValueError:
+        """The error for an optional method that it does not define."""
+        return ValueError(f"the likelihood {type(self).__name__} has no method {method}{form}")
+
     def cotangents(
         self, outputs: Tensor, targets: object, fisher: str, mc_samples: int, seed: int, index: int
     ) -> Iterator[Tensor]:
@@ -76,7 +129,7 @@ class Likelihood(ABC):
 
         Args:
             outputs: (N, ...), detached.
-            targets: the batch's labels; may be None but for "empirical".
+            targets: the batch's labels; may be None but for "empirical" and weights by label.
             fisher: "mc" (of `weighted`), "mc-plain" (of `drawn`), "exact" or "empirical".
             mc_samples: directions of the first two, each scaled by `1 / sqrt(mc_samples)`.
             seed: of the draws.
@@ -84,7 +137,7 @@ class Likelihood(ABC):
         """
         self.check(outputs, targets, fisher)
         if fisher in ("mc", "mc-plain"):
-            draw = self._weighted() if fisher == "mc" else self.drawn
+            draw = self.least_varying() if fisher == "mc" else self.drawn
             for direction in range(mc_samples):
                 cotangent = draw(outputs, targets, Draws(seed, index, direction, mc_samples))
                 yield cotangent if mc_samples == 1 else cotangent / math.sqrt(mc_samples)
@@ -93,10 +146,23 @@ class Likelihood(ABC):
         else:
             yield self.observed(outputs, targets)
 
-    def _weighted(self) -> Callable[[Tensor, object, Draws], Tensor]:
+    def least_varying(self) -> Callable[[Tensor, object, Draws], Tensor]:
         """`weighted`; of a subclass that has only `drawn` anew, that: it may mean other labels."""
         own = next(c for c in type(self).__mro__ if {"weighted", "drawn"} & vars(c).keys())
         return self.weighted if "weighted" in vars(own) else self.drawn
+
+
+def probit(mean: Tensor, variance: Tensor) -> Tensor:
+    """Logits whose sigmoid is about its mean over Gaussian ones (MacKay 1992; Spiegelhalter 1990).
+
+    A sigmoid is exact up to its probit stand-in; a softmax takes each logit's variance alone.
+    """
+    return mean / (1 + math.pi / 8 * variance).sqrt()
+
+
+def by_sample(values: Tensor) -> Tensor:
+    """Sums (N,) of values (N, ...)."""
+    return values.reshape(len(values), -1).sum(1)
 
 
 def outer_products(cotangents: Iterable[Tensor], vectors: Tensor) -> Tensor:
@@ -117,11 +183,17 @@ def unit_directions(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
         yield cotangent.view(outputs.shape)
 
 
-def check_targets(likelihood: str, outputs: Tensor, targets: object) -> Tensor:
+def check_targets(
+    likelihood: str,
+    outputs: Tensor,
+    targets: object,
+    needed: str = 'fisher="empirical"',
+    of: str = "outputs",
+) -> Tensor:
     if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
         raise ValueError(
-            f'fisher="empirical" with a {likelihood} likelihood needs targets of the shape '
-            f"{tuple(outputs.shape)} of the outputs, found {described(targets)}"
+            f"{needed} with a {likelihood} likelihood needs targets of the shape "
+            f"{tuple(outputs.shape)} of the {of}, found {described(targets)}"
         )
     if targets.is_complex():
         raise ValueError(f"the targets of a {likelihood} likelihood are complex ({targets.dtype})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from kfoc.likelihoods.base import FISHER_TYPES, Likelihood
 from kfoc.likelihoods.bernoulli import Bernoulli
 from kfoc.likelihoods.categorical import Categorical
@@ -18,10 +20,12 @@ LIKELIHOODS: dict[str, Likelihood] = {
 _OTHER_NAMES = {
     "categorical": "ce crossentropy crossentropyloss nll nllloss softmax multinomial categorical "
     "classification",
-    "gaussian": "mse mseloss l2 squarederror regression normal gaussiannllloss gaussian",
+    "gaussian": "mse mseloss l2 squarederror regression normal gaussian",
     "bernoulli": "bce bcewithlogits bcewithlogitsloss binarycrossentropy bernoulli binary sigmoid "
     "binarycrossentropywithlogits logistic",
 }
+# What of a loss the likelihood has under the same name, and must not be lost with it.
+_OPTIONS = {"categorical": ("weight", "label_smoothing"), "bernoulli": ("pos_weight",)}
 _OTHER_FISHERS = {
     "mc": "mc montecarlo sampled weighted mcweighted",
     "mc-plain": "mcplain plain plainmc",
@@ -60,10 +64,22 @@ def resolved(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, str) and likelihood in LIKELIHOODS:
         return LIKELIHOODS[likelihood]
     meant, fisher = _known_as(likelihood, _OTHER_NAMES), _known_as(likelihood, _OTHER_FISHERS)
-    hint = f': for it, likelihood="{meant}" (its outputs are logits or means)' if meant else ""
+    hint = f": for it, likelihood={_written(meant, likelihood)}" if meant else ""
+    if _known_as(likelihood, {"": "gaussiannll gaussiannllloss heteroscedastic"}) is not None:
+        hint = ": for it, kfoc.Gaussian(var=...) or kfoc.HeteroscedasticGaussian()"
     if fisher and not meant:
         hint = f': that is a kind of Fisher, fisher="{fisher}"'
     raise ValueError(
         f"likelihood must be one of {', '.join(LIKELIHOODS)} or a kfoc.Likelihood, found "
         f"{likelihood!r}{hint}"
     )
+
+
+def _written(name: str, loss: object) -> str:
+    """The likelihood to write for a loss, with those of its options that are set."""
+    kind = type(LIKELIHOODS[name]).__name__
+    found = {option: getattr(loss, option, None) for option in _OPTIONS.get(name, ())}
+    given = [k for k, value in found.items() if isinstance(value, Tensor) or value]
+    if not given:
+        return f'"{name}" (its outputs are logits or means)'
+    return f"kfoc.{kind}({', '.join(f'{option}=...' for option in given)})"

@@ -18,8 +18,10 @@ LABELS = "labels"
 Predict = Callable[[nn.Module, Any], Any]
 
 
-def unpacked(batch: Any) -> tuple[Any, Any]:
+def unpacked(batch: Any, predict: Predict | None = None) -> tuple[Any, Any]:
     """(inputs, targets) of one batch of the data; the batch itself is not changed.
+
+    What `predict` makes of the targets, where it has a method `targets`, is in their place.
 
     | batch | inputs | targets |
     |---|---|---|
@@ -34,6 +36,12 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: anything else. A tensor alone may be a data set that was passed as `data`.
     """
+    inputs, targets = _parts(batch)
+    change = getattr(predict, "targets", None)
+    return (inputs, change(inputs, targets)) if callable(change) else (inputs, targets)
+
+
+def _parts(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         rest = _mapping(batch, {key: item for key, item in batch.items() if key != LABELS})
         return rest, batch.get(LABELS)
@@ -144,8 +152,7 @@ def check_next_token(model: nn.Module, batch: Any, predict: Predict | None) -> N
         if labels is not None:
             raise ValueError(
                 f"{type(model).__name__} predicts the next token, and the labels in a batch are "
-                "the tokens themselves: yield (inputs, labels[:, 1:]) and pass "
-                "predict=lambda model, inputs: model(**inputs).logits[:, :-1]"
+                "the tokens themselves: pass predict=kfoc.next_token, which shifts them"
             )
 
 

@@ -15,7 +15,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from kfoc.common.ambient import as_called, callers
 from kfoc.common.arguments import check_model
-from kfoc.model.batches import Predict, called, mapped, moved, present, unpacked
+from kfoc.model.batches import (
+    Predict,
+    called,
+    check_next_token,
+    mapped,
+    moved,
+    present,
+    unpacked,
+)
 from kfoc.model.buffers import buffers_kept
 
 
@@ -61,6 +69,16 @@ class Forward:
         """
         with self.kept():
             return self.transformed(inputs, parameters)
+
+    def batches(self, data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Pairs (inputs, targets), of batches as `fit` takes them; empty ones are passed over.
+
+        Raises:
+            ValueError: anything else, or labels that the model means to be shifted.
+        """
+        for batch in present(as_called(data)):
+            check_next_token(self.model, batch, self.predict)
+            yield unpacked(batch, self.predict)
 
     def kept(self) -> AbstractContextManager[None]:
         """The model's buffers are then what they were before."""
@@ -216,12 +234,3 @@ def count_samples(inputs: Any) -> int:
     if 0 in sizes:
         raise ValueError("there are no samples")
     return sizes.pop()
-
-
-def batches(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Pairs (inputs, targets), of batches as `fit` takes them, and passes over empty ones.
-
-    Raises:
-        ValueError: anything else.
-    """
-    return map(unpacked, present(as_called(data)))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from kfoc.errors import problem
 from kfoc.layers.attention import Inlined, part_name
+from kfoc.layers.layer import Layer
 from kfoc.layers.rule import Treatment, Unsupported, first_argument
 from kfoc.layers.selection import Selection
-from kfoc.layers.watched import Watch, Watched
+from kfoc.layers.watched import Watch
 from kfoc.model.trace import Record
 
 # How many fits each thread is in the midst of.
@@ -32,14 +33,14 @@ def captured(selection: Selection) -> Iterator[Record]:
     handles = []
     _FITTING[record.thread] += 1
     try:
-        for name, module in selection.modules.items():
-            handles.append(module.register_forward_pre_hook(_checker(name), with_kwargs=True))
-            if name in selection.inlined or name in selection.watched:
+        for name, layer in selection.layers.items():
+            check = _checker(name)
+            handles.append(layer.module.register_forward_pre_hook(check, with_kwargs=True))
+            if layer.home in selection.inlined or layer.weight is not None:
                 continue
-            own = module, selection.treatments[name]
-            for watched, treatment in [own, *selection.twins.get(name, [])]:
+            for module, treatment in [(layer.module, layer.treatment), *layer.twins]:
                 hook = _recorder(record, name, treatment)
-                handles.append(watched.register_forward_hook(hook, with_kwargs=True))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for module, weights in _by_module(selection).items():
             handles += _watching(record, selection, module, weights)
         for name, whole in selection.inlined.items():
@@ -95,8 +96,7 @@ def _replayer(
     It takes the same steps again when a checkpointed region runs again, as that has to, possibly in
     a thread of autograd's. In a thread that fits the same model, that fit's own hook does so.
     """
-    names = {part: part_name(name, part) for part in whole.parts}
-    treatments = {part: selection.treatments.get(full) for part, full in names.items()}
+    layers = {part: selection.of_module(part_name(name, part)) for part in whole.parts}
 
     def hook(module: nn.Module, args: tuple, *rest: Any) -> Any:
         if _over(rest, 2):
@@ -112,30 +112,28 @@ def _replayer(
             reason = "its output is not what its parameters give (is there another hook?)"
         except Unsupported as unsupported:
             agree, reason = False, str(unsupported)
-        for part, full in names.items():
-            if treatments[part] is not None and not agree:
-                record.problems[full] = reason
         if not agree:
+            record.problems |= {each.name: reason for found in layers.values() for each in found}
             return None
         for part, group, value, result in steps:
-            treatment = treatments[part]
-            if treatment is not None:
-                record.add(names[part], treatment, value, result, group)
+            for layer in layers[part]:
+                record.add(layer.name, layer.treatment, value, result, group)
         return replayed
 
     return hook
 
 
-def _by_module(selection: Selection) -> dict[nn.Module, dict[str, Watched]]:
-    """The modules whose uses of weights are watched -> block name -> weight."""
-    found: dict[nn.Module, dict[str, Watched]] = {}
-    for name, each in selection.watched.items():
-        found.setdefault(each.module, {})[name] = each
+def _by_module(selection: Selection) -> dict[nn.Module, dict[str, Layer]]:
+    """The modules whose uses of weights are watched -> block name -> layer."""
+    found: dict[nn.Module, dict[str, Layer]] = {}
+    for layer in [*selection.layers.values(), *selection.watched.values()]:
+        if layer.weight is not None:
+            found.setdefault(layer.module, {})[layer.name] = layer
     return found
 
 
 def _watching(
-    record: Record, selection: Selection, module: nn.Module, watched: dict[str, Watched]
+    record: Record, selection: Selection, module: nn.Module, watched: dict[str, Layer]
 ) -> list[Any]:
     """Hooks that watch a module's uses of its weights, from its forward's beginning to its end."""
     entered: list[Watch | None] = []
@@ -146,12 +144,12 @@ def _watching(
         record.add(name, watched[name].treatment, value, output, group, rows)
 
     def before(*_: Any) -> None:
-        wanted = watched.keys() & selection.watched.keys()
+        wanted = watched.keys() & (selection.watched.keys() | selection.layers.keys())
         idle = record.closed or record.paused or threading.get_ident() != record.thread
         if idle or not wanted:
             entered.append(None)
             return
-        weights = {name: getattr(module, watched[name].weight) for name in wanted}
+        weights = {name: getattr(module, watched[name].weight or "") for name in wanted}
         watch = Watch(weights, seen)
         watch.__enter__()
         entered.append(watch)

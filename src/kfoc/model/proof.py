@@ -183,7 +183,7 @@ def check(outputs: Tensor, record: Record, selection: Selection, names: Iterable
     for name, each in calls.items():  # with which autograd has no gradients of the weight
         if any(call.value._version != call.version for call in each):
             raise problem(name, CHANGED)
-    held = {name: list(selection.layer_parameters(name).values()) for name in calls}
+    held = {name: list(selection.layer(name).parameters.values()) for name in calls}
     # Those of `fully_shard` are no leaves of the graph: what is used comes from all ranks.
     sharded = {n for n, each in held.items() if any(hasattr(p, "device_mesh") for p in each)}
     kinds = [outputs.dtype, *(call.output_dtype for each in calls.values() for call in each)]

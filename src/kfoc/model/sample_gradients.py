@@ -16,21 +16,25 @@ from kfoc.model.functional import Forward, count_samples, sliced, wide
 Parameters = Mapping[str, Tensor]
 # Numbers that one chunk of gradients may take: 128 MiB in float32.
 CHUNK_NUMBERS = 2**25
+ALL = slice(None)
 
 
-def jacobians(forward: Forward, parameters: Parameters, inputs: Any) -> dict[str, Tensor]:
+def jacobians(
+    forward: Forward, parameters: Parameters, inputs: Any, part: slice = ALL
+) -> dict[str, Tensor]:
     """The derivative of each sample's outputs by some parameters.
 
     Args:
         parameters: name -> trained value.
         inputs: of N samples with K outputs each, in all their dimensions.
+        part: the outputs to take; all of them.
 
     Returns:
         name -> (N, K, *the parameter's shape), in float32 at least.
     """
 
     def outputs(parameters: Parameters, sample: Any) -> Tensor:
-        return _of_one(forward, parameters, sample).flatten()
+        return _of_one(forward, parameters, sample).flatten()[part]
 
     def vectorised() -> dict[str, Tensor]:
         return vmap(jacrev(outputs), in_dims=(None, 0))(dict(parameters), inputs)

@@ -61,7 +61,7 @@ def adds_up(
     samples = samples_with(0)
     if evidence.totals is None:
         return True
-    parameters = list(selection.layer_parameters(name).values())
+    parameters = list(selection.layer(name).parameters.values())
     totals = [
         torch.zeros_like(parameter) if total is None else total.to_dense()
         for parameter, total in zip(parameters, evidence.totals, strict=True)

@@ -168,6 +168,16 @@ def combined(stacks: Sequence[Tensor], shares: Tensor) -> Tensor:
     return found
 
 
+def symmetries(stack: Tensor) -> list[int]:
+    """`signs` of matrices (k, n, n), each symmetric or antisymmetric to rounding.
+
+    By which of transpose and minus transpose is nearer: sums may round differently above the
+    diagonal and below, as the processor has it, and then a matrix is equal to neither.
+    """
+    apart = ((stack - sign * stack.mT).abs().amax((1, 2)).tolist() for sign in (1, -1))
+    return [1 if one <= other else -1 for one, other in zip(*apart, strict=True)]
+
+
 def nearest_to_pair(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
@@ -214,7 +224,7 @@ def recompressed(lefts: Tensor, rights: Tensor, rank: int) -> tuple[Tensor, Tens
     Returns:
         (rank, o, o) and (rank, i, i), balanced.
     """
-    signs = [-1 if left.any() and torch.equal(left, -left.mT) else 1 for left in lefts]
+    signs = symmetries(lefts)
     ones = torch.ones(len(lefts), dtype=torch.float64, device="cpu")
     found = singular([products([lefts]), products([rights])], ones, signs, PRECISION).leading(rank)
     roots = found.sigmas.sqrt()[:, None]

@@ -188,7 +188,8 @@ def refined(fixed: Tensor, images: Tensor, sign: int) -> Singular:
     """
     image = coordinates(images, sign)
     vectors, sigmas, mixing = torch.linalg.svd(image, full_matrices=False)
-    mixed = torch.einsum("kj,jab->kab", mixing, fixed)
+    # In coordinates: of sums of whole matrices, those above the diagonal may round differently.
+    mixed = matrices(coordinates(fixed, sign) @ mixing.mT, fixed.shape[-1], sign)
     return Singular(mixed, matrices(vectors, images.shape[-1], sign), sigmas)
 
 

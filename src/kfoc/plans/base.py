@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from torch import Tensor
 
 from kfoc.nearest.contraction import Contraction, Side
+from kfoc.plans.cost import Cost, Size
+from kfoc.samples.linear import Samples
 
 # Temporaries of a chunk hold at most so many numbers: small enough to stay near the cache, large
 # enough that the matrix products run at full rate.
 CHUNK = 2**20
 
 
-class Coefficients(Contraction):
+class Plan(Contraction):
+    """A contraction of a layer's samples, and what it costs.
+
+    Attributes:
+        single: whether it is for samples of one position alone.
+    """
+
+    single = False
+
+    @abstractmethod
+    def __init__(self, samples: Samples, memory_limit: int) -> None:
+        """
+        Args:
+            memory_limit: bytes that may be kept, where it can also do without.
+        """
+
+    @staticmethod
+    def fits(z: Size) -> bool:
+        """Whether it may be the cheapest for layers of this size."""
+        return True
+
+    @staticmethod
+    @abstractmethod
+    def cost(z: Size) -> Cost:
+        """Multiply-adds, and the numbers that it keeps."""
+
+
+class Coefficients(Plan):
     """Plans that iterate on coefficients of the factors in the samples.
 
     The image of a representation, once asked for, is kept: the norm of a factor is the inner
@@ -20,7 +51,7 @@ class Coefficients(Contraction):
 
     implicit = True
 
-    def __init__(self) -> None:
+    def __init__(self, samples: Samples, memory_limit: int) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def advance(self, representation: Tensor, side: Side) -> Tensor:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kfoc.nearest.contraction import Contraction
-from kfoc.plans.cost import COSTS, Size, reduced_rank, sketch_cost
+from kfoc.plans.base import Plan
+from kfoc.plans.cost import Size
 from kfoc.plans.explicit import Dense, Gradients
 from kfoc.plans.positions import PositionGram, Positions
 from kfoc.plans.single import Gram, Primal
+from kfoc.plans.sketch_cost import reduced_rank, sketch_cost
 from kfoc.plans.tokens import contraction_of_diagonal
 from kfoc.samples.linear import Samples
 from kfoc.samples.tied import Tied
 
-SINGLE_POSITION = ("gram", "primal")
-PLANS: dict[str, Callable[[Samples, int], Contraction]] = {
-    "gram": lambda samples, limit: Gram(samples),
-    "primal": lambda samples, limit: Primal(samples),
-    "position_gram": lambda samples, limit: PositionGram(samples),
-    "positions": lambda samples, limit: Positions(samples),
-    "gradients": Gradients,
-    "dense": lambda samples, limit: Dense(samples),
+# A plan of one's own goes in here.
+PLANS: dict[str, type[Plan]] = {
+    each.plan: each for each in (Gram, Primal, PositionGram, Positions, Gradients, Dense)
 }
 
 
@@ -31,8 +26,7 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
     """
     if size.T == 0:
         return "gradients"
-    names = SINGLE_POSITION if size.T == 1 else tuple(n for n in COSTS if n not in SINGLE_POSITION)
-    costs = {name: COSTS[name](size) for name in (*names, *(["dense"] if size.T == 1 else []))}
+    costs = {name: plan.cost(size) for name, plan in PLANS.items() if plan.fits(size)}
     fitting = {n: c for n, c in costs.items() if c.memory * element_size <= memory_limit}
     if not fitting:
         return "primal" if size.T == 1 else "gradients"
@@ -47,7 +41,7 @@ def choose(size: Size, memory_limit: int, element_size: int) -> str:
 def sketch_rank(size: Size, name: str, memory_limit: int, element_size: int) -> int:
     """Directions that a sketch should reduce the samples to; 0 where it does not pay or fit."""
     rank, count = reduced_rank(size), size.S * size.N
-    cost = COSTS[name](size)
+    cost = PLANS[name].cost(size)
     # The reduced samples, as they come about: before and after a step of subspace iteration.
     held: float = 2 * rank * (size.N + count)
     if size.T > 1:

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfoc.linalg.products import add_symmetric, halves, mirrored, times_half
-from kfoc.nearest.contraction import Contraction, Side, opposite
-from kfoc.plans.base import CHUNK, Scratch, quadratic_sum
+from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
+from kfoc.nearest.contraction import Side, opposite
+from kfoc.plans.base import CHUNK, Plan, Scratch, quadratic_sum
+from kfoc.plans.cost import Cost, Size
 from kfoc.samples.base import LayerSamples, gradient_chunks
 from kfoc.samples.linear import Samples
 
 
-class _Explicit(Contraction):
+class _Explicit(Plan):
     """Plans that iterate on the factors themselves."""
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
@@ -48,6 +49,17 @@ class Gradients(_Explicit):
         self._keep = total <= memory_limit
         self._scratch = Scratch()
         self._stored: list[Tensor] | None = None
+
+    @staticmethod
+    def fits(z: Size) -> bool:
+        return z.T != 1  # or there are cheaper ones
+
+    @staticmethod
+    def cost(z: Size) -> Cost:
+        count = z.S * z.N
+        setup = count * z.o * z.i * (z.T + z.o)
+        half_step = count * (share(z.i) * z.o * z.i**2 + z.o**2 * z.i)
+        return Cost(setup, half_step, 0.0, count * z.o * z.i)
 
     @property
     def like(self) -> Tensor:
@@ -143,11 +155,17 @@ class Dense(_Explicit):
     plan = "dense"
     cheap_steps = True
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, memory_limit: int = 0) -> None:
         o, i = samples.shape
         fisher = samples.grads.new_zeros(o * i, o * i)
         add_fisher(fisher, samples)
         self._take(fisher, samples.shape)
+
+    @staticmethod
+    def cost(z: Size) -> Cost:
+        size = z.o * z.i
+        setup = z.S * z.N * size * (z.T + share(size) * size)
+        return Cost(setup, size**2, 0.0, 2 * size**2)
 
     @classmethod
     def of(cls, fisher: Tensor, shape: tuple[int, int]) -> Dense:

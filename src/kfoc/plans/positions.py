@@ -10,6 +10,7 @@ from torch import Tensor
 from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
 from kfoc.nearest.contraction import Side, opposite, positive
 from kfoc.plans.base import Coefficients, Scratch, quadratic_sum
+from kfoc.plans.cost import Cost, Size, positioned
 from kfoc.samples.linear import Samples
 
 # Columns of a matrix product that is one of many: fewer would run at a lower rate.
@@ -27,14 +28,23 @@ class Positions(Coefficients):
 
     plan = "positions"
 
-    def __init__(self, samples: Samples) -> None:
-        super().__init__()
+    def __init__(self, samples: Samples, memory_limit: int = 0) -> None:
+        super().__init__(samples, memory_limit)
         count = samples.num_samples
         self._rows = {
             "left": samples.grads,  # (S, N, T, o)
             "right": samples.inputs.rows(0, count)[None],
         }
         self._scratch = Scratch()
+
+    @staticmethod
+    def fits(z: Size) -> bool:
+        return z.T != 1  # or there are cheaper ones
+
+    @staticmethod
+    def cost(z: Size) -> Cost:
+        setup = z.N * z.T**2 * z.i
+        return Cost(setup, positioned(z), positioned(z), z.N * z.T * (z.i + 2 * z.T))
 
     @property
     def like(self) -> Tensor:
@@ -159,9 +169,22 @@ class PositionGram(Positions):
 
     plan = "position_gram"
 
-    def __init__(self, samples: Samples) -> None:
-        super().__init__(samples)
+    def __init__(self, samples: Samples, memory_limit: int = 0) -> None:
+        super().__init__(samples, memory_limit)
         self._kernels: dict[Side, Tensor] = {}
+
+    @staticmethod
+    def cost(z: Size) -> Cost:
+        setup: float = z.N * z.T**2 * z.i
+        steps, memory = 0.0, z.N * z.T * (z.i + 2 * z.T)
+        for directions, size in ((1, z.i), (z.S, z.o)):
+            if through_products(directions, z.N, z.T, size):
+                setup += of_pairs(directions * z.N, z.T, size)
+                memory += (directions * z.N * z.T) ** 2
+                steps += by_products(directions, z.N, z.T)
+            else:
+                steps += by_factor(directions, z.N, z.T, size)
+        return Cost(setup, steps / 2, positioned(z), memory)
 
     @property
     def certifies(self) -> bool:

@@ -7,9 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from kfoc.linalg.products import add_symmetric, gram, halves, mirrored, orthonormal, times_half
+from kfoc.linalg.products import (
+    add_symmetric,
+    gram,
+    halves,
+    mirrored,
+    orthonormal,
+    share,
+    times_half,
+)
 from kfoc.nearest.contraction import Side, opposite
 from kfoc.plans.base import CHUNK, Coefficients, Scratch
+from kfoc.plans.cost import Cost, Size, factors
 from kfoc.samples.inputs import Inputs, Rows
 from kfoc.samples.linear import Samples
 
@@ -26,15 +35,25 @@ class Primal(Coefficients):
     """
 
     plan = "primal"
+    single = True
 
-    def __init__(self, samples: Samples) -> None:
-        super().__init__()
+    def __init__(self, samples: Samples, memory_limit: int = 0) -> None:
+        super().__init__(samples, memory_limit)
         self._count = samples.num_samples
         right, constant = single_rows(samples.inputs)
         self._vectors = {"left": samples.grads[:, :, 0].flatten(0, 1), "right": right}
         self._constants: dict[Side, float | None] = {"left": None, "right": constant}
         self._sizes = dict(zip(("left", "right"), samples.shape, strict=True))
         self._scratch = Scratch()
+
+    @staticmethod
+    def fits(z: Size) -> bool:
+        return z.T == 1
+
+    @staticmethod
+    def cost(z: Size) -> Cost:
+        # A half step forms one factor and applies it: all four products in two half steps.
+        return Cost(0.0, factors(z), factors(z), 0)
 
     def start(self) -> Tensor:
         vectors, constant = self._vectors["right"], self._constants["right"]
@@ -182,9 +201,15 @@ class Gram(Primal):
     plan = "gram"
     cheap_steps = True
 
-    def __init__(self, samples: Samples) -> None:
-        super().__init__(samples)
+    def __init__(self, samples: Samples, memory_limit: int = 0) -> None:
+        super().__init__(samples, memory_limit)
         self._kernels: dict[Side, Tensor] = {}
+
+    @staticmethod
+    def cost(z: Size) -> Cost:
+        left = share(z.N) if z.S == 1 else 1.0
+        setup = z.N**2 * (share(z.N) * z.i + left * z.S**2 * z.o)
+        return Cost(setup, z.N**2, factors(z), 2 * z.N**2)
 
     @property
     def certifies(self) -> bool:

@@ -23,10 +23,10 @@ from kfoc.linalg.scaling import norm_of
 from kfoc.nearest.accelerated import Start, fit_contraction, leading_pair
 from kfoc.nearest.contraction import Side, opposite
 from kfoc.nearest.power import KroneckerFit, relative_error
-from kfoc.plans.cost import PROBES, ROWS
 from kfoc.plans.explicit import Gradients
 from kfoc.plans.positions import PositionGram, Positions
 from kfoc.plans.single import Primal
+from kfoc.plans.sketch_cost import PROBES, ROWS
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 

@@ -20,6 +20,7 @@ except ImportError as error:
         ' pip install "kfoc[reproduce]"'
     ) from None
 
+import kfoc
 from kfoc.compare.command import compare
 from kfoc.reproduce import data
 from kfoc.reproduce.experiment import Experiment, convolutional, fully_connected, run_seed
@@ -40,8 +41,19 @@ class Name(str, enum.Enum):
     convolutional = "convolutional"
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kfoc {kfoc.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="kfoc's, and torch's."),
+    ] = False,
+) -> None:
     """Kronecker-factored optimal curvature."""
 
 

@@ -11,19 +11,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from kfoc.compare.looks import look
 from kfoc.files.writing import replacing
 from kfoc.reproduce.experiment import ESTIMATORS
-from kfoc.reproduce.results import look
 from kfoc.reproduce.summary import NAMES, Key, Summary
 
 # The aggregations often lie on one another: those drawn first are wider, so that each still shows.
 STYLES: dict[str, dict[str, Any]] = {
-    "diagonal": look("diagonal") | {"marker": "s", "ms": 6, "lw": 1.8},
-    "kfac": look("K-FAC") | {"marker": "o", "ms": 6, "lw": 1.8},
-    "kfoc_exact": look("EKFAC") | {"marker": "o", "ms": 11, "lw": 5},
-    "kfoc_online": look("EK-FOC") | {"marker": "D", "ms": 7.5, "lw": 3},
-    "kfoc_running": look("K-FOC") | {"marker": "v", "ms": 6, "lw": 1.8},
-    "kfoc_approx": look("no curvature") | {"marker": "^", "ms": 6, "lw": 1.8},
+    "diagonal": look("diagonal") | {"ms": 6, "lw": 1.8},
+    "kfac": look("K-FAC") | {"ms": 6, "lw": 1.8},
+    "kfoc_exact": look("optimum") | {"ms": 11, "lw": 5},
+    "kfoc_online": look("K-FOC") | {"ms": 8.5, "lw": 3},
+    "kfoc_running": look("K-FOC running") | {"ms": 6, "lw": 1.8},
+    "kfoc_approx": look("K-FOC approx") | {"ms": 6, "lw": 1.8},
 }
 # The paper's values stand a little to the right, so that they do not hide ours.
 ASIDE = 1.13

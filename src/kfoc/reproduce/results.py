@@ -1,4 +1,4 @@
-"""What the programs share: a file of results, tables of them, and a colour of each method.
+"""What the programs share: a file of results, and tables of them.
 
 The file is JSON: rows, beside what they were measured under. `kfoc reproduce`, the study and the
 benchmarks write it after each row or workload, so that what is done survives Ctrl-C.
@@ -16,24 +16,6 @@ from typing import Any
 from kfoc.files.writing import write_text
 
 Row = dict[str, Any]
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the markers say it again.
-LOOKS = {
-    "diagonal": ("#777777", "x"),
-    "K-FAC": ("#D55E00", "s"),
-    "K-FOC": ("#0072B2", "o"),
-    "EKFAC": ("#CC79A7", "D"),
-    "EK-FOC": ("#009E73", "^"),
-    "K-FOC, rank 2": ("#56B4E9", "v"),
-    "exact blocks": ("#000000", "*"),
-    "no curvature": ("#E69F00", "+"),
-}
-
-
-def look(method: str) -> dict[str, Any]:
-    """Colour and marker of a method, as matplotlib takes them."""
-    colour, marker = LOOKS.get(method, LOOKS["no curvature"])
-    return {"color": colour, "marker": marker}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

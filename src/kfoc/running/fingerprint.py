@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kfoc.files.encoding import held
+from kfoc.fitting.session import Session
 
 # Of each tensor, so many entries at equal distances are looked at where not all are.
 SAMPLE = 4096
@@ -140,6 +142,29 @@ def _code(code: CodeType) -> str:
     """Instructions, names and constants, without the places that they were written at."""
     constants = [_code(c) if isinstance(c, CodeType) else described(c) for c in code.co_consts]
     return repr((code.co_code, code.co_names, code.co_freevars, constants))
+
+
+def of_task(session: Session) -> dict[str, str]:
+    """All that the numbers of a fit depend on, but the data, of a session before its first batch.
+
+    Which layers there are is the session's: it follows from the model and what was asked for.
+    """
+    package = importlib.import_module(__name__.partition(".")[0])
+    task, selection = session.task, session.selection
+    return {
+        "kfoc": package.__version__,
+        "torch": str(torch.__version__),
+        "estimator": described(task.estimator),
+        "likelihood": described(task.likelihood),
+        "fisher": task.fisher,
+        "mc_samples": str(task.mc_samples),
+        "probes": str(task.probes),
+        "seed": str(task.seed),
+        "verify": str(task.verify),
+        "predict": described(task.predict),
+        "layers": ", ".join(map(repr, selection.blocks)),
+        "layers asked for by name": ", ".join(map(repr, sorted(selection.named))),
+    } | of_model(task.model)
 
 
 def of_model(model: nn.Module) -> dict[str, str]:

@@ -9,18 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kfoc.blocks import DampedBlock, Damping
 from kfoc.blocks.damped import DampedSpectrum
 from kfoc.blocks.grouped import DampedGroups
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.errors import naming
-from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.bernoulli import Bernoulli
-from kfoc.likelihoods.categorical import Categorical
-from kfoc.likelihoods.gaussian import Gaussian
-from kfoc.model.functional import Forward, batches, concerning
+from kfoc.likelihoods.base import Likelihood, described
+from kfoc.model.functional import Forward, concerning
 
 
 @dataclass(frozen=True)
@@ -30,75 +26,73 @@ class DataFit:
     Attributes:
         num_samples: of the data.
         num_labels: labels that count, or numbers in all targets of a regression.
-        misfit: `-ln p(labels)`; for a regression half the sum of squared errors.
+        misfit: `-ln p(labels)`; for a regression half the sum of squared errors, by the variance of
+            its likelihood's noise.
+        constant: what `ln p` has besides: for a regression, of that noise.
     """
 
     num_samples: int
-    num_labels: int
+    num_labels: float
     misfit: float
+    constant: float
 
-    def log_likelihood(self, likelihood: Likelihood, sigma_noise: Tensor) -> Tensor:
+    def check(self, expected: int) -> None:
+        """Raise where it is not of so many samples, or not finite."""
+        if not math.isfinite(self.misfit):
+            raise ValueError(f"data: its misfit is not finite ({self.misfit})")
+        if self.num_samples != expected:
+            raise ValueError(
+                f"the data have {self.num_samples} samples, but the posterior is one of "
+                f"{expected}: pass the training data that the curvature was fitted on, or "
+                f"Laplace(num_samples={self.num_samples}) where that was a part of it"
+            )
+
+    def log_likelihood(self, sigma_noise: Tensor) -> Tensor:
         """`ln p(targets)`, a scalar in float64."""
         misfit = torch.tensor(self.misfit, dtype=torch.float64)
-        if not isinstance(likelihood, Gaussian):
-            return -misfit
-        constant = 0.5 * self.num_labels * math.log(2 * math.pi)
-        return -misfit / sigma_noise**2 - self.num_labels * sigma_noise.log() - constant
+        return self.constant - misfit / sigma_noise**2 - self.num_labels * sigma_noise.log()
 
 
 def measured(forward: Forward, likelihood: Likelihood, data: Iterable[Any]) -> DataFit:
     """One pass over batches `(inputs, targets)` at the trained parameters.
 
     Raises:
-        ValueError: no batches, targets that do not fit, or a likelihood of the user's own.
+        ValueError: no targets that do not fit, or a likelihood without `log_likelihood`.
     """
-    samples, labels, total = 0, 0, 0.0
-    for number, (inputs, targets) in enumerate(batches(data)):
+    samples, totals = 0, torch.zeros(3, dtype=torch.float64)
+    for number, (inputs, targets) in enumerate(forward.batches(data)):
         with concerning(f"batch {number} of data"):
-            outputs = forward.trained(forward.moved(inputs))
+            outputs = forward.trained(forward.moved(inputs)).double()
             targets = forward.moved(targets)
             likelihood = likelihood.settled(outputs, targets)
-            counted, misfit = misfit_of(likelihood, outputs, targets)
-        samples, labels, total = samples + len(outputs), labels + counted, total + misfit
+            likelihood.check(outputs, targets, "empirical")
+            found, misfit, labels = (
+                of_samples(likelihood, name, outputs, targets)
+                for name in ("log_likelihood", "misfit", "num_labels")
+            )
+        samples += len(outputs)
+        totals += torch.stack([labels.sum(), misfit.sum(), (found + misfit).sum()]).cpu()
     if not samples:
         raise ValueError("data has no batches")
-    if not math.isfinite(total):
-        raise ValueError(f"the model's fit to the data is not finite ({total})")
-    return DataFit(samples, labels, total)
+    labels, misfit, constant = totals.tolist()
+    if not math.isfinite(misfit):
+        raise ValueError(f"the model's fit to the data is not finite ({misfit})")
+    return DataFit(samples, labels, misfit, constant)
 
 
-def misfit_of(likelihood: Likelihood, outputs: Tensor, targets: Any) -> tuple[int, float]:
-    """How many labels count in a batch, and their misfit as in `DataFit`."""
-    likelihood.check(outputs, targets, "empirical")
-    outputs = outputs.double()
-    if isinstance(likelihood, Gaussian):
-        return targets.numel(), 0.5 * (outputs - targets.double()).square().sum().item()
-    if isinstance(likelihood, Bernoulli):
-        loss = functional.binary_cross_entropy_with_logits(
-            outputs, targets.double(), reduction="sum"
+def of_samples(likelihood: Likelihood, method: str, outputs: Tensor, targets: Any) -> Tensor:
+    """What a method of a likelihood says of every sample, (N,).
+
+    Raises:
+        ValueError: it gives something else, as one of the user's own may.
+    """
+    found = getattr(likelihood, method)(outputs, targets)
+    if not isinstance(found, Tensor) or found.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"{method} of {type(likelihood).__name__} must give a number for each of "
+            f"{len(outputs)} samples, found {described(found)}"
         )
-        return targets.numel(), loss.item()
-    if isinstance(likelihood, Categorical):
-        logits = outputs.movedim(class_dimension(likelihood, outputs, targets), -1)
-        labels, ignored = targets.flatten().long(), likelihood.ignore_index
-        loss = functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), labels, ignore_index=ignored, reduction="sum"
-        )
-        return int((labels != ignored).sum()), loss.item()
-    raise ValueError(
-        f"the log-likelihood of {type(likelihood).__name__} is not known: the likelihood must be "
-        "categorical, gaussian or bernoulli"
-    )
-
-
-def class_dimension(likelihood: Categorical, outputs: Tensor, labels: Tensor | None = None) -> int:
-    """Where the classes are, as `Categorical` has it; `labels` have passed its check."""
-    if likelihood.class_dim is not None:
-        return likelihood.class_dim % outputs.ndim
-    last = outputs.ndim - 1
-    if labels is None:
-        return last if outputs.ndim <= 3 else 1
-    return last if labels.shape == outputs.shape[:-1] else 1
+    return found
 
 
 def log_marginal_likelihood(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,22 +14,22 @@ from torch import Tensor, nn
 
 from kfoc.applications.laplace import evidence, predictive, tuning
 from kfoc.applications.laplace.evidence import DataFit
+from kfoc.applications.laplace.linearised import Chunks, Linearised
 from kfoc.applications.laplace.predictive import OutputGaussian
 from kfoc.applications.laplace.prior import Number, Precisions, positive, precisions
-from kfoc.applications.laplace.validation import validation_losses
+from kfoc.applications.laplace.validation import Validation, validation_losses
 from kfoc.common.ambient import Plain
 from kfoc.common.arguments import check_model, whole
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.gaussian import Gaussian
 from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict
-from kfoc.model.functional import Forward, concerning, count_samples, sliced
-from kfoc.model.sample_gradients import chunks
+from kfoc.model.functional import Forward, concerning
 
 PREDICTIVE_METHODS = ("linearised", "weights")
 PROBABILITY_METHODS = ("probit", "logits", "weights")
+Moments = Callable[[Linearised, Any, Tensor, Sequence[DampedCurvature]], Chunks]
 # Of prior precisions: from 0.01 to 10,000.
 CANDIDATES = tuple(10 ** (k / 2) for k in range(-4, 9))
 
@@ -56,7 +57,7 @@ class Laplace(Plain):
             `prior_precision / 2 * |parameters|^2`, on the scale of the *summed* loss: a weight
             decay `w` on the mean loss is `w * num_samples`.
         likelihood: "categorical", "gaussian", "bernoulli", or a `Likelihood`.
-        sigma_noise: the standard deviation of a regression's noise; 1 for other likelihoods.
+        sigma_noise: the standard deviation of a regression's noise by its likelihood's own, or 1.
         temperature: of the likelihood, which is taken to the power of `1 / temperature`.
         num_samples: of the training data, where the curvature has seen a part of it.
         predict: `(model, inputs) -> outputs`, for models that return more than a tensor.
@@ -73,6 +74,7 @@ class Laplace(Plain):
 
     def __post_init__(self) -> None:
         check_model(self.model)
+        resolved(self.likelihood)
         self._sigma(self.sigma_noise)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and positive, found {self.temperature}")
@@ -108,14 +110,7 @@ class Laplace(Plain):
         with concerning("inputs"):
             forward.trained(inputs)
         drawn = predictive.networks(self.posterior, self._parameters, num, seed)
-        with torch.no_grad():
-            found = torch.stack([forward.outputs(inputs, parameters) for parameters in drawn])
-        if not found.isfinite().all():
-            raise ValueError(
-                "outputs of networks drawn from the posterior are not finite: a larger "
-                "prior_precision draws them closer to the trained one"
-            )
-        return found
+        return predictive.outputs_of(drawn, forward, inputs)
 
     def linearised(self, inputs: Any, *, chunk_size: int | None = None) -> OutputGaussian:
         """The Gaussian over the outputs of the model linearised at its trained parameters.
@@ -124,20 +119,17 @@ class Laplace(Plain):
         parameters: without observation noise.
 
         Args:
-            chunk_size: samples whose Jacobians are held at once; None: as 128 MiB allow.
+            chunk_size: samples whose Jacobians are held at once; None: as 128 MiB allow. A last
+                linear layer alone needs none: its covariances are held.
         """
-        forward, parameters, posterior = self._forward, self._parameters, self.posterior
-        inputs = forward.moved(inputs)
-        with concerning("inputs"):
-            count = count_samples(inputs)
-            width = forward.trained(sliced(inputs, slice(1))).numel()
-            forward.check_separate(inputs)
-            numbers = width * sum(p.numel() for p in parameters.values())
-            parts = [
-                predictive.linearised(forward, posterior, parameters, sliced(inputs, part))
-                for part in chunks(count, numbers, chunk_size)
-            ]
-        return OutputGaussian(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return OutputGaussian(*self._moments(inputs, chunk_size, Linearised.covariances))
+
+    def variances(self, inputs: Any, *, chunk_size: int | None = None) -> Tensor:
+        """The variances of the same Gaussian, in the outputs' shape, without its covariances.
+
+        For outputs of many numbers, such as images: takes K numbers a sample, not K squared.
+        """
+        return self._moments(inputs, chunk_size, Linearised.variances)[1]
 
     def predictive(
         self,
@@ -154,21 +146,13 @@ class Laplace(Plain):
             method: "linearised": the closed form; "weights": mean and covariance over the outputs
                 of `num` networks drawn from the posterior.
         """
-        if not isinstance(self._likelihood, Gaussian):
-            raise ValueError(
-                f"predictive() is for the gaussian likelihood, found {self._likelihood!r}: "
-                "use probabilities()"
-            )
-        sigma = float(self.sigma_noise)
-        if method == "linearised":
-            return self.linearised(inputs, chunk_size=chunk_size).with_noise(sigma)
         _check_method(method, PREDICTIVE_METHODS)
+        self._require("noise_variance", "use probabilities(), linearised() or sampled_outputs()")
+        if method == "linearised":
+            return self._noisy(self.linearised(inputs, chunk_size=chunk_size))
         if num < 2:
             raise ValueError(f"num must be at least 2 for a covariance, found {num}")
-        outputs = self.sampled_outputs(inputs, num, seed=seed)
-        mean = outputs.mean(0)
-        centred = (outputs - mean).flatten(2).movedim(0, 1)  # (N, num, K)
-        return OutputGaussian(mean, centred.mT @ centred / (num - 1)).with_noise(sigma)
+        return self._noisy(predictive.moments(self.sampled_outputs(inputs, num, seed=seed)))
 
     def probabilities(
         self,
@@ -188,15 +172,17 @@ class Laplace(Plain):
                 posterior is one of the linearised model (Immer et al. 2021).
         """
         _check_method(method, PROBABILITY_METHODS)
+        self._require("probabilities", "use predictive() for a regression, or sampled_outputs()")
+        if method == "probit":
+            self._require("moderated", 'use method="logits" or "weights"')
         likelihood = self._likelihood
-        if isinstance(likelihood, Gaussian):
-            raise ValueError("probabilities() is not for the gaussian likelihood: use predictive()")
         if method == "weights":
             outputs = self.sampled_outputs(inputs, num, seed=seed)
-            return torch.stack([predictive.probabilities(likelihood, o) for o in outputs]).mean(0)
-        gaussian = self.linearised(inputs, chunk_size=chunk_size)
+            return torch.stack([likelihood.probabilities(each) for each in outputs]).mean(0)
         if method == "probit":
-            return predictive.probit(likelihood, gaussian)
+            moments = self._moments(inputs, chunk_size, Linearised.variances)
+            return likelihood.probabilities(likelihood.moderated(*moments))
+        gaussian = self.linearised(inputs, chunk_size=chunk_size)
         return predictive.monte_carlo(likelihood, gaussian, num, seed)
 
     def data_fit(self, data: Iterable[tuple[Any, Any]]) -> DataFit:
@@ -226,7 +212,7 @@ class Laplace(Plain):
         fit = self._checked_fit(data)
         prior = self.prior_precision if prior_precision is None else prior_precision
         sigma = self._sigma(self.sigma_noise if sigma_noise is None else sigma_noise)
-        log_likelihood = fit.log_likelihood(self._likelihood, sigma) / self.temperature
+        log_likelihood = fit.log_likelihood(sigma) / self.temperature
         return evidence.log_marginal_likelihood(
             log_likelihood,
             self._factorised,
@@ -263,8 +249,9 @@ class Laplace(Plain):
         changes: dict[str, Any] = {}
         sigma = self._sigma(self.sigma_noise)
         if noise:
+            self._require("noise_variance", "noise=True is for the gaussian likelihood")
             changes["sigma_noise"] = tuning.best_noise(
-                fit, self._likelihood, self.temperature, lambda sigma: best(sigma)[1]
+                fit, self.temperature, lambda sigma: best(sigma)[1]
             )
             sigma = positive("sigma_noise", changes["sigma_noise"])
         prior, _ = best(sigma)
@@ -274,39 +261,58 @@ class Laplace(Plain):
             tuning.warn_at_bound(precision, bounds, f"prior precision{of_layer}")
         return self._changed(prior_precision=prior, **changes)
 
+    def validated(
+        self,
+        data: Iterable[tuple[Any, Any]],
+        candidates: Iterable[float] = CANDIDATES,
+        *,
+        temperatures: Iterable[float] | None = None,
+        chunk_size: int | None = None,
+    ) -> Validation:
+        """How well data not trained on is predicted with each prior precision, and without any.
+
+        By the mean negative log-likelihood of the linearised predictive: of the targets jointly in
+        a regression, of the probit's probabilities for classes and binary labels, over draws for a
+        likelihood of your own. The Jacobians are taken once for all candidates.
+
+        Args:
+            candidates: of the prior precision: 0.01 to 10,000 by half decades.
+            temperatures: with each of which all candidates are tried; None: this object's.
+
+        Raises:
+            ValueError: data with values that are not finite; the message names the batch.
+        """
+        kept = [self.temperature] if temperatures is None else map(float, temperatures)
+        pairs = list(product(map(float, candidates), kept))
+        if not pairs:
+            raise ValueError("candidates and temperatures must hold at least one number each")
+        losses, plain = validation_losses(
+            Linearised(self._forward, self.curvature.layouts, chunk_size),
+            self._likelihood,
+            [self._changed(prior_precision=p, temperature=t).posterior for p, t in pairs],
+            float(self.sigma_noise),
+            data,
+        )
+        return Validation(dict(zip(pairs, losses, strict=True)), plain)
+
     def tuned_by_validation(
         self,
         data: Iterable[tuple[Any, Any]],
         candidates: Iterable[float] = CANDIDATES,
         *,
+        temperatures: Iterable[float] | None = None,
         chunk_size: int | None = None,
     ) -> Laplace:
-        """With the prior precision, of `candidates` (0.01 to 10,000 by half decades), that predicts
-        data not trained on best.
+        """With the prior precision, and temperature, that predict data not trained on best.
 
-        By the mean negative log-likelihood of the linearised predictive (probit for classes). The
-        Jacobians are taken once for all candidates. A RuntimeWarning tells where the best candidate
-        is the smallest or the largest, and where the network by itself predicts the data better.
-
-        Raises:
-            ValueError: data with values that are not finite; the message names the batch.
+        A RuntimeWarning tells where the best candidate is the smallest or the largest, and where
+        the network by itself predicts the data better: `validated` has the whole table. Arguments
+        and errors are those of `validated`.
         """
-        candidates = [float(p) for p in candidates]
-        posteriors = [self._changed(prior_precision=p) for p in candidates]
-        if not posteriors:
-            raise ValueError("candidates must hold at least one prior precision")
-        losses, plain = validation_losses(
-            self._forward,
-            self._likelihood,
-            [each.posterior for each in posteriors],
-            float(self.sigma_noise),
-            self._parameters,
-            data,
-            chunk_size,
-        )
-        best = min(range(len(losses)), key=losses.__getitem__)
-        tuning.warn_of_candidate(candidates, best, losses[best], plain)
-        return posteriors[best]
+        found = self.validated(data, candidates, temperatures=temperatures, chunk_size=chunk_size)
+        tuning.warn_of_candidate(found)
+        prior, temperature = found.best
+        return self._changed(prior_precision=prior, temperature=temperature)
 
     def __repr__(self) -> str:
         priors = precisions(self.curvature.layers, self.prior_precision)
@@ -324,6 +330,18 @@ class Laplace(Plain):
         forward = Forward(self.model, self.predict)
         forward.check_deterministic()
         return forward
+
+    def _moments(
+        self, inputs: Any, chunk_size: int | None, moments: Moments
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs, and their covariances or variances."""
+        forward = self._forward
+        linearised = Linearised(forward, self.curvature.layouts, chunk_size)
+        inputs = forward.moved(inputs)
+        with concerning("inputs"):
+            mean = forward.trained(inputs)
+            parts = [found for _, (found,) in moments(linearised, inputs, mean, [self.posterior])]
+        return mean, torch.cat(parts)
 
     @property
     def _parameters(self) -> dict[str, Tensor]:
@@ -351,12 +369,20 @@ class Laplace(Plain):
         return changed
 
     def _sigma(self, value: Number) -> Tensor:
-        sigma, likelihood = positive("sigma_noise", value), self._likelihood
-        if sigma.item() != 1 and not isinstance(likelihood, Gaussian):
-            raise ValueError(
-                f"sigma_noise is for the gaussian likelihood, found {value} with {likelihood!r}"
-            )
+        sigma = positive("sigma_noise", value)
+        if sigma.item() != 1:
+            self._require("noise_variance", f"sigma_noise must be 1, found {value}")
         return sigma
+
+    def _noisy(self, outputs: OutputGaussian) -> OutputGaussian:
+        """Of the targets: with the noise around the outputs."""
+        variance = self._likelihood.noise_variance(outputs.mean)
+        return outputs.with_noise(float(self.sigma_noise) * variance.sqrt())
+
+    def _require(self, method: str, otherwise: str) -> None:
+        """Raise where the likelihood lacks an optional method, before anything is computed."""
+        if not self._likelihood.defines(method):
+            raise self._likelihood.missing(method, f": {otherwise}")
 
     def _scale(self, sigma: Tensor) -> Tensor:
         count = self.num_samples or self.curvature.num_samples
@@ -364,15 +390,7 @@ class Laplace(Plain):
 
     def _checked_fit(self, data: DataFit | Iterable[tuple[Any, Any]]) -> DataFit:
         fit = data if isinstance(data, DataFit) else self.data_fit(data)
-        if not math.isfinite(fit.misfit):
-            raise ValueError(f"data: its misfit is not finite ({fit.misfit})")
-        expected = self.num_samples or self.curvature.num_samples
-        if fit.num_samples != expected:
-            raise ValueError(
-                f"the data have {fit.num_samples} samples, but the posterior is one of {expected}: "
-                "pass the training data that the curvature was fitted on, or "
-                f"Laplace(num_samples={fit.num_samples}) where that was a part of it"
-            )
+        fit.check(self.num_samples or self.curvature.num_samples)
         return fit
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfoc.applications.laplace.evidence import class_dimension
+from kfoc.common.arguments import whole
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.bernoulli import Bernoulli
-from kfoc.likelihoods.categorical import Categorical
+from kfoc.likelihoods.draws import Draws
 from kfoc.model.functional import Forward
-from kfoc.model.sample_gradients import jacobians
 
 Parameters = Mapping[str, Tensor]
 
@@ -36,62 +34,60 @@ class OutputGaussian(NamedTuple):
         """The variance of every output, of the shape of `mean`."""
         return self.covariance.diagonal(dim1=1, dim2=2).reshape(self.mean.shape)
 
-    def with_noise(self, sigma: float) -> OutputGaussian:
-        """With independent noise of standard deviation `sigma` on every output."""
-        noise = torch.full_like(self.covariance[0, 0], sigma**2).diag()
-        return OutputGaussian(self.mean, self.covariance + noise)
+    def with_noise(self, sigma: float | Tensor) -> OutputGaussian:
+        """With independent noise of standard deviation `sigma` on every output.
 
-
-def linearised(
-    forward: Forward, posterior: DampedCurvature, parameters: Parameters, inputs: Any
-) -> OutputGaussian:
-    """Mean `f(x)` and covariance `J B^-1 J^T` of the model linearised at its parameters."""
-    mean = forward.trained(inputs)
-    rows = jacobians(forward, parameters, inputs)
-    return OutputGaussian(mean, output_covariance(posterior, rows))
-
-
-def output_covariance(posterior: DampedCurvature, rows: Parameters) -> Tensor:
-    """`J B^-1 J^T`, (N, K, K), from Jacobians name -> (N, K, *shape)."""
-    solved = posterior.solve(rows)
-    parts = [rows[name].flatten(2) @ solved[name].flatten(2).mT for name in rows]
-    covariance = torch.stack(parts).sum(0)
-    return (covariance + covariance.mT) / 2
-
-
-def probit(likelihood: Likelihood, outputs: OutputGaussian) -> Tensor:
-    """Probabilities (N, ...) by the probit approximation (MacKay 1992; Spiegelhalter 1990).
-
-    A sigmoid is exact up to its probit stand-in; a softmax takes each logit's variance alone.
-    """
-    scaled = outputs.mean / (1 + math.pi / 8 * outputs.variance).sqrt()
-    return probabilities(likelihood, scaled)
+        Args:
+            sigma: one for all, or a tensor of the shape of `mean`.
+        """
+        sigma = torch.as_tensor(sigma, dtype=self.mean.dtype, device=self.mean.device)
+        variance = sigma.square().expand_as(self.mean)
+        return OutputGaussian(self.mean, self.covariance + variance.flatten(1).diag_embed())
 
 
 def monte_carlo(likelihood: Likelihood, outputs: OutputGaussian, num: int, seed: int) -> Tensor:
     """Mean probabilities (N, ...) over `num` draws of the outputs."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = (likelihood.probabilities(each) for each in draws(outputs, num, seed))
+    return functools.reduce(torch.add, drawn) / num
+
+
+def draws(outputs: OutputGaussian, num: int, seed: int, first: int = 0) -> Iterator[Tensor]:
+    """`num` draws of the outputs, one at a time: functions of the seed and the sample's index.
+
+    Args:
+        first: index of the first sample.
+    """
+    num = whole("num", num, 1)
     values, vectors = torch.linalg.eigh(outputs.covariance)
     root = vectors * values.clamp_min(0).sqrt()[:, None]  # a root, where rounding has no Cholesky
     count, size = root.shape[:2]
-    total = torch.zeros_like(outputs.mean)
-    for _ in range(num):
-        noise = torch.randn(count, size, 1, generator=generator, dtype=root.dtype).to(root)
-        drawn = outputs.mean + (root @ noise).reshape(outputs.mean.shape)
-        total += probabilities(likelihood, drawn)
-    return total / num
+    for number in range(num):
+        uniform = Draws(seed, first, number).uniform(count, size, root.device)
+        noise = torch.special.ndtri(uniform).to(root)[..., None]
+        yield outputs.mean + (root @ noise).reshape(outputs.mean.shape)
 
 
-def probabilities(likelihood: Likelihood, logits: Tensor) -> Tensor:
-    """Of every class, or of a label of 1, in the shape of the logits."""
-    if isinstance(likelihood, Categorical):
-        return logits.softmax(class_dimension(likelihood, logits))
-    if isinstance(likelihood, Bernoulli):
-        return logits.sigmoid()
-    raise ValueError(
-        f"probabilities are for a categorical or bernoulli likelihood, found {likelihood!r}: "
-        "use predictive() for regression, sampled_outputs() for a likelihood of your own"
-    )
+def moments(outputs: Tensor) -> OutputGaussian:
+    """Mean and covariance over outputs (num, N, ...), of two networks or more."""
+    mean = outputs.mean(0)
+    centred = (outputs - mean).flatten(2).movedim(0, 1)  # (N, num, K)
+    return OutputGaussian(mean, centred.mT @ centred / (len(outputs) - 1))
+
+
+@torch.no_grad()
+def outputs_of(drawn: Iterable[Parameters], forward: Forward, inputs: Any) -> Tensor:
+    """Outputs (num, N, ...) of networks.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    found = torch.stack([forward.outputs(inputs, parameters) for parameters in drawn])
+    if not found.isfinite().all():
+        raise ValueError(
+            "outputs of networks drawn from the posterior are not finite: a larger "
+            "prior_precision draws them closer to the trained one"
+        )
+    return found
 
 
 def networks(
@@ -102,8 +98,7 @@ def networks(
     generator: torch.Generator | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """`num` draws of the parameters, one at a time, so that they need not all be held."""
-    if num < 1:
-        raise ValueError(f"num must be at least 1, found {num}")
+    num = whole("num", num, 1)
     generator = torch.Generator().manual_seed(seed) if generator is None else generator
     for _ in range(num):
         draw = posterior.sample(1, generator=generator)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from kfoc.applications.laplace.evidence import DataFit, layer_term
 from kfoc.applications.laplace.prior import positive
+from kfoc.applications.laplace.validation import Validation
 from kfoc.curvature.damped import DampedCurvature
-from kfoc.likelihoods.base import Likelihood
-from kfoc.likelihoods.gaussian import Gaussian
 
 Function = Callable[[float], float]
 Bounds = tuple[float, float]
@@ -57,26 +56,22 @@ def best_prior(
     return best, total
 
 
-def best_noise(
-    fit: DataFit, likelihood: Likelihood, temperature: float, share: Callable[[Tensor], float]
-) -> float:
+def best_noise(fit: DataFit, temperature: float, share: Callable[[Tensor], float]) -> float:
     """The best noise level of a regression.
 
     Args:
         share: the layers' share of the evidence at a noise level, at its best prior precision.
 
     Raises:
-        ValueError: another likelihood, or a fit without any error.
+        ValueError: a fit without any error.
     """
-    if not isinstance(likelihood, Gaussian):
-        raise ValueError("noise=True is for the gaussian likelihood, the one with sigma_noise")
     rms = math.sqrt(2 * fit.misfit / fit.num_labels)
     if not rms:
         raise ValueError("the model fits its data exactly: the noise has no best level")
 
     def evidence(sigma: float) -> float:
         value = positive("sigma_noise", sigma)
-        return fit.log_likelihood(likelihood, value).item() / temperature + share(value)
+        return fit.log_likelihood(value).item() / temperature + share(value)
 
     bounds = rms / 30, rms * 30
     sigma, _ = maximum(evidence, bounds)
@@ -130,24 +125,24 @@ def warn_at_bound(value: float, bounds: Bounds, what: str) -> None:
         )
 
 
-def warn_of_candidate(candidates: list[float], best: int, loss: float, plain: float) -> None:
-    """Tell the caller of `Laplace.tuned_by_validation` where the best candidate is none to trust.
-
-    Args:
-        loss, plain: of the data, under the best candidate and under the network by itself.
-    """
-    chosen, bounds = candidates[best], (min(candidates), max(candidates))
-    if len(candidates) > 1 and chosen in bounds:
-        warnings.warn(
-            f"the best prior precision is the {'largest' if chosen == bounds[1] else 'smallest'} "
-            f"candidate, {chosen:.3g}: a better one may lie beyond; give more candidates",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def warn_of_candidate(found: Validation) -> None:
+    """Tell the caller of `Laplace.tuned_by_validation` where the best is none to trust."""
+    loss, plain = found.losses[found.best], found.plain
+    for number, what in enumerate(("prior precision", "temperature")):
+        tried = {pair[number] for pair in found.losses}
+        chosen = found.best[number]
+        if len(tried) > 1 and chosen in (min(tried), max(tried)):
+            warnings.warn(
+                f"the best {what} is the {'largest' if chosen == max(tried) else 'smallest'} "
+                f"candidate, {chosen:.3g}: a better one may lie beyond; give more candidates",
+                RuntimeWarning,
+                stacklevel=4,
+            )
     if loss > plain and not math.isclose(loss, plain, rel_tol=1e-6):
         warnings.warn(
-            f"with the best prior precision, {chosen:.3g}, the posterior predicts the data worse "
-            f"than the network by itself (negative log-likelihoods {loss:.4g} and {plain:.4g}): "
+            f"with the best prior precision, {found.best[0]:.3g}, the posterior predicts the data "
+            f"worse than the network by itself (negative log-likelihoods {loss:.4g} and "
+            f"{plain:.4g}): "
             "give larger candidates, or do without the posterior",
             RuntimeWarning,
             stacklevel=4,
