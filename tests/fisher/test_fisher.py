@@ -151,6 +151,15 @@ def test_exact_blocks_of_one_layer_take_one_product() -> None:
     torch.testing.assert_close(found.vector, curvature_of(curvature, "2").solve(v, 1e-2))
 
 
+def test_parameters_without_a_block_are_solved_for_too() -> None:
+    model, data = problem()
+    v, matrix = vectors(model, 2), dense(model, data, "categorical")
+    some = kfoc.fit(model, data, layers="2", fisher="exact")
+    found = kfoc.Fisher(model, data).solve(v, preconditioner=some, rtol=1e-9, max_products=100)
+    expected = torch.linalg.solve(matrix + 1e-2 * torch.eye(len(matrix)), flat(v).mT).mT
+    torch.testing.assert_close(flat(found.vector), expected, rtol=1e-6, atol=1e-6)
+
+
 def curvature_of(curvature: kfoc.Curvature, layer: str) -> kfoc.Curvature:
     layouts = {layer: curvature.layouts[layer]}
     return kfoc.Curvature({layer: curvature[layer]}, curvature.num_samples, layouts, {})

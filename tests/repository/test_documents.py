@@ -20,6 +20,12 @@ def test_using_a_curvature(capsys: pytest.CaptureFixture[str]) -> None:
     assert scope["half"]["0"].left.dtype == torch.float64
 
 
+def test_errors_of_solves_are_those_that_were_measured() -> None:
+    measured = (ROOT / "benchmarks" / "results" / "solves.md").read_text()
+    table = measured.split("### Errors")[1].strip()
+    assert table in (ROOT / "docs" / "curvature.md").read_text(), "put it into docs/curvature.md"
+
+
 def test_models_whose_factors_exceed_memory(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
     text = (ROOT / "docs" / "memory.md").read_text()
