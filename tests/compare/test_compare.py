@@ -593,6 +593,6 @@ def test_ties_and_diagonals_in_place_of_factors_are_marked() -> None:
     show(study, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("◇") == 2 + 1  # K-FAC and K-FOC of the last layer; and what it means
-    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    lines = {line.split()[0]: line for line in text.splitlines()[::-1] if line.strip()}
     assert lines["second"].count("\x1b[1m") == 2
     assert lines["first"].count("\x1b[1m") == 1
