@@ -14,13 +14,7 @@ IGNORED = -100
 
 
 class NextToken:
-    """`predict=kfoc.next_token`: the outputs at all positions but the last are about the tokens at
-    all but the first, as causal language models of transformers shift them for their loss.
-
-    For batches of "input_ids" (N, T) by name, perhaps with "attention_mask" and "labels", or of the
-    tokens alone, and models whose outputs or `.logits` are (N, T, C). Labels that are missing are
-    the tokens; those of -100, and where the mask is 0, do not count.
-    """
+    """`next_token`, as a function `(model, inputs) -> outputs`."""
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         outputs = called(model, inputs)
@@ -64,3 +58,10 @@ def _tokens(inputs: Any) -> Tensor:
 
 
 next_token = NextToken()
+"""`predict=kfoc.next_token`: the outputs at all positions but the last are about the tokens at
+all but the first, as causal language models of transformers shift them for their loss.
+
+For batches of "input_ids" (N, T) by name, perhaps with "attention_mask" and "labels", or of the
+tokens alone, and models whose outputs or `.logits` are (N, T, C). Labels that are missing are
+the tokens; those of -100, and where the mask is 0, do not count.
+"""
