@@ -167,7 +167,7 @@ def expected_blocks(case: Case, curvature: kfoc.Curvature, model: nn.Module) -> 
 
 
 def estimators(draw: Draw) -> kfoc.Estimator:
-    aggregation = draw(st.sampled_from(AGGREGATIONS))
+    aggregation = draw(st.sampled_from(list(AGGREGATIONS)))
     options: dict[str, Any] = {
         "buffer": draw(st.sampled_from([2**19, 0, 40])),
         "memory_limit": draw(LIMITS),
