@@ -11,7 +11,7 @@ import torch
 
 import kfoc
 from curvatures import block, curvature, dense, flat, low_rank, power, psd, vector
-from kfoc.blocks import KINDS
+from kfoc.blocks import KINDS, DampedBlock
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 POWERS = {"matvec": 1, "solve": -1, "sqrt_matvec": 0.5, "inverse_sqrt_matvec": -0.5}
@@ -69,6 +69,29 @@ def test_diagonals_and_eigenvalues(kind: str) -> None:
     singular = found * 0.0
     with pytest.raises(ValueError, match=r"^layer '.*': the block is singular"):
         singular.damped(0.0).inverse_diagonal()
+
+
+def test_a_damped_block_of_ones_own_has_variances() -> None:
+    class Own(DampedBlock):
+        def __init__(self) -> None:
+            self.matrix = psd(6) + torch.eye(6)
+
+        dtype, device, shape = torch.float64, torch.device("cpu"), (2, 3)
+
+        def power(self, vectors: torch.Tensor, exponent: float) -> torch.Tensor:
+            return (vectors.flatten(-2) @ power(self.matrix, exponent)).view(vectors.shape)
+
+        def logdet(self) -> float:
+            return 0.0
+
+        def redamped(self, damping: kfoc.blocks.Damping) -> DampedBlock:
+            return self
+
+    own = Own()
+    expected = torch.linalg.inv(own.matrix).diagonal().view(2, 3)
+    torch.testing.assert_close(own.inverse_diagonal(), expected, **CLOSE)
+    with pytest.raises(ValueError, match="Own does not say what its eigenvalues are"):
+        own.eigenvalues()
 
 
 def test_vectors_of_a_model() -> None:

@@ -87,17 +87,29 @@ class DampedBlock(Plain, ABC):
     def logdet(self) -> float:
         """`ln det B`."""
 
-    @abstractmethod
     def inverse_diagonal(self) -> Tensor:
         """The diagonal of `B^-1`, (o, i): the marginal variances of N(0, B^-1).
+
+        By a solve for every unit vector, where a kind of block has nothing better.
 
         Raises:
             ValueError: B is singular or indefinite.
         """
+        o, i = self.shape
+        found = torch.empty(o, i, dtype=self.dtype, device=self.device)
+        for row in range(o):
+            units = torch.zeros(i, o, i, dtype=self.dtype, device=self.device)
+            units[:, row] = torch.eye(i, dtype=self.dtype, device=self.device)
+            found[row] = self.power(units, -1)[:, row].diagonal()
+        return found
 
-    @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """Those of B, (o * i,), in no order."""
+        """Those of B, (o * i,), in no order.
+
+        Raises:
+            ValueError: a kind of block that does not have them at hand.
+        """
+        raise ValueError(f"a {type(self).__name__} does not say what its eigenvalues are")
 
     @abstractmethod
     def redamped(self, damping: Damping) -> DampedBlock:
