@@ -211,6 +211,57 @@ def test_a_head_that_has_grown() -> None:
         assert all(str(shape) in str(error.value) for shape in shapes)
 
 
+class Heads(nn.Module):
+    """A head for each task, on one body; inputs say which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 5)
+        self.heads = nn.ModuleDict({"a": nn.Linear(5, 2), "b": nn.Linear(5, 3)})
+        self.task = "a"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.task](torch.tanh(self.body(x)))
+
+
+def test_heads_of_several_tasks_are_held_each_from_its_own(tmp_path: Path) -> None:
+    model = Heads()
+    consolidation = kfoc.Consolidation(strength=0.3)
+    expected: dict[str, Tensor | float] = {}
+    fishers = {}
+    for model.task, count in (("a", 8), ("b", 12), ("a", 10)):
+        x = torch.randn(count, 4)
+        found = kfoc.fit(model, [(x, None)], fisher="exact", estimator=kfoc.BlockDiagonal())
+        assert set(found) == {"body", f"heads.{model.task}"}
+        for layer, block in found.items():
+            expected[layer] = expected.get(layer, 0.0) + count * block.to_dense()
+        consolidation.add(model, found)
+        fishers[model.task] = found
+        anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert consolidation.penalty(model) == 0
+        move(model)
+        total = torch.zeros(())
+        for layer, matrix in expected.items():
+            module = model.get_submodule(layer)
+            pair = module.weight - anchor[f"{layer}.weight"], module.bias - anchor[f"{layer}.bias"]
+            apart = torch.cat([pair[0], pair[1][:, None]], 1).flatten()
+            total = total + 0.15 * apart @ matrix @ apart
+        torch.testing.assert_close(consolidation.penalty(model), total)
+    (kept,) = consolidation.tasks
+    assert kept.curvature.num_samples == 30
+    assert not kept.curvature.skipped
+    consolidation.save(tmp_path)
+    loaded = kfoc.Consolidation.load(tmp_path)
+    torch.testing.assert_close(loaded.penalty(model), total)
+    # A layer that is left out for another reason is no head of another task.
+    model.body.requires_grad_(False)
+    frozen = kfoc.fit(model, [(x, None)], fisher="exact", estimator=kfoc.BlockDiagonal())
+    with pytest.raises(
+        ValueError, match=r"layer 'body' .* none after another \(its parameters are"
+    ):
+        consolidation.add(model, frozen)
+
+
 def test_a_penalty_that_is_not_finite() -> None:
     model, consolidation = convolutional(), taught()
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from kfoc.common.ambient import Plain
 from kfoc.curvature.curvature import Curvature
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.files.tensors import read_tensors, write_tensors
+from kfoc.parameters.coverage import NOT_CALLED
 from kfoc.parameters.vectors import Vector
 
 ANCHORS = ("latest", "each")
@@ -52,7 +53,8 @@ class Consolidation(Plain):
             ...  # train on task.loss + consolidation.penalty(model)
             consolidation.add(model, kfoc.fit(model, task.data))
 
-    Parameters that no block covers (`curvature.skipped`) are not held.
+    Parameters that no block covers (`curvature.skipped`) are not held. Heads of several tasks in
+    one model are each held from the task on that called them.
 
     Args:
         strength: factor of the penalty. It is a sum over the samples of the earlier tasks: beside
@@ -79,12 +81,12 @@ class Consolidation(Plain):
             ValueError: parameters of the curvature that the model lacks or has in another shape,
                 or, for `anchors="latest"`, a curvature that does not add up with those before.
         """
-        parameters = _parameters(model, curvature)
-        anchor = {name: value.detach().clone() for name, value in parameters.items()}
+        parameters, kept = _parameters(model, curvature), self.tasks
         if self.anchors == "latest" and self.tasks:
-            curvature = self.tasks[-1].curvature + curvature
-            self.tasks.clear()
-        self.tasks.append(Task(anchor, curvature))
+            curvature, kept = _joined(self.tasks[-1].curvature, curvature), []
+            parameters = _parameters(model, curvature)
+        anchor = {name: value.detach().clone() for name, value in parameters.items()}
+        self.tasks = [*kept, Task(anchor, curvature)]
 
     def penalty(self, model: nn.Module) -> Tensor:
         """`strength / 2 * sum (theta - anchor)^T num_samples F (theta - anchor)`, a scalar.
@@ -141,6 +143,48 @@ class Consolidation(Plain):
             curvature = Curvature.load(source / first, device)
             found.tasks.append(Task(_anchor(source / second, curvature, device), curvature))
         return found
+
+
+def _joined(old: Curvature, new: Curvature) -> Curvature:
+    """The mean Fisher over the samples of both, where a layer that one has not called is zero.
+
+    Raises:
+        ValueError: layers that are in one of them alone for another reason, or that do not add up.
+    """
+    shared = [layer for layer in old if layer in new]
+    for one, other in ((old, new), (new, old)):
+        for layer in one.layers:
+            reason = other.skipped.get(layer, NOT_CALLED)
+            if layer not in other.blocks and reason != NOT_CALLED:
+                raise ValueError(
+                    f"layer {layer!r} has a block after one task and none after another "
+                    f"({reason}): fit the same layers for all tasks, by layers=..."
+                )
+    if len(shared) == len(old) == len(new):
+        return old + new
+    total = old.num_samples + new.num_samples
+    parts = [_part(old, shared) + _part(new, shared)] if shared else []
+    for one, other in ((old, new), (new, old)):
+        alone = [layer for layer in one if layer not in other]
+        parts.append(_part(one, alone) * (one.num_samples / total))
+    skipped = {
+        k: v for k, v in (old.skipped | new.skipped).items() if k not in old and k not in new
+    }
+    return replace(
+        new,
+        blocks={layer: block for part in parts for layer, block in part.items()},
+        layouts={layer: layout for part in parts for layer, layout in part.layouts.items()},
+        num_samples=total,
+        skipped=skipped,
+    )
+
+
+def _part(curvature: Curvature, layers: list[str]) -> Curvature:
+    return replace(
+        curvature,
+        blocks={layer: curvature[layer] for layer in layers},
+        layouts={layer: curvature.layouts[layer] for layer in layers},
+    )
 
 
 def _anchor(path: Path, curvature: Curvature, device: torch.device | str) -> dict[str, Tensor]:

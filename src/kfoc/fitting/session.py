@@ -22,7 +22,7 @@ from kfoc.layers.select import select
 from kfoc.model.batches import check_next_token, moved, unpacked
 from kfoc.model.hooks import captured
 from kfoc.model.undisturbed import undisturbed
-from kfoc.parameters.coverage import parameter_counts
+from kfoc.parameters.coverage import NOT_CALLED, parameter_counts
 from kfoc.samples.base import LayerSamples
 
 # What makes seeds of their own, far from the user's, for the two draws that no block sees.
@@ -334,6 +334,3 @@ class Session:
         task = self.task
         origin = repr(task.estimator), task.fisher, task.seed, parameter_counts(task.model)
         return Curvature(blocks, count, layouts, dict(skipped), *origin)
-
-
-NOT_CALLED = "its forward was never called"

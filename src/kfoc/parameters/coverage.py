@@ -10,6 +10,9 @@ from torch import nn
 
 from kfoc.parameters.layout import Layout
 
+# Why a layer has no block that the model did not use, as a head that is for other data.
+NOT_CALLED = "its forward was never called"
+
 
 class ParameterCount(NamedTuple):
     """One name of a model's parameter.
