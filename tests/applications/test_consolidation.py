@@ -206,7 +206,7 @@ def test_a_head_that_has_grown() -> None:
         lambda: consolidation.penalty(model),
         lambda: kfoc.Consolidation().add(model, curvature),
     ):
-        with pytest.raises(ValueError, match=r"'5\.weight' .* leave layers that grow") as error:
+        with pytest.raises(ValueError, match=r"'5\.weight' .* more outputs in grown") as error:
             call()
         assert all(str(shape) in str(error.value) for shape in shapes)
 
@@ -260,6 +260,52 @@ def test_heads_of_several_tasks_are_held_each_from_its_own(tmp_path: Path) -> No
         ValueError, match=r"layer 'body' .* none after another \(its parameters are"
     ):
         consolidation.add(model, frozen)
+
+
+@pytest.mark.parametrize("anchors", ["latest", "each"])
+@pytest.mark.parametrize("name", ["exact", "diagonal", "K-FAC"])
+def test_heads_that_grow_by_name(name: str, anchors: str, tmp_path: Path) -> None:
+    """What there was is held, in its place among the first outputs, and the new from then on."""
+    estimator = {"exact": kfoc.BlockDiagonal(), **ESTIMATORS}[name]
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    consolidation = kfoc.Consolidation(0.3, anchors, grown=["2"])
+    held: list[tuple[int, Tensor, Tensor]] = []
+    for classes in (2, 2, 5):
+        if classes > model[2].out_features:
+            old, model[2] = model[2], nn.Linear(3, classes)
+            with torch.no_grad():
+                model[2].weight[:2], model[2].bias[:2] = old.weight + 0.1, old.bias
+            assert consolidation.penalty(model) > 0
+        found = kfoc.fit(model, [(torch.randn(10, 4), None)], fisher="exact", estimator=estimator)
+        matrix = torch.cat([model[2].weight, model[2].bias[:, None]], 1).detach()
+        held.append((classes, 10 * found["2"].to_dense(), matrix.clone()))
+        consolidation.add(model, found)
+        body = [p.detach().clone() for p in model[0].parameters()]
+        move(model)
+    with torch.no_grad():
+        for parameter, value in zip(model[0].parameters(), body, strict=True):
+            parameter.copy_(value)
+    consolidation.save(tmp_path)
+    loaded = kfoc.Consolidation.load(tmp_path)
+    assert loaded.grown == ("2",)
+    assert torch.equal(loaded.penalty(model), consolidation.penalty(model))
+    if name == "K-FAC" or anchors == "each":  # merged to a product; or the body's terms too
+        return
+    now = torch.cat([model[2].weight, model[2].bias[:, None]], 1)
+    expected = torch.zeros(())
+    for classes, fisher, _ in held:
+        apart = (now - held[-1][2])[:classes].flatten()
+        expected = expected + 0.15 * apart @ fisher @ apart
+    torch.testing.assert_close(consolidation.penalty(model), expected)
+
+
+def test_blocks_that_cannot_grow_are_named() -> None:
+    model, consolidation = convolutional(), kfoc.Consolidation(grown="5")
+    consolidation.add(model, kfoc.fit(model, task(10), estimator=ESTIMATORS["EK-FOC"]))
+    model[5] = nn.Linear(model[5].in_features, 2 * model[5].out_features)
+    with pytest.raises(ValueError, match="layer '5': its EigenBlock cannot be given more outputs"):
+        consolidation.add(model, kfoc.fit(model, task(10)))
+    assert len(consolidation.tasks) == 1
 
 
 def test_a_penalty_that_is_not_finite() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Report
 from kfoc.common.ambient import Plain
 from kfoc.curvature.curvature import Curvature
+from kfoc.errors import problem
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.files.tensors import read_tensors, write_tensors
 from kfoc.parameters.coverage import NOT_CALLED
@@ -63,15 +67,20 @@ class Consolidation(Plain):
             weighted sum of all curvatures (Ritter et al.; memory for one curvature); or "each":
             one quadratic per task, around that task's own parameters (Kirkpatrick et al.), which
             also takes eigen-corrected curvatures, whose sums have no common eigenbasis.
+        grown: names of layers that may get more outputs between tasks, behind those that there
+            are, as a head with new classes does: these are held, and the new ones from then on.
     """
 
-    def __init__(self, strength: float = 1.0, anchors: str = "latest") -> None:
+    def __init__(
+        self, strength: float = 1.0, anchors: str = "latest", grown: Iterable[str] = ()
+    ) -> None:
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}, found {anchors!r}")
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength must be finite and not negative, found {strength}")
         self.strength = strength
         self.anchors = anchors
+        self.grown = (grown,) if isinstance(grown, str) else tuple(grown)
         self.tasks: list[Task] = []
 
     def add(self, model: nn.Module, curvature: Curvature) -> None:
@@ -81,10 +90,11 @@ class Consolidation(Plain):
             ValueError: parameters of the curvature that the model lacks or has in another shape,
                 or, for `anchors="latest"`, a curvature that does not add up with those before.
         """
-        parameters, kept = _parameters(model, curvature), self.tasks
+        parameters, kept = _parameters(model, curvature, ()), self.tasks
         if self.anchors == "latest" and self.tasks:
-            curvature, kept = _joined(self.tasks[-1].curvature, curvature), []
-            parameters = _parameters(model, curvature)
+            old = _widened(self.tasks[-1].curvature, curvature, self.grown)
+            curvature, kept = _joined(old, curvature), []
+            parameters = _parameters(model, curvature, ())
         anchor = {name: value.detach().clone() for name, value in parameters.items()}
         self.tasks = [*kept, Task(anchor, curvature)]
 
@@ -99,7 +109,7 @@ class Consolidation(Plain):
         """
         total = next(model.parameters()).new_zeros(())
         for task in self.tasks:
-            parameters = _parameters(model, task.curvature)
+            parameters = _parameters(model, task.curvature, self.grown)
             total = total + 0.5 * self.strength * task.penalty(parameters)
             if not total.detach().isfinite():
                 broken = [name for name, p in parameters.items() if not p.detach().isfinite().all()]
@@ -122,7 +132,7 @@ class Consolidation(Plain):
                 files += [f"{stem}-{number}.{what}.safetensors" for what in ("curvature", "anchor")]
                 task.curvature.save(target / files[-2])
                 write_tensors(target / files[-1], _ANCHOR, "", task.anchor)
-            index = {"strength": self.strength, "anchors": self.anchors}
+            index = {"strength": self.strength, "anchors": self.anchors, "grown": [*self.grown]}
             write_index(target / _INDEX, files, index, "task-*.safetensors")
 
     @classmethod
@@ -137,7 +147,7 @@ class Consolidation(Plain):
         """
         source = Path(folder)
         index = read_index(source / _INDEX)
-        found = cls(index["strength"], index["anchors"])
+        found = cls(index["strength"], index["anchors"], index.get("grown", ()))
         names = list(index["files"])
         for first, second in zip(names[::2], names[1::2], strict=True):
             curvature = Curvature.load(source / first, device)
@@ -204,20 +214,59 @@ def _shapes(curvature: Curvature) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _parameters(model: nn.Module, curvature: Curvature) -> dict[str, Tensor]:
-    """The model's parameters that the curvature covers."""
+def _widened(old: Curvature, new: Curvature, grown: tuple[str, ...]) -> Curvature:
+    """With zeros for the outputs that layers have got since.
+
+    Raises:
+        ValueError: a kind of block that zeros cannot be put behind.
+    """
+    blocks, layouts = dict(old.blocks), dict(old.layouts)
+    for layer in [layer for layer in grown if layer in old and layer in new]:
+        more = new.layouts[layer].shape[0] - old.layouts[layer].shape[0]
+        if more > 0 and old.layouts[layer].kind == new.layouts[layer].kind == "rows":
+            blocks[layer] = _with_outputs(layer, old[layer], more)
+            layouts[layer] = new.layouts[layer]
+    return replace(old, blocks=blocks, layouts=layouts)
+
+
+def _with_outputs(layer: str, block: Block, more: int) -> Block:
+    """The block of a layer with so many outputs more, which it says nothing of."""
+    report = Report()  # its error was that of another matrix
+    if type(block) is KroneckerBlock:
+        return replace(block, left=pad(block.left, (0, more, 0, more)), report=report)
+    if isinstance(block, DiagonalBlock):
+        return replace(block, diagonal=pad(block.diagonal, (0, 0, 0, more)), report=report)
+    if isinstance(block, DenseBlock):
+        o, i = block.shape
+        matrix = pad(block.matrix, (0, more * i, 0, more * i))
+        return replace(block, matrix=matrix, weight_shape=(o + more, i), report=report)
+    raise problem(
+        layer,
+        f"its {type(block).__name__} cannot be given more outputs: fit kfoc.KFOC(), kfoc.KFAC() or "
+        'kfoc.Diagonal(), or take anchors="each"',
+    )
+
+
+def _parameters(
+    model: nn.Module, curvature: Curvature, grown: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The model's parameters that the curvature covers; of layers that have grown, the first."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, found a {type(model).__name__}")
     known, shapes = dict(model.named_parameters()), _shapes(curvature)
     missing = [name for name in shapes if name not in known]
     if missing:
         raise ValueError(f"the curvature covers {missing}, which the model does not have")
+    may_grow = {name for layer in grown for name in curvature.parameters.get(layer, ())}
     for name, shape in shapes.items():
-        if known[name].shape != shape:
+        found = tuple(known[name].shape)
+        if name in may_grow and found[0] > shape[0] and found[1:] == shape[1:]:
+            known[name] = known[name][: shape[0]]  # type: ignore[assignment]
+        elif found != shape:
             raise ValueError(
-                f"the parameter {name!r} has the shape {tuple(known[name].shape)}, and the "
-                f"curvature is about one of {shape}: leave layers that grow or are replaced out "
-                "of what is held (kfoc.fit(layers=...)), or put new outputs into a layer of their "
-                "own"
+                f"the parameter {name!r} has the shape {found}, and the "
+                f"curvature is about one of {shape}: name layers that get more outputs in grown, "
+                "leave others out of what is held (kfoc.fit(layers=...)), or put new outputs into "
+                "a layer of their own"
             )
     return {name: known[name] for name in shapes}
