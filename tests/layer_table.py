@@ -75,6 +75,11 @@ ROWS = (
         ("test_large_vocabularies_by_diagonals", "test_a_vocabulary_of_fifty_thousand"),
     ),
     Row(
+        "`Embedding` of positions, one row of ids for all samples, beyond 65,536 parameters",
+        "as any other; smaller ones as parameters of no layer's",
+        ("test_positions_are_treated", "test_a_tracker_and_several_passes_and_batches"),
+    ),
+    Row(
         "`Embedding` tied to a `Linear` head",
         "one block for both uses, as for embeddings",
         ("test_tied_weights", "test_tied_weights_of_large_vocabularies"),

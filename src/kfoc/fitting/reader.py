@@ -15,9 +15,10 @@ from kfoc.common.ambient import callers
 from kfoc.common.threads import seeded
 from kfoc.errors import advised
 from kfoc.fitting.layer_fit import LESS_MEMORY, LayerFit
+from kfoc.fitting.marks import Mark
 from kfoc.fitting.task import Task
 from kfoc.layers.rule import Unsupported
-from kfoc.layers.selection import Selection
+from kfoc.layers.selection import LOOSE_LIMIT, Selection
 from kfoc.linalg.scaling import finite
 from kfoc.model.backward import (
     Tagged,
@@ -28,7 +29,7 @@ from kfoc.model.backward import (
 )
 from kfoc.model.batches import called, checked_outputs
 from kfoc.model.buffers import buffers_kept
-from kfoc.model.functional import first_samples
+from kfoc.model.functional import count_samples, first_samples
 from kfoc.model.graph import Graph
 from kfoc.model.ownership import Directions, InOrder, Rule
 from kfoc.model.proof import (
@@ -86,6 +87,7 @@ class Reader:
         record: of the present pass, of the hooks that are on.
         proof: of the layers' samples; None before the first batch.
         uncovered: how the parameters that no treatment covers are dealt with.
+        spread: embeddings of one row of ids for all samples, see `Record`.
     """
 
     record: Record
@@ -94,6 +96,7 @@ class Reader:
         self.task, self.selection, self.layers = task, selection, layers
         self.proof: Proof | None = None
         self.uncovered = Uncovered()
+        self.spread: set[str] = set()
 
     def read(self, reading: Reading) -> None:
         """Hand over the samples of all layers that the batch reaches and that are not settled.
@@ -138,6 +141,8 @@ class Reader:
 
     def _forward(self, inputs: Any, seed: int) -> Tensor:
         self.record.clear()
+        self.record.spread = self.spread
+        self.record.count = _count(inputs) if self.spread else 0
         with advised("the forward pass", "use smaller batches"):
             # Whatever the forward pass draws is a function of seed and batch, on every pass.
             device = next(self._model.parameters()).device
@@ -200,7 +205,9 @@ class Reader:
             with suppress(Exception):
                 outputs = self._forward(part, reading.seed)
         if outputs is None:
-            outputs = self._forward(reading.inputs, reading.seed)
+            part, outputs = None, self._forward(reading.inputs, reading.seed)
+        if not only:
+            outputs = self._spread_out(outputs, reading.inputs if part is None else part, reading)
         self._look(outputs)
         names = [name for name in self.record.calls if not only or name in only]
         findings = check(outputs, self.record, self.selection, names)
@@ -215,6 +222,32 @@ class Reader:
         self.selection.promote(fresh & findings.rules.keys())
         self.record.clear()
         return findings
+
+    def _spread_out(self, outputs: Tensor, inputs: Any, reading: Reading) -> Tensor:
+        """Find large embeddings of one row of ids for all samples; the outputs of the pass by then.
+
+        Such rows belong to no sample, and small embeddings go by per-sample gradients. Laid out
+        for each sample they can be treated, if the model's outputs stay the same.
+        """
+        count = len(outputs)
+        self.spread |= {
+            name
+            for name, calls in self.record.calls.items()
+            if isinstance(module := self.selection.layer(name).module, nn.Embedding)
+            and module.weight.numel() > LOOSE_LIMIT
+            and all(call.value.ndim == 2 and len(call.value) == 1 < count for call in calls)
+        }
+        if not self.spread or self.is_sharded:  # whose forward passes are a matter of all ranks
+            self.spread.clear()
+            return outputs
+        expected = Mark.of(outputs)
+        del outputs
+        with suppress(Exception):  # of a model that wants one row
+            found = self._forward(inputs, reading.seed)
+            if Mark.of(found).same(expected):
+                return found
+        self.spread.clear()
+        return self._forward(inputs, reading.seed)
 
     def _derivatives(
         self, outputs: Tensor, directions: Cotangents, reading: Reading
@@ -331,3 +364,11 @@ class Reader:
             samples = Direct(torch.cat([found[key] for key in own], 2)[..., None])
             reading.reached.add(name)
             reading.take(name, checked_finite(name, samples))
+
+
+def _count(inputs: Any) -> int:
+    """Of the samples, 0 where the inputs do not say."""
+    try:
+        return count_samples(inputs)
+    except ValueError:
+        return 0

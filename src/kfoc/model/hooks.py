@@ -78,12 +78,18 @@ def _checker(name: str) -> Callable[..., None]:
     return hook
 
 
-def _recorder(record: Record, name: str, treatment: Treatment) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, *rest: Any) -> None:
+def _recorder(record: Record, name: str, treatment: Treatment) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple, *rest: Any) -> Any:
         if _over(rest, 2):
-            return
+            return None
         kwargs, output = rest
-        record.add(name, treatment, treatment.value(args, kwargs), output)
+        value, spread = treatment.value(args, kwargs), None
+        if name in record.spread and len(value) == 1 < record.count and not record.paused:
+            # Also when a checkpointed region runs again, which has to take the same steps.
+            value = value.expand(record.count, *value.shape[1:])
+            output = spread = output.expand(record.count, *output.shape[1:])
+        record.add(name, treatment, value, output)
+        return spread
 
     return hook
 

@@ -67,6 +67,9 @@ class Record:
         precision: the coarsest that anything in the pass was computed in.
         problems: layer name -> what was wrong with a call that could not be recorded.
         mute: layers that were called where no gradient is recorded: theirs is zero.
+        spread: embeddings of one row of ids for all samples (positions): what they put out is then
+            laid out for each sample, so that its derivatives are by sample.
+        count: of the samples in the pass, where that matters.
         closed: after the forward pass. Checkpointed layers run again in the backward pass.
         paused: while the model runs for something else: nothing is recorded nor replayed.
         thread: whose calls are recorded. Others may run the model too, or fit it.
@@ -78,6 +81,8 @@ class Record:
     precision: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)
     mute: set[str] = field(default_factory=set)
+    spread: set[str] = field(default_factory=set)
+    count: int = 0
     closed: bool = False
     paused: bool = False
     thread: int = field(default_factory=threading.get_ident)
