@@ -254,6 +254,17 @@ def test_heads_of_several_tasks_are_held_each_from_its_own(tmp_path: Path) -> No
     loaded = kfoc.Consolidation.load(tmp_path)
     torch.testing.assert_close(loaded.penalty(model), total)
     # A layer that is left out for another reason is no head of another task.
+    part = kfoc.fit(
+        model, [(x, None)], fisher="exact", estimator=kfoc.BlockDiagonal(), layers="body"
+    )
+    with pytest.raises(
+        ValueError, match=r"layer 'heads.a' .* after another \(it was not asked for"
+    ):
+        consolidation.add(model, part)
+    model.heads["c"] = nn.Linear(5, 2)  # and one that was not there is one
+    model.task = "c"
+    consolidation.add(model, kfoc.fit(model, [(x, None)], estimator=kfoc.BlockDiagonal()))
+    assert "heads.c" in consolidation.tasks[-1].curvature
     model.body.requires_grad_(False)
     frozen = kfoc.fit(model, [(x, None)], fisher="exact", estimator=kfoc.BlockDiagonal())
     with pytest.raises(

@@ -156,7 +156,7 @@ class Consolidation(Plain):
 
 
 def _joined(old: Curvature, new: Curvature) -> Curvature:
-    """The mean Fisher over the samples of both, where a layer that one has not called is zero.
+    """The mean Fisher over the samples of both, zero where a layer was not called, or not there.
 
     Raises:
         ValueError: layers that are in one of them alone for another reason, or that do not add up.
@@ -164,8 +164,9 @@ def _joined(old: Curvature, new: Curvature) -> Curvature:
     shared = [layer for layer in old if layer in new]
     for one, other in ((old, new), (new, old)):
         for layer in one.layers:
-            reason = other.skipped.get(layer, NOT_CALLED)
-            if layer not in other.blocks and reason != NOT_CALLED:
+            reason = other.skipped.get(layer, "it was not asked for")
+            there = any(name in other.counts for name in one.parameters[layer])
+            if layer not in other.blocks and there and reason != NOT_CALLED:
                 raise ValueError(
                     f"layer {layer!r} has a block after one task and none after another "
                     f"({reason}): fit the same layers for all tasks, by layers=..."

@@ -74,12 +74,6 @@ class Unkept:
 class Alone:
     """What a fit asks of its ranks, see `Ranks`, where there are no others."""
 
-    rank, world = 0, 1
-
-    def telling(self) -> AbstractContextManager[None]:
-        """Errors inside concern no one else."""
-        return nullcontext()
-
     def check(self, session: Session, data: Iterable[Any], terms: dict[str, str]) -> Iterable[Any]:
         """The batches that have samples."""
         return present(data)

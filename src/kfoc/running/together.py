@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from kfoc.distributed import Ranks, RanksError
@@ -25,11 +24,6 @@ class Together(Alone):
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.rank, self.world = ranks.rank, ranks.world
-
-    def telling(self) -> AbstractContextManager[None]:
-        """Errors inside are told to the others."""
-        return self.ranks.telling()
 
     def check(self, session: Session, data: Iterable[Any], terms: dict[str, str]) -> Iterable[Any]:
         """All ranks must fit the same task: the same model, in the same mode, with the same layers.
@@ -62,7 +56,7 @@ class Together(Alone):
             if names:
                 name = names[0]
                 raise RanksError(
-                    f"rank {rank} has another fit than rank {self.rank}: {name} is "
+                    f"rank {rank} has another fit than rank {self.ranks.rank}: {name} is "
                     f"{theirs.get(name, 'missing')} there and {own.get(name, 'missing')} here; all "
                     "ranks must pass the same options and the same model, in the same mode, and "
                     "data alone may differ (torch.distributed.broadcast its parameters and buffers "
@@ -76,7 +70,8 @@ class Together(Alone):
 
     def take(self, session: Session, batch: Any, last: bool, keeper: Unkept) -> None:
         """Take in a batch, in step with the others: each sample has its number in all data."""
-        place = session.batches * self.world + self.rank  # they take turns, were it one process
+        # They take turns, were it one process.
+        place = session.batches * self.ranks.world + self.ranks.rank
         self.ranks.asking = keeper.due(session, 1)
         session.take(batch, place=place, numbered=self.ranks.first_index)
         if self.ranks.asked:
