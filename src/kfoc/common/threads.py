@@ -40,6 +40,11 @@ class random_state_kept:  # noqa: N801  (a context, used as contextlib's are)
                 torch.cuda.set_rng_state(state, gpu)
 
 
+def seed_of(seed: int, number: int) -> int:
+    """Of what the forward pass of a batch draws: of the user's seed, and the batch's number."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 @contextmanager
 def seeded(seed: int, cuda: bool) -> Iterator[None]:
     """What is drawn inside is a function of the seed; the CPU's generator then goes on as before.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfoc.common.ambient import as_called
-from kfoc.common.threads import UNFUSED, seeded
+from kfoc.common.threads import UNFUSED, seed_of, seeded
 from kfoc.distributed import Ranks, RanksError
 from kfoc.errors import advised, within
 from kfoc.fisher.linearised import Linearised, Modes
@@ -165,7 +165,7 @@ class Passes:
         # Dropout in train mode draws what it draws in `fit`.
         number = index * self.ranks.world + self.ranks.rank if self.ranks else index
         cuda = next(self.forward.model.parameters()).device.type == "cuda"
-        drawn = partial(seeded, (self.seed * 1_000_003 + number) % 2**63, cuda)
+        drawn = partial(seeded, seed_of(self.seed, number), cuda)
         map = Linearised(self.forward, parameters, inputs, drawn, self.modes)
         outputs = checked_outputs(map.outputs, inputs).detach()
         if not finite(outputs):
@@ -175,10 +175,10 @@ class Passes:
         if self.fisher == "empirical":
             cotangent = self.likelihood.observed(outputs, targets)
             weigh = partial(outer_products, [cotangent])
-            return Batch(map, weigh, Mark.of(outputs, targets))
-        weigh = partial(self.likelihood.fisher_product, outputs, targets)
-        counts = self.likelihood.num_labels(outputs, targets)  # weights, ignored labels
-        return Batch(map, weigh, Mark.of(outputs, counts))
+        else:
+            weigh = partial(self.likelihood.fisher_product, outputs, targets)
+        mark = Mark.of_batch(outputs, targets, self.likelihood, self.fisher)
+        return Batch(map, weigh, mark)
 
 
 _END = object()

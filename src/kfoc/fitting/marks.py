@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.likelihoods.base import Likelihood
+
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
@@ -37,6 +39,16 @@ class Mark:
             torch.finfo(values.dtype).eps if half else 1e-5,
             tuple(cls.of(each) for each in _tensors(targets)),
         )
+
+    @classmethod
+    def of_batch(cls, outputs: Tensor, targets: Any, likelihood: Likelihood, fisher: str) -> Mark:
+        """The mark of a batch that the likelihood has checked.
+
+        Where labels are the model's own, F depends on the targets by how much each sample counts
+        alone: weights, and labels that are ignored.
+        """
+        of_targets = fisher == "empirical"
+        return cls.of(outputs, targets if of_targets else likelihood.num_labels(outputs, targets))
 
     def same(self, other: Mark) -> bool:
         """Whether both are of the same samples in the same order, to rounding."""

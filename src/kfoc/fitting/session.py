@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kfoc.blocks import Block
+from kfoc.common.threads import seed_of
 from kfoc.curvature.curvature import Curvature
 from kfoc.errors import within
 from kfoc.estimators import Estimator
@@ -150,7 +151,7 @@ class Session:
         def take(name: str, samples: LayerSamples) -> None:
             self._take_in(name, samples, alone, first)
 
-        seed = (task.seed * 1_000_003 + place) % 2**63
+        seed = seed_of(task.seed, place)
         # Who chooses among the layers does so in the order of the model.
         at_once = self._takes is None or bool(self.fitted)
         reading = Reading(inputs, seed, directions, take, at_once)
@@ -193,12 +194,10 @@ class Session:
         """Several passes must see the same batches; their outputs tell when they do not."""
         if not self._marking:
             return
-        values = outputs.detach()
-        if self.task.fisher != "empirical":  # how much each sample counts (weights, ignored labels)
-            likelihood = self.likelihood.settled(values, targets)
-            likelihood.check(values, targets, self.task.fisher)
-            targets = likelihood.num_labels(values, targets)
-        mark = Mark.of(values, targets)
+        values, fisher = outputs.detach(), self.task.fisher
+        likelihood = self.likelihood.settled(values, targets)
+        likelihood.check(values, targets, fisher)
+        mark = Mark.of_batch(values, targets, likelihood, fisher)
         if not self.earlier:
             self.marks.append(mark)
         elif self.batches >= len(self.marks) or not self.marks[self.batches].same(mark):
