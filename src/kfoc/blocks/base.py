@@ -40,6 +40,9 @@ class Report:
             `||F||^2` is; None where nobody asked for it.
         fisher_error_std: the standard error of `fisher_error`, by probes and draws: an estimate
             itself, and of a few dozen samples up to half too small.
+        gap: how far sigma still is from its limit, relatively, as estimated from how it rose; a
+            block's relative error e is then above the optimum's by some `gap (1 - e^2) / e`. None
+            where that is not known, as after one pass over several buffers of samples.
         change: by how much sigma changed, relatively, in the last pass over the data; None where
             there is no iteration over passes.
     """
@@ -54,6 +57,7 @@ class Report:
     fisher_error_std: float | None = None
     head: int | None = None
     change: float | None = None
+    gap: float | None = None
 
 
 def placed(

@@ -40,6 +40,8 @@ REPORT: dict[str, tuple[type, ...]] = {
     "plan": (str,),
     "unchecked": (str,),
     "head": (int, type(None)),
+    "change": (float, type(None)),
+    "gap": (float, type(None)),
 }
 
 

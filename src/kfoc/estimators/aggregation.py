@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -17,7 +19,8 @@ from kfoc.linalg.products import mirrored
 from kfoc.linalg.scaling import balance, norm_of
 from kfoc.nearest.cone import on_the_cone
 from kfoc.nearest.pair import Pieces
-from kfoc.nearest.power import KroneckerFit
+from kfoc.nearest.power import KroneckerFit, PowerIteration
+from kfoc.nearest.subspace import Singular
 from kfoc.samples.linear import Samples
 
 
@@ -81,7 +84,7 @@ class Aggregation(State):
     def solved(self, samples: Samples) -> KroneckerFit:
         fit = self.config.solve(samples, certify=False)
         converged = self.report.converged and fit.converged
-        self.report = Report(None, None, fit.steps, converged, fit.plan)
+        self.report = replace(iterated(fit, fit.plan), converged=converged)
         return fit
 
     def solve_alone(self, samples: Samples) -> None:
@@ -92,7 +95,8 @@ class Aggregation(State):
         """The result, which is final."""
         error = fit.relative_error
         deviation = None if error is None else 0.0
-        self.report = Report(error, deviation, fit.steps, fit.converged, fit.plan)
+        report = iterated(fit, fit.plan)
+        self.report = replace(report, relative_error=error, standard_error=deviation)
         self.found = fit.left, fit.right
 
 
@@ -143,6 +147,12 @@ class Approx(Scaled, Aggregation):
             return self.found
         norms = norm_of(self.left) * norm_of(self.right) * self.unit
         return balance(self.left, self.right, norms / num_samples**2)
+
+
+def iterated(found: KroneckerFit | Singular | PowerIteration, plan: str) -> Report:
+    """What is known of a result from the iteration that found it."""
+    gap = found.gap if math.isfinite(found.gap) else None
+    return Report(steps=found.steps, converged=found.converged, plan=plan, gap=gap)
 
 
 def last_change(sigmas: list[float]) -> float | None:

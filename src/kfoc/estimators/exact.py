@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kfoc.estimators.aggregation import last_change
+from kfoc.estimators.aggregation import iterated, last_change
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
 from kfoc.linalg.products import mirrored
 from kfoc.linalg.scaling import balance, norm_of
 from kfoc.nearest.contraction import opposite
-from kfoc.nearest.power import PowerIteration
+from kfoc.nearest.power import PowerIteration, Tolerance
 from kfoc.samples.linear import Samples
 
 
@@ -59,14 +59,14 @@ class Exact(Online):
                 return True
             self.head = None
             self.power = PowerIteration(
-                "left", left / norm, self.config.rtol, self.config.passes - 1
+                "left", left / norm, Tolerance(self.config.rtol), self.config.passes - 1
             )
             self.image = self.like.new_zeros(self.right_shape)
             return False
         self.flush()
         factor, _ = self.power.ask()
         self.power.tell(mirrored(self.image), norm_of(self.image))
-        self.report = replace(self.report, steps=self.power.steps, converged=self.power.converged)
+        self.report = replace(iterated(self.power, self.report.plan), head=self.report.head)
         if not self.power.done:
             self.image = factor.zero_()
         return self.power.done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -68,8 +69,14 @@ class _Groups(State):
             converged=all(report.converged for report in reports),
             plan=reports[0].plan,
             head=reports[0].head,
+            gap=_largest(report.gap for report in reports),
         )
         return GroupedBlock(blocks, report=report)
+
+
+def _largest(gaps: Iterable[float | None]) -> float | None:
+    known = [gap for gap in gaps if gap is not None]
+    return max(known, default=None)
 
 
 @dataclass

@@ -61,8 +61,10 @@ class KFOC(Options, FactoredEstimator):
 
     Attributes:
         aggregation: one of the above.
-        rtol: estimated relative distance of sigma to its limit at which an iteration stops; 0:
-            go on until the factors themselves have settled to rounding.
+        rtol: an iteration stops at this relative distance of sigma to its limit, as estimated
+            (`report.gap` is what was left); 0: when the factors themselves have settled to
+            rounding. None: when the block's relative error is within 1e-4 of the optimum's, as far
+            as the norm of F is known at little cost, and sigma within 1e-4 of its limit elsewhere.
         max_steps: at most so many half steps when a batch is solved.
         passes: at most so many passes over the data (`"exact"` alone).
         decay: `"online"` alone: each batch scales the sums before it by this number in (0, 1],
@@ -91,7 +93,7 @@ class KFOC(Options, FactoredEstimator):
             )
         if self.plan is not None and self.plan not in PLANS:
             raise ValueError(f"plan must be one of {', '.join(PLANS)}, found {self.plan!r}")
-        if not self.rtol >= 0:
+        if self.rtol is not None and not self.rtol >= 0:
             raise ValueError(f"rtol must not be negative, found {self.rtol}")
         for name in ("max_steps", "passes", "rank"):
             whole(name, getattr(self, name), 1)
@@ -171,7 +173,7 @@ def nearest_kronecker_of_samples(
     inputs: Tensor,
     grads: Tensor,
     *,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     max_steps: int = 1000,
     plan: str | None = None,
     memory_limit: int = 2**30,
@@ -184,7 +186,7 @@ def nearest_kronecker_of_samples(
     Args:
         inputs: a, (N, T, i); for a layer with bias, with a last column of ones.
         grads: g, (S, N, T, o), or (N, T, o) for one direction.
-        rtol: estimated relative distance of sigma to its limit at which to stop.
+        rtol: estimated relative distance of sigma to its limit at which to stop; None: see `KFOC`.
         max_steps: at most so many half steps; `converged` tells whether they sufficed.
         plan: "gram" or "primal" (both for T = 1), "position_gram", "positions", "gradients" or
             "dense"; None: the one with the fewest multiply-adds that fits the memory.

@@ -25,7 +25,7 @@ class Options:
     """The options of `KFOC`, which describes them."""
 
     aggregation: str = "online"
-    rtol: float = 1e-6
+    rtol: float | None = None
     max_steps: int = 1000
     passes: int = 20
     decay: float | None = None
@@ -92,7 +92,8 @@ class Options:
     def _sketch_rank(self, samples: Samples, contraction: Contraction) -> int:
         """See `planner.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
         is only nearly the optimum."""
-        if isinstance(samples, Tied) or samples.diagonal or self.rtol < 1e-8 or self.max_steps < 20:
+        tight = self.rtol is not None and self.rtol < 1e-8
+        if tight or isinstance(samples, Tied) or samples.diagonal or self.max_steps < 20:
             return 0
         element_size = samples.grads.element_size()
         return sketch_rank(Size.of(samples), contraction.plan, self.memory_limit, element_size)

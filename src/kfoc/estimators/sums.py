@@ -15,14 +15,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kfoc.blocks import Block, LowRankBlock, Report
-from kfoc.estimators.aggregation import last_change
+from kfoc.blocks import Block, LowRankBlock
+from kfoc.estimators.aggregation import iterated, last_change
 from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.pooling import Pooling, Sum
 from kfoc.nearest.contraction import Contraction
 from kfoc.nearest.pair import Pieces, symmetries
-from kfoc.nearest.power import PowerIteration
+from kfoc.nearest.power import PowerIteration, Tolerance
 from kfoc.nearest.subspace import (
     HalfSteps,
     Matrix,
@@ -143,7 +143,7 @@ class Sums(Online):
         return replace(_pieces(found, count), rest=rest)
 
     def _leading(
-        self, steps: HalfSteps, rank: int, count: int, rtol: float, max_steps: int
+        self, steps: HalfSteps, rank: int, count: int, rtol: float | None, max_steps: int
     ) -> Singular:
         like = self.like.new_zeros(())
         return leading(steps, rank, count, rtol=rtol, max_steps=max_steps, like=like)
@@ -152,7 +152,7 @@ class Sums(Online):
         """The optimum of what is at hand."""
         config = self.config
         found = self._leading(steps, config.rank, config.columns, config.rtol, config.max_steps)
-        self.report = Report(steps=found.steps, converged=found.converged, plan=plan)
+        self.report = iterated(found, plan)
         self.best = _pieces(found, config.rank)
 
     def solve_alone(self, samples: Samples) -> None:
@@ -226,7 +226,8 @@ class ExactSums(Sums):
             signs = torch.tensor(begun.signs)
             stacks = [orthonormal(begun.lefts[signs == sign], sign) for sign in SIGNS]
             self.counts = [len(stack) for stack in stacks]
-            self.power = PowerIteration("left", torch.cat(stacks), config.rtol, config.passes - 1)
+            tolerance = Tolerance(config.rtol)
+            self.power = PowerIteration("left", torch.cat(stacks), tolerance, config.passes - 1)
             self.image = torch.zeros_like(begun.rights)
             return not len(begun)
         self.flush()
@@ -237,8 +238,7 @@ class ExactSums(Sums):
         self.best = _pieces(found if side == "left" else found.exchanged(), config.rank)
         norm = found.sigmas[: config.rank].norm().item()
         self.power.tell(torch.cat([part.rights for part in parts]), norm)
-        steps, converged = self.power.steps, self.power.converged
-        self.report = Report(steps=steps, converged=converged, plan="subspace")
+        self.report = iterated(self.power, "subspace")
         if not self.power.done:
             self.image = factors.zero_()
         return self.power.done

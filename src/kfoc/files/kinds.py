@@ -32,6 +32,7 @@ KINDS = {
     "pieces": "nearest.pair:Pieces",
     "KFOC pending": "estimators.pending:Pending",
     "power iteration": "nearest.power:PowerIteration",
+    "tolerance": "nearest.power:Tolerance",
     "KroneckerFit": "nearest.power:KroneckerFit",
     "Diagonal": "estimators.diagonal:Diagonal",
     "Diagonal state": "estimators.diagonal:_State",

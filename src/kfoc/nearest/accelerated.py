@@ -19,15 +19,19 @@ from kfoc.nearest.contraction import Contraction, Side
 from kfoc.nearest.power import (
     Iterate,
     KroneckerFit,
+    Tolerance,
     damping_of,
     power_iteration,
     relative_error,
-    settled,
+    remaining,
 )
 
 # The power iteration goes on for so many half steps where these are expected to suffice: fewer than
 # the acceleration takes at least, with and without implicit representations.
 SOON = {True: 1, False: 2}
+
+# Where half steps cost next to nothing, they go on until so many times less is left.
+TIMES = 10
 
 # Three factors of either side are kept: beyond so many numbers each, that is too much memory.
 BASIS_LIMIT = 2**21
@@ -49,7 +53,7 @@ class Start:
 
 
 def leading_pair(
-    contraction: Contraction, rtol: float, max_steps: int, begun: Start | None = None
+    contraction: Contraction, tolerance: Tolerance, max_steps: int, begun: Start | None = None
 ) -> Iterate:
     """The leading pair from the deterministic start, the half step from the identity.
 
@@ -65,38 +69,43 @@ def leading_pair(
     damping = begun.damping if begun else None
     precision = 4 * torch.finfo(start.dtype).eps
     # Rises of sigma cannot show when factors have settled to rounding, only how long they take.
-    settle = rtol < max(precision, 1e-12)
+    settle = tolerance.rtol is not None and tolerance.rtol < max(precision, 1e-12)
+    if contraction.cheap_steps and tolerance.rtol is None:
+        tolerance = tolerance.tighter(TIMES)
     if settle or max_steps < 5 or contraction.cheap_steps:
-        return power_iteration(contraction, start, "left", rtol, max_steps)
+        return power_iteration(contraction, start, "left", tolerance, max_steps)
     krylov = _Krylov(contraction, start, begun.steps if begun else 0)
     sigmas = krylov.first_sigmas()
-    converged = settled(sigmas, rtol, precision, damping=damping)
-    if converged or not sigmas[-1]:
-        return krylov.first_pair(sigmas)
+    gap = remaining(sigmas, precision, damping=damping) if sigmas[-1] else 0.0
+    rtol = tolerance.at(sigmas[-1])
+    if gap <= rtol:
+        return krylov.first_pair(sigmas, gap)
     # What the chain has computed is not thrown away: the power iteration goes on from its end.
     if max(x.numel() for x in krylov.chain) > BASIS_LIMIT:
-        return krylov.continued(sigmas, rtol, max_steps)
+        return krylov.continued(sigmas, tolerance, max_steps)
     soon = SOON[contraction.implicit]
     if _left(sigmas, rtol) <= soon:
-        found = krylov.continued(sigmas, rtol, min(max_steps, krylov.before + 3 + soon))
+        found = krylov.continued(sigmas, tolerance, min(max_steps, krylov.before + 3 + soon))
         if found.converged or found.steps >= max_steps:
             return found
         krylov = _Krylov(contraction, found.left, found.steps)
         sigmas = krylov.first_sigmas()
-    values, damping = [sigmas[1]], 1.0
-    while not converged:
+    values = [sigmas[1]]
+    while True:
         sigma, damping = krylov.improve(precision)
         values.append(sigma)
         # The values are those of left factors and their images. What is returned is a half step
         # further on, which brings what is left down by the damping.
-        converged = settled(values, rtol / damping, precision, least=2, floor=0.05)
-        if krylov.steps + 2 > max_steps:
+        gap = remaining(values, precision, least=2, floor=0.05) * damping
+        converged = gap <= tolerance.at(sigma)
+        if converged or krylov.steps + 2 > max_steps:
             break
-        if not converged:
-            krylov.extend()
+        krylov.extend()
+    pair = krylov.pair(values[-1], damping)
+    if pair:
+        return replace(pair, converged=converged, gap=gap)
     # From the start again: what is outside the cone may be near another singular pair.
-    pair = krylov.pair(values[-1], converged, damping)
-    return pair or power_iteration(contraction, start, "left", rtol, max_steps)
+    return power_iteration(contraction, start, "left", tolerance, max_steps)
 
 
 def _left(sigmas: list[float], rtol: float) -> float:
@@ -161,20 +170,20 @@ class _Krylov:
         ratios = [self.unit * b / a if a else 0.0 for a, b in pairwise(norms)]
         return [self.start_unit * self.root * norms[0], *ratios]
 
-    def first_pair(self, sigmas: list[float]) -> Iterate:
+    def first_pair(self, sigmas: list[float], gap: float) -> Iterate:
         """What the power iteration ends with after three half steps."""
         norm = (self._norm(2) or 1.0) * self.root
         left, right = self.chain[2] / norm, self.chain[3] * (self.unit / norm)
         damping = damping_of(sigmas, 4 * torch.finfo(left.dtype).eps)
-        return Iterate(left, right, sigmas[-1], self.before + 3, True, "right", damping)
+        return Iterate(left, right, sigmas[-1], self.before + 3, True, "right", damping, gap)
 
-    def continued(self, sigmas: list[float], rtol: float, max_steps: int) -> Iterate:
+    def continued(self, sigmas: list[float], tolerance: Tolerance, max_steps: int) -> Iterate:
         """The power iteration, from where the chain ends."""
         end = len(self.chain) - 1
         side: Side = "right" if end % 2 else "left"
         start = self.chain[end] * (self.unit / (self._norm(end - 1) * self.root))
         limit, history = max_steps - self.before, sigmas[:end]
-        found = power_iteration(self.contraction, start, side, rtol, limit, history=history)
+        found = power_iteration(self.contraction, start, side, tolerance, limit, history=history)
         return replace(found, steps=found.steps + self.before)
 
     def improve(self, precision: float) -> tuple[float, float]:
@@ -223,7 +232,7 @@ class _Krylov:
         for rows, new in zip(self.basis, self._images([image], self.length), strict=True):
             rows[1] = new.flatten()
 
-    def pair(self, sigma: float, converged: bool, damping: float) -> Iterate | None:
+    def pair(self, sigma: float, damping: float) -> Iterate | None:
         """The current right factor, of unit norm, with its left image; None if it is not PSD."""
         right = self._current(1) * (self.unit / (sigma * self.root))
         if not self.contraction.positive(right, "right"):
@@ -234,7 +243,7 @@ class _Krylov:
             left = self.contraction.advance(right, "right")
             sigma = left.norm().item()
             self.steps += 1
-        return Iterate(left, right, sigma, self.steps, converged, "left", damping)
+        return Iterate(left, right, sigma, self.steps, False, "left", damping)
 
 
 def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:
@@ -261,7 +270,7 @@ def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, 
 def fit_contraction(
     contraction: Contraction,
     *,
-    rtol: float,
+    rtol: float | None,
     max_steps: int,
     certify: bool = True,
     scale: float = 1.0,
@@ -270,11 +279,13 @@ def fit_contraction(
     """Solve a contraction of positive semi-definite terms.
 
     Args:
+        rtol: see `Tolerance`.
+        certify: whether to say what the relative error is, also where that is not cheap.
         scale: what the sum is `scale` times the contraction of.
         begun: None: from the deterministic start.
     """
-    iterate = leading_pair(contraction, rtol, max_steps, begun)
-    total = contraction.squared_norm() if certify else None
+    total = contraction.squared_norm() if certify or contraction.certifies else None
+    iterate = leading_pair(contraction, Tolerance(rtol, total), max_steps, begun)
     contraction.forget()
     sigma = iterate.sigma
     # The scale goes into the representations, which are small where the factors are large.
@@ -287,4 +298,5 @@ def fit_contraction(
         iterate.steps,
         iterate.converged,
         contraction.plan,
+        iterate.gap,
     )

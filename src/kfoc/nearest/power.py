@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kfoc.nearest.contraction import Contraction, Side, opposite
+
+# By how much a block's relative error may be above the optimum's, where nothing else is asked for:
+# a hundredth of what another draw of the labels moves it by, or less (benchmarks/README.md).
+EXCESS = 1e-4
+
+# Distances of sigma that this is never taken to mean less or more than: errors near zero are
+# rounding, and an iteration far from its limit cannot tell how far.
+LEAST, MOST = 1e-6, 0.05
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class KroneckerFit:
             precision (about 5e-4 in float32) are rounding.
         steps: half steps of the power iteration that were taken.
         converged: whether the estimated distance of sigma to its limit fell under `rtol`.
+        gap: that distance, relatively: an estimate, of what later half steps would still gain.
         plan: which contraction was used (see `kfoc.plans`).
     """
 
@@ -37,6 +46,36 @@ class KroneckerFit:
     steps: int
     converged: bool
     plan: str
+    gap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How near sigma has to come to its limit.
+
+    Attributes:
+        rtol: relatively; None: so near that the block's relative error is within `excess` of the
+            optimum's, or where `total` is not known, within `excess` itself.
+        total: `||A||^2`.
+    """
+
+    rtol: float | None
+    total: float | None = None
+    excess: float = EXCESS
+
+    def tighter(self, times: float) -> Tolerance:
+        return replace(self, rtol=self.rtol and self.rtol / times, excess=self.excess / times)
+
+    def at(self, sigma: float) -> float:
+        """The relative distance to be under."""
+        if self.rtol is not None:
+            return self.rtol
+        error = relative_error(sigma, self.total)
+        if error is None:
+            return self.excess
+        # With x the distance, the optimum's squared error is less by 2 x (1 - error^2).
+        allowed = self.excess * (2 * error - self.excess) / 2
+        return min(max(allowed / max(1 - error**2, EXCESS), LEAST), MOST)
 
 
 @dataclass(frozen=True)
@@ -50,6 +89,7 @@ class Iterate:
     converged: bool
     exact_side: Side  # of the factor that is the image of the other, and has the norm sigma
     damping: float = 1.0  # estimate of the squared ratio of the second singular value to the first
+    gap: float = 0.0  # estimate of sigma's relative distance to its limit
 
     def scales(self, sigma: float) -> tuple[float, float]:
         """What to multiply left and right by, so that each has the norm `sqrt(sigma)`."""
@@ -69,17 +109,19 @@ class PowerIteration:
         max_steps: at most so many are taken, and one at the least.
         sigmas: the norms of the images, and what was known before.
         converged: whether sigma has settled.
+        gap: estimate of its relative distance to its limit.
         done: whether `factor` is the last one, and what was told of it the exact image.
     """
 
     side: Side
     factor: Tensor
-    rtol: float
+    tolerance: Tolerance
     max_steps: int
     sigmas: list[float] = field(default_factory=list)
     steps: int = 0
     converged: bool = False
     done: bool = False
+    gap: float = 0.0
 
     @property
     def norm(self) -> float:
@@ -94,7 +136,8 @@ class PowerIteration:
         self.sigmas.append(sigma)
         self.steps += 1
         precision = 4 * torch.finfo(image.dtype).eps
-        self.converged = not sigma or settled(self.sigmas, self.rtol, precision)
+        self.gap = remaining(self.sigmas, precision) if sigma else 0.0
+        self.converged = settled(self.sigmas, self.tolerance.at(sigma), precision, self.gap)
         self.done = self.converged or self.steps >= self.max_steps
         if not self.done:
             self.factor, self.side = image, opposite(self.side)
@@ -104,7 +147,7 @@ def power_iteration(
     contraction: Contraction,
     start: Tensor,
     side: Side,
-    rtol: float,
+    tolerance: Tolerance,
     max_steps: int,
     history: Sequence[float] = (),
 ) -> Iterate:
@@ -116,14 +159,15 @@ def power_iteration(
     `||A - left right^T||^2 = ||A||^2 - sigma^2` holds for every iterate, converged or not.
     """
     known = [*history, _norm(contraction, start, side)]
-    it = PowerIteration(side, start, rtol, max_steps, known, len(history))
+    it = PowerIteration(side, start, tolerance, max_steps, known, len(history))
     while not it.done:
         norm, image = it.norm, contraction.advance(*it.ask()) / it.norm
         it.tell(image, _norm(contraction, image, opposite(it.side)))
     unit = it.factor / norm
     left, right = (unit, image) if it.side == "left" else (image, unit)
     damping = damping_of(it.sigmas, 4 * torch.finfo(start.dtype).eps)
-    return Iterate(left, right, it.sigmas[-1], it.steps, it.converged, opposite(it.side), damping)
+    exact = opposite(it.side)
+    return Iterate(left, right, it.sigmas[-1], it.steps, it.converged, exact, damping, it.gap)
 
 
 def _norm(contraction: Contraction, representation: Tensor, side: Side) -> float:
@@ -135,7 +179,7 @@ def damping_of(sigmas: Sequence[float], precision: float) -> float:
 
     Rises under the precision tell nothing, but that what was before them fell to that.
     """
-    rises = [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
+    rises = _rises(sigmas)
     pairs = [(before, after) for before, after in pairwise(rises) if before > precision]
     ratios = [after / before for before, after in pairs if after > precision]
     if not ratios and pairs:
@@ -143,42 +187,55 @@ def damping_of(sigmas: Sequence[float], precision: float) -> float:
     return min(1.0, max(ratios[-2:], default=1.0))
 
 
-def settled(
+def settled(sigmas: list[float], rtol: float, precision: float, gap: float) -> bool:
+    """Whether sigma is within `rtol` of its limit, which it is `gap` away from.
+
+    The factors' error is the square root of sigma's. So a tolerance near the precision asks for
+    the factors to rounding: that takes as many steps again as sigma took to stop rising.
+    """
+    if rtol < max(precision, 1e-12) and sigmas[-1]:
+        rises = _rises(sigmas)
+        flat = next((k for k, rise in enumerate(rises) if rise <= precision), len(rises))
+        return len(rises) >= 2 * flat + 3
+    return gap <= rtol
+
+
+def remaining(
     sigmas: list[float],
-    rtol: float,
     precision: float,
     least: int = 3,
     damping: float | None = None,
     floor: float = 0.0,
-) -> bool:
-    """Whether sigma, after `least` rises, is within `rtol` of its limit, judged from how it rose.
+) -> float:
+    """What is left for sigma to rise, relatively, judged from how it rose, after `least` rises.
 
     The sigmas rise geometrically in the end, so what is left to rise is `c q / (1 - q)` after a
     rise c, with q the ratio of successive rises; the larger of the last two ratios is taken. That
     stops fast iterations a half step before the rise itself has vanished, and does not stop a slow
     one while much is left.
 
-    The factors' error is the square root of sigma's. So a tolerance near the precision asks for
-    the factors to rounding: that takes as many steps again as sigma took to stop rising.
-
     Args:
         damping: q, where it is known from elsewhere: a single rise then tells what is left.
         floor: at least so much is q taken for, where the first rises are of another kind.
+
+    Returns:
+        inf where that cannot be told yet; 0 where rises have fallen to the precision.
     """
-    rises = [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
-    if rtol < max(precision, 1e-12):
-        flat = next((k for k, rise in enumerate(rises) if rise <= precision), len(rises))
-        return len(rises) >= 2 * flat + 3
+    rises = _rises(sigmas)
     if len(rises) >= 2 and rises[-1] <= precision:
-        return True
+        return 0.0
     if damping is not None and rises:
         q = max(damping, damping_of(sigmas, precision) if len(rises) > 1 else 0.0)
-        return q < 1 and rises[-1] * q / (1 - q) <= rtol
-    if len(rises) < least:
-        return False
-    ratios = [after / before if before > 0 else 1.0 for before, after in pairwise(rises[-3:])]
-    q = max(*ratios, floor)
-    return min(ratios) > 0 and q < 1 and rises[-1] * q / (1 - q) <= rtol
+    elif len(rises) >= least:
+        ratios = [after / before if before > 0 else 1.0 for before, after in pairwise(rises[-3:])]
+        q = max(*ratios, floor) if min(ratios) > 0 else 1.0
+    else:
+        return math.inf
+    return rises[-1] * q / (1 - q) if q < 1 else math.inf
+
+
+def _rises(sigmas: Sequence[float]) -> list[float]:
+    return [(after - before) / (after or 1.0) for before, after in pairwise(sigmas)]
 
 
 def relative_error(sigma: float, total: float | None) -> float | None:

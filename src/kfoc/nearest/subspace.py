@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfoc.nearest.power import settled
+from kfoc.nearest.power import Tolerance, remaining, settled
 
 
 class HalfSteps(ABC):
@@ -67,6 +67,7 @@ class Singular:
         sigmas: (k,), falling.
         steps: half steps taken.
         converged: whether the norm of the leading sigmas settled.
+        gap: estimate of its relative distance to its limit.
     """
 
     lefts: Tensor
@@ -74,6 +75,7 @@ class Singular:
     sigmas: Tensor
     steps: int = 0
     converged: bool = True
+    gap: float = 0.0
 
     def exchanged(self) -> Singular:
         """With the two sides exchanged."""
@@ -137,7 +139,7 @@ def orthonormal(stack: Tensor, sign: int) -> Tensor:
 
 
 def leading(
-    steps: HalfSteps, rank: int, count: int, *, rtol: float, max_steps: int, like: Tensor
+    steps: HalfSteps, rank: int, count: int, *, rtol: float | None, max_steps: int, like: Tensor
 ) -> Singular:
     """The leading `count` singular triples of A, of which the first `rank` have to settle.
 
@@ -157,7 +159,7 @@ def leading_of(
     rank: int,
     count: int,
     *,
-    rtol: float,
+    rtol: float | None,
     max_steps: int,
     like: Tensor,
 ) -> Singular | None:
@@ -173,10 +175,11 @@ def leading_of(
         lefts = matrices(torch.linalg.qr(images)[0], o, sign)
         found = refined(lefts, steps.to_right(lefts), sign)
         norms.append(found.sigmas[:rank].norm().item())
-        converged = not norms[-1] or settled(norms, rtol, precision)
+        gap = remaining(norms, precision) if norms[-1] else 0.0
+        converged = settled(norms, Tolerance(rtol).at(norms[-1]), precision, gap)
         taken = 2 * len(norms)
         if converged or taken >= max_steps:
-            return Singular(found.lefts, found.rights, found.sigmas, taken, converged)
+            return Singular(found.lefts, found.rights, found.sigmas, taken, converged, gap)
         rights = found.rights
 
 
@@ -203,4 +206,5 @@ def combined(found: Sequence[Singular], count: int) -> Singular:
         sigmas[order],
         max(part.steps for part in found),
         all(part.converged for part in found),
+        max(part.gap for part in found),
     )

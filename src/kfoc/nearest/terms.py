@@ -10,7 +10,7 @@ from torch import Tensor
 from kfoc.common.ambient import plainly
 from kfoc.linalg.scaling import balanced, check_representable
 from kfoc.nearest.contraction import Contraction, Side, opposite
-from kfoc.nearest.power import KroneckerFit, power_iteration, relative_error
+from kfoc.nearest.power import KroneckerFit, Tolerance, power_iteration, relative_error
 
 
 class _Terms(Contraction):
@@ -68,14 +68,14 @@ def nearest_kronecker(
         lefts, rights = lefts.float(), rights.float()
     scales = [_scale(lefts), _scale(rights)]
     terms = _Terms(lefts / scales[0], rights / scales[1])
-    iterate = power_iteration(terms, terms.start(), "left", rtol, max_steps)
+    iterate = power_iteration(terms, terms.start(), "left", Tolerance(rtol), max_steps)
     if not _all_psd(lefts, rights):
         # From the identity, an indefinite sum can be stuck in a smaller singular triple; a second
         # start, fixed but generic, is stuck there with probability zero.
         generator = torch.Generator().manual_seed(0)
         generic = torch.randn(rights[0].numel(), generator=generator, dtype=torch.float64)
         start = terms.apply((generic / generic.norm()).to(rights), "right")
-        other = power_iteration(terms, start, "left", rtol, max_steps)
+        other = power_iteration(terms, start, "left", Tolerance(rtol), max_steps)
         iterate = other if other.sigma > iterate.sigma * (1 + rtol) else iterate
     left, right = terms.factor(iterate.left, "left"), terms.factor(iterate.right, "right")
     if _symmetric_terms(lefts) and _symmetric_terms(rights):
@@ -85,7 +85,8 @@ def nearest_kronecker(
     check_representable(math.sqrt(sigma), lefts.dtype, "the Kronecker product")
     left, right = balanced(sign * left, sign * right, sigma)
     error = relative_error(iterate.sigma, terms.squared_norm())
-    return KroneckerFit(left, right, sigma, error, iterate.steps, iterate.converged, terms.plan)
+    found = iterate.steps, iterate.converged, terms.plan, iterate.gap
+    return KroneckerFit(left, right, sigma, error, *found)
 
 
 def _check_terms(lefts: Tensor, rights: Tensor) -> None:

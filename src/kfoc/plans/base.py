@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -70,6 +71,20 @@ class Coefficients(Plan):
 
     def overlap(self, representation: Tensor, matrix: Tensor, image: Tensor, side: Side) -> Tensor:
         return (representation * image).sum()
+
+
+@dataclass(frozen=True)
+class Formed:
+    """A factor with what it was formed from.
+
+    Attributes:
+        factor: (n, n).
+        coefficients: that stand for it.
+    """
+
+    factor: Tensor
+    coefficients: Tensor
+    side: Side
 
 
 class Scratch:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
-from kfoc.nearest.contraction import Side, opposite
-from kfoc.plans.base import CHUNK, Plan, Scratch, quadratic_sum
+from kfoc.nearest.contraction import Side
+from kfoc.plans.base import CHUNK, Formed, Plan, Scratch, quadratic_sum
 from kfoc.plans.cost import Cost, Size
 from kfoc.samples.base import LayerSamples, gradient_chunks
 from kfoc.samples.linear import Samples
@@ -135,9 +135,10 @@ class Gradients(_Explicit):
             start += count
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`probes^T (half step from matrix) probes`, (m, m), from probes (n, m); not the step."""
-        return quadratic_sum(self.carried(probes, opposite(side)), matrix), None
+    def changed(self, first: Formed, second: Tensor, scale: float, probes: Tensor) -> Tensor:
+        """`probes^T (scale * half step from second - first) probes`, (m, m), probes of (n, m)."""
+        by_step = quadratic_sum(self.carried(probes, first.side), second)
+        return by_step.mul_(scale).sub_(probes.mT @ first.factor @ probes)
 
     def squared_norm(self) -> float:
         """`sum_{k,l} <X_k, X_l>^2`, the squared Gram matrix of the per-sample gradients."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
 from kfoc.nearest.contraction import Side, opposite, positive
-from kfoc.plans.base import Coefficients, Scratch, quadratic_sum
+from kfoc.plans.base import Coefficients, Formed, Scratch, quadratic_sum
 from kfoc.plans.cost import Cost, Size, positioned
 from kfoc.samples.linear import Samples
 
@@ -102,9 +102,10 @@ class Positions(Coefficients):
             matrices = matrices.view(-1, here.shape[1], *matrices.shape[1:])
         return torch.matmul(there.mT, here @ matrices).flatten(0, 1)
 
-    def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`probes^T (half step from matrix) probes`, (m, m), from probes (n, m); not the step."""
-        return quadratic_sum(self.carried(probes, opposite(side)), matrix), None
+    def changed(self, first: Formed, second: Tensor, scale: float, probes: Tensor) -> Tensor:
+        """`probes^T (scale * half step from second - first) probes`, (m, m), probes of (n, m)."""
+        by_step = quadratic_sum(self.carried(probes, first.side), second)
+        return by_step.mul_(scale).sub_(probes.mT @ first.factor @ probes)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         size = self._rows[side].shape[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from kfoc.linalg.products import (
     times_half,
 )
 from kfoc.nearest.contraction import Side, opposite
-from kfoc.plans.base import CHUNK, Coefficients, Scratch
+from kfoc.plans.base import CHUNK, Coefficients, Formed, Scratch
 from kfoc.plans.cost import Cost, Size, factors
 from kfoc.samples.inputs import Inputs, Rows
 from kfoc.samples.linear import Samples
@@ -25,6 +26,9 @@ from kfoc.samples.linear import Samples
 # The share of some samples' squares that a projection must have, and by how many it is judged.
 CAPTURED = 0.5
 FEW = 256
+
+# Samples by which it is judged whether a half step would change anything.
+SOME = 512
 
 
 class Primal(Coefficients):
@@ -80,12 +84,35 @@ class Primal(Coefficients):
         products = self._times(rows.mT, side)
         return products.square_().sum(1).view(-1, self._count).sum(0)
 
-    def quadratic(self, matrix: Tensor, side: Side, probes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As that of plans with several positions, and the half step that it took."""
-        products = self._times(probes, opposite(side))
-        step = self.apply(matrix, side)
-        weights = step.repeat(len(products) // self._count)
-        return products.mT @ (products * weights[:, None]), step
+    def changed(self, first: Formed, second: Tensor, scale: float, probes: Tensor) -> Tensor:
+        """As that of plans with several positions; estimated from some samples of many.
+
+        These are drawn by their parts in the first factor, so that none with a large one is missed.
+        """
+        before, some, shares = first.coefficients, self, None
+        if self._count > SOME:
+            vectors = self._vectors[first.side]
+            squares = torch.linalg.vecdot(vectors, vectors).view(-1, self._count).sum(0)
+            parts = (before * squares).double().clamp_min(0)
+            generator = torch.Generator().manual_seed(3)
+            chosen = torch.multinomial(parts.cpu(), SOME, replacement=True, generator=generator)
+            chosen = chosen.to(before.device)
+            some, before = self._of(chosen), before[chosen]
+            shares = (parts.sum() / (SOME * parts[chosen])).to(before)
+        weights = some.apply(second, opposite(first.side)).mul_(scale).sub_(before)
+        weights = weights if shares is None else weights * shares
+        products = some._times(probes, first.side)
+        return products.mT @ (products * weights.repeat(len(products) // len(weights))[:, None])
+
+    def _of(self, chosen: Tensor) -> Primal:
+        """The same of some samples, by their numbers."""
+        some = copy(self)
+        some._count, some._last = len(chosen), None
+        some._vectors = {
+            side: rows.view(-1, self._count, rows.shape[1])[:, chosen].flatten(0, 1)
+            for side, rows in self._vectors.items()
+        }
+        return some
 
     def _times(self, columns: Tensor, side: Side) -> Tensor:
         """All vectors of a side, the column of a bias included, times columns (n, k)."""

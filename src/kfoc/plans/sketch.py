@@ -7,13 +7,15 @@ to a few directions of its own (randomised singular value decomposition, Halko, 
 solved, and of its factor on the layer's larger side a low-rank sketch is made (Nystrom). Two half
 steps over all samples, which form the two factors once as K-FAC does, then reach the optimum as a
 rule: the first is cheap, as its factor is of low rank, and the second is on the smaller side.
-Whether they did is checked by what a third one would change, along a few random directions.
+Whether they did is checked: by what the two have changed, which costs nothing, and where that does
+not tell, by what a third one would change, along a few random directions.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from kfoc.linalg.products import orthonormal
 from kfoc.linalg.scaling import norm_of
 from kfoc.nearest.accelerated import Start, fit_contraction, leading_pair
 from kfoc.nearest.contraction import Side, opposite
-from kfoc.nearest.power import KroneckerFit, relative_error
+from kfoc.nearest.power import KroneckerFit, Tolerance, relative_error
+from kfoc.plans.base import Formed
 from kfoc.plans.explicit import Gradients
 from kfoc.plans.positions import PositionGram, Positions
 from kfoc.plans.single import Primal
@@ -30,20 +33,18 @@ from kfoc.plans.sketch_cost import PROBES, ROWS
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 
-# Gradients whose errors cancel one another.
-MANY = 64
-
 # Half steps that the reduced problem may take.
 MAX_STEPS = 40
 
 # Half steps that may follow the two: beyond, the accelerated solver is faster.
 MORE = 2
 
-# Of what the sketch lacks, and how slowly half steps make up for it: beyond, two are not enough.
-HOPELESS = 0.25
+# The reduced problem is solved so many times nearer than what is asked for, as the reduction has an
+# error too, and as only what has settled tells how fast.
+TIMES = 8
 
-# Of what the sketch lacks: beyond, a cheap step is to make up for it.
-LOSSY = 0.1
+# Singular values are not taken to be further apart than this, squared: the estimate is from below.
+LEAST_DAMPING = 0.15
 
 # Singular values as close as this might change places in the reduced problem.
 CLOSEST = 0.9
@@ -59,13 +60,13 @@ class Sketch:
     Attributes:
         rows: (r, n).
         damping: estimate of the squared ratio of the second singular value to the first.
-        lost: estimate of the share of the gradients' squares that the reduced problem lacks.
+        rtol: how near sigma has to come to its limit, relatively.
     """
 
     rows: Tensor
     side: Side
     damping: float
-    lost: float
+    rtol: float
 
 
 def fit_from_sketch(
@@ -73,7 +74,7 @@ def fit_from_sketch(
     shape: tuple[int, int],
     rank: int,
     *,
-    rtol: float,
+    rtol: float | None,
     max_steps: int,
     certify: bool,
     scale: float,
@@ -84,9 +85,9 @@ def fit_from_sketch(
         shape: (o, i).
         rank: directions that samples are reduced to.
     """
-    sketch = sketched(contraction, shape, rank, rtol)
-    found = formed(contraction, sketch, rtol) if sketch else None
-    if not isinstance(found, Formed):
+    sketch = sketched(contraction, shape, rank, Tolerance(rtol))
+    found = formed(contraction, sketch) if sketch else None
+    if not isinstance(found, Pair):
         return fit_contraction(
             contraction,
             rtol=rtol,
@@ -103,15 +104,14 @@ def fit_from_sketch(
     second = found.second.mul_(root / found.sigma / found.norm)
     left, right = (second, first) if found.side == "left" else (first, second)
     error = relative_error(found.sigma, total)
-    return KroneckerFit(left, right, sigma, error, found.steps, True, contraction.plan)
+    return KroneckerFit(left, right, sigma, error, found.steps, True, contraction.plan, found.gap)
 
 
 def sketched(
-    contraction: Sketchable, shape: tuple[int, int], rank: int, rtol: float
+    contraction: Sketchable, shape: tuple[int, int], rank: int, tolerance: Tolerance
 ) -> Sketch | None:
     """A sketch of the factor on the larger side; None where none can be relied on."""
     side: Side = "left" if shape[0] > shape[1] else "right"
-    lost = 0.0
     bases: dict[Side, Tensor | None] = {}
     inner: Primal | PositionGram
     if isinstance(contraction, Primal):
@@ -123,10 +123,14 @@ def sketched(
     else:
         reduced, lost = truncated(contraction, shape[1], rank)
         inner = PositionGram(reduced)
+        if inner.certifies:
+            tolerance = replace(tolerance, total=inner.squared_norm() + lost)
     precision = 4 * torch.finfo(reduced.grads.dtype).eps
-    # Tighter than what is asked for, as the reduction has an error too; but not under the
-    # precision, where the solver would go on until the factors have settled.
-    found = leading_pair(inner, max(rtol / 4, 1.1 * precision), MAX_STEPS)
+    inner_tolerance = tolerance.tighter(TIMES)
+    if inner_tolerance.rtol is not None:
+        # Under the precision the solver would go on until the factors have settled.
+        inner_tolerance = Tolerance(max(inner_tolerance.rtol, 1.1 * precision))
+    found = leading_pair(inner, inner_tolerance, MAX_STEPS)
     if not found.converged or not found.sigma or found.damping > CLOSEST:
         return None
     representation = found.left if side == "left" else found.right
@@ -134,26 +138,23 @@ def sketched(
         rows = _root(inner.factor(representation, side), bases[side])
     else:
         rows = _nystrom(inner, representation, side)
-    return Sketch(rows, side, max(found.damping, 0.1), lost)
+    return Sketch(rows, side, max(found.damping, LEAST_DAMPING), tolerance.at(found.sigma))
 
 
 def truncated(contraction: Positions | Gradients, width: int, rank: int) -> tuple[Samples, float]:
     """The samples with every per-sample gradient near `P Q^T` of that rank: as `rank` positions.
 
     Returns:
-        The samples, and an estimate of the share of the gradients' squares that they lack.
+        The samples, and about what `||F||^2` has that theirs lacks: what gradients lose of their
+        squares, but not of their inner products with one another.
     """
     directions = _normal(width, rank, seed=0, like=contraction.like)
     found = contraction.carried(directions, "right")
-    whole = found.square().sum().item() / rank
-    # Steps of subspace iteration: gradients' singular values fall slowly, and a second step is
-    # worth its time where there are few gradients.
-    for _ in range(2 if len(found) < MANY else 1):
-        again = contraction.carried(orthonormal(found.mT).mT, "left")
-        found = contraction.carried(again, "right")
     left = orthonormal(found.mT)  # (M, k, o)
     right = contraction.carried(left.mT, "left").mT
-    lost = 1 - right.square().sum().item() / whole if whole else 0.0
+    whole = found.square().sum((1, 2), dtype=torch.float64) / rank
+    kept = right.square().sum((1, 2), dtype=torch.float64)
+    lost = (whole.square() - kept.square()).clamp_min(0).sum().item()
     return Samples(Rows(right.contiguous()), left.contiguous()[None]), lost
 
 
@@ -187,14 +188,8 @@ def _unit(rows: Tensor) -> Tensor:
     return rows / math.sqrt(norm) if norm else rows
 
 
-def _normed(factor: Tensor) -> Tensor | None:
-    """In place, of unit norm; None where it is zero."""
-    norm = norm_of(factor)
-    return factor.div_(norm) if norm else None
-
-
 @dataclass(frozen=True)
-class Formed:
+class Pair:
     """Two factors, the second the exact half step from the first, at the optimum.
 
     Attributes:
@@ -203,6 +198,7 @@ class Formed:
         norm: of the first.
         sigma: the norm of the second in units of the first's.
         steps: half steps taken.
+        gap: estimate of what sigma still lacks, relatively.
     """
 
     first: Tensor
@@ -211,72 +207,70 @@ class Formed:
     norm: float
     sigma: float
     steps: int
+    gap: float
 
 
-def formed(contraction: Sketchable, sketch: Sketch, rtol: float) -> Formed | Start | None:
+def formed(contraction: Sketchable, sketch: Sketch) -> Pair | Start | None:
     """The factors after two half steps from a sketch, or a few more, if that is the optimum.
 
     Otherwise a start for the solver; None where F is zero.
     """
     side, other, q = sketch.side, opposite(sketch.side), sketch.damping
-    coefficients = contraction.apply_rows(sketch.rows, side)
-    # Factors would be formed in vain: the half step that is taken by now starts the solver.
-    if sketch.lost * q / (1 - q) > HOPELESS:
-        return _start(contraction, coefficients, other, 1, q)
-    first = _normed(contraction.factor(coefficients, other))
-    if first is not None and sketch.lost > LOSSY and isinstance(contraction, Positions):
-        # A full step with the factor on the larger side of low rank: it is not formed.
-        rows = _nystrom(contraction, contraction.apply(first, other), side)
-        first = _normed(contraction.factor(contraction.apply_rows(rows, side), other))
-    if first is None:
+    before = contraction.apply_rows(sketch.rows, side)
+    first = contraction.factor(before, other)
+    norm = norm_of(first)
+    if not norm:
         return None
+    first.div_(norm)
     coefficients = contraction.apply(first, other)
     second = contraction.factor(coefficients, side)
     sigma = norm_of(second)
     if not sigma:
         return None
-    # The reduced problem cannot tell what it lacks, so the check is over all samples:
-    # what another half step would change in the first factor, relative to it: E, of which the
-    # entries of Z^T E Z off the diagonal have the mean square ||E||^2 for Gaussian Z.
-    # Where each sample has one position, probes cost next to nothing.
+    # With e_u the share in the sketch of another singular vector, of singular value s relative to
+    # the first, the two half steps have changed it by (1 - s^2) e_u, and sigma still lacks half the
+    # sum of (1 - s^2) s^2 e_u^2.
+    along = torch.dot((sketch.rows @ second).flatten(), sketch.rows.flatten()).item() / sigma
+    gap = max(1 - along**2, 0.0) * q / (1 - q) / 2
+    if gap <= sketch.rtol:
+        return Pair(first, second, side, 1.0, sigma, 2, gap)
+    # Much of that may be what a sketch of few directions lacks, which is gone by now. So by what
+    # another half step would change in the first factor, relative to it: E, of which the entries
+    # of Z^T E Z off the diagonal have the mean square ||E||^2 for Gaussian Z. Where each sample has
+    # one position, probes cost next to nothing.
     count = 4 * PROBES if isinstance(contraction, Primal) else PROBES
     probes = _normal(first.shape[0], count, seed=2, like=first)
-    image, step = contraction.quadratic(second, side, probes)
-    change = image / sigma**2 - probes.mT @ first @ probes
+    known = Formed(first, before.div_(norm), other)
+    change = contraction.changed(known, second, 1 / sigma**2, probes)
     change = change - change.diagonal().diag()
     squared = change.square().sum().item() / (count * (count - 1))
-    # With E = sum (1 - s^2) e u over the other singular vectors u, of singular values s relative to
-    # the first, sigma lacks half the sum of (1 - s^2) e^2. Twice that, as E is but estimated; and
-    # another half step has the sum of s^2 (1 - s^2) e^2 in its place.
-    remaining = squared / (1 - q)
-    more = next((k for k in range(MORE + 1) if remaining * q**k <= rtol), None)
+    # E = sum (1 - s^2) e u, with e the shares in the first factor, and sigma lacks half the sum of
+    # (1 - s^2) e^2. Twice that, as E is but estimated; and another half step has the sum of
+    # s^2 (1 - s^2) e^2 in its place.
+    gap = squared / (1 - q)
+    more = next((k for k in range(MORE + 1) if gap * q**k <= sketch.rtol), None)
     if more is None and side == "left":
         return Start(coefficients, 2, q)
     if more is None:
-        del first
-        step = contraction.apply(second, side) if step is None else step
-        return Start(step / sigma, 3, q)
+        del first, known
+        return Start(contraction.apply(second, side) / sigma, 3, q)
     norm = 1.0
     for _ in range(more):
         norm *= sigma
-        step = contraction.apply(second, side) if step is None else step
+        step = contraction.apply(second, side)
         side, other = other, side
-        first, second, step = second, contraction.factor(step, side), None
+        first, second = second, contraction.factor(step, side)
         sigma = norm_of(second) / norm
-    return Formed(first, second, side, norm, sigma, 2 + more)
+    return Pair(first, second, side, norm, sigma, 2 + more, gap * q**more)
 
 
-def _start(
-    contraction: Sketchable, coefficients: Tensor, side: Side, steps: int, damping: float
-) -> Start | None:
-    """From coefficients of any scale."""
-    if side == "right":
-        coefficients, steps = contraction.advance(coefficients, "right"), steps + 1
-    norm = math.sqrt(max(contraction.inner(coefficients, coefficients, "left").item(), 0.0))
-    return Start(coefficients / norm, steps, damping) if norm else None
-
-
-def _normal(*shape: int, seed: int, like: Tensor) -> Tensor:
+def _normal(rows: int, columns: int, *, seed: int, like: Tensor) -> Tensor:
     """The same draws wherever they are used: not in the dtype that is the default there."""
+    return _drawn(rows, columns, seed).to(like)
+
+
+@lru_cache(maxsize=8)
+def _drawn(rows: int, columns: int, seed: int) -> Tensor:
+    """Kept, as a model's layers are alike, and drawing takes as long as a product with them."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32)

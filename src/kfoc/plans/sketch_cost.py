@@ -23,9 +23,9 @@ PROBES = 8
 def reduced_rank(z: Size) -> int:
     """Directions that a sketch reduces the samples to (`kfoc.plans.sketch`); 0: too few for it."""
     if z.T == 1:
-        return 96 if max(z.i, z.o) > 192 else 0
+        return 64 if max(z.i, z.o) > 192 else 0
     # The more samples, the better do errors of theirs cancel.
-    rank = min(max(8, 512 // (z.S * z.N)), 32, min(z.T, z.i, z.o) // 4)
+    rank = min(max(8, 256 // (z.S * z.N)), 32, min(z.T, z.i, z.o) // 4)
     return rank if rank >= 8 else 0
 
 
@@ -45,10 +45,10 @@ def sketch_cost(z: Size, name: str) -> float:
     probes = PROBES * larger**2 * count
     if name == "gradients":
         # Formed; reduced; and two half steps, of which the first is by a few rows.
-        setup = count * z.o * z.i * (z.T + 6 * rank + ROWS + PROBES)
+        setup = count * z.o * z.i * (z.T + 2 * rank + ROWS + PROBES)
         step = min(z.i, z.o) + share(larger) * larger
         return setup + solve + probes + count * z.o * z.i * step
-    setup = z.N * z.T**2 * z.i + count * z.T * (z.i + z.o) * 6 * rank
-    first = count * z.T * larger * (ROWS + PROBES)
+    setup = count * z.T * (z.i + z.o) * 2 * rank
+    first = count * z.T * (larger * (ROWS + PROBES) + z.T * ROWS)
     second = z.S * one_side(z, z.o) if z.o <= z.i else one_side(z, z.i)
     return setup + solve + probes + first + second + positioned(z)
