@@ -131,10 +131,10 @@ def test_of_layers_that_cannot_be_factorised(tmp_path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
-    "of another block": lambda parts: parts["left_values"].mul_(1.5),
+    "of another matrix": lambda parts: parts["left_values"].mul_(1.5),
     "orthonormal": lambda parts: parts["right_vectors"].mul_(2.0),
-    "shape": lambda parts: parts.update(left_values=torch.ones(7)),
-    "do not fit": lambda parts: parts.update(left_vectors=torch.eye(7)),
+    "4 numbers, found 7": lambda parts: parts.update(left_values=torch.ones(7)),
+    "left_vectors must have the shape": lambda parts: parts.update(left_vectors=torch.eye(7)),
     "not finite": lambda parts: parts["right_values"].fill_(math.nan),
     "left_values": lambda parts: parts.pop("left_values"),
 }
@@ -250,3 +250,15 @@ def test_half_precision_is_factorised_in_single() -> None:
     assert isinstance(damped.blocks["0"], DampedProduct)
     expected = found.to(torch.float32).damped(0.5, method="pi").solve(v)
     torch.testing.assert_close(flat(found, damped.solve(v)), flat(found, expected))
+
+
+def test_an_eigendecomposition_of_another_kind_or_shape_is_refused() -> None:
+    for kind, other in [
+        ("KroneckerBlock", block("DenseBlock")),
+        ("DenseBlock", block("KroneckerBlock")),
+        ("KroneckerBlock", block("KroneckerBlock", 2, 6)),
+        ("KroneckerBlock", block("KroneckerDiagonalBlock")),
+    ]:
+        found = block(kind)
+        with pytest.raises(ValueError, match="must"):
+            found.check_spectrum(other.spectrum())

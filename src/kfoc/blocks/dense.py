@@ -48,6 +48,9 @@ class DenseBlock(DecomposedBlock):
     def scaled(self, factor: float) -> DenseBlock:
         return replace(self, matrix=self.matrix * factor)
 
+    def decomposed(self) -> dict[str, Tensor]:
+        return {"": self.matrix}
+
     def decomposition(self) -> Spectrum:
         values, vectors = eigh(self.matrix)
         return Spectrum(DenseBasis(vectors), values.view(self.shape))

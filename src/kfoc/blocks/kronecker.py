@@ -57,6 +57,9 @@ class KroneckerBlock(DecomposedBlock):
                 return product
         return super().damped(damping)
 
+    def decomposed(self) -> dict[str, Tensor]:
+        return {"left_": self.left, "right_": self.right}
+
     def decomposition(self) -> Spectrum:
         left = factors.eigen(self.left, "the left factor")
         return Spectrum.of_factors(left, factors.eigen(self.right, "the right factor"))

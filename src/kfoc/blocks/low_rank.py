@@ -75,6 +75,9 @@ class LowRankBlock(DecomposedBlock):
         root = math.sqrt(factor)
         return replace(self, lefts=self.lefts * root, rights=self.rights * root)
 
+    def decomposed(self) -> dict[str, Tensor]:
+        return {"": self.to_dense()}
+
     def decomposition(self) -> Spectrum:
         o, i = self.shape
         if o * i > EIGEN_LIMIT:
