@@ -263,5 +263,5 @@ def test_an_eigendecomposition_of_another_kind_or_shape_is_refused() -> None:
         found = block(kind)
         assert isinstance(found, DecomposedBlock)
         assert isinstance(other, DecomposedBlock)
-        with pytest.raises(ValueError, match="must|another matrix"):
+        with pytest.raises(ValueError, match=r"must|another matrix"):
             found.check_spectrum(other.spectrum())
