@@ -35,7 +35,7 @@ def gradient(workload: Workload) -> Setup:
     return lambda: call
 
 
-def kfoc_fit(workload: Workload, estimator: Any, **options: Any) -> Any:
+def kfoc_fit(workload: Workload, estimator: Any, seed: int = 0, **options: Any) -> Any:
     """The call that users make; every method of ours goes through it."""
     import kfoc
 
@@ -45,7 +45,7 @@ def kfoc_fit(workload: Workload, estimator: Any, **options: Any) -> Any:
         workload.likelihood,
         estimator=estimator,
         fisher="mc",
-        seed=0,
+        seed=seed,
         layers=workload.layers,
         **options,
     )

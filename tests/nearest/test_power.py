@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfoc.files.encoding import decoded, encoded
-from kfoc.nearest.power import PowerIteration
+from kfoc.nearest.power import PowerIteration, Tolerance
 
 
 def with_values(values: list[float]) -> Tensor:
@@ -24,7 +24,7 @@ def with_values(values: list[float]) -> Tensor:
 
 def begun(matrix: Tensor, rtol: float, max_steps: int = 1000) -> PowerIteration:
     start = torch.ones(len(matrix), dtype=matrix.dtype)
-    return PowerIteration("left", start / start.norm(), rtol, max_steps)
+    return PowerIteration("left", start / start.norm(), Tolerance(rtol), max_steps)
 
 
 def step(it: PowerIteration, matrix: Tensor) -> Tensor:

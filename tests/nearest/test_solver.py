@@ -10,7 +10,7 @@ import kfoc
 from kfoc.nearest import accelerated
 from kfoc.nearest.accelerated import fit_contraction, leading_pair
 from kfoc.nearest.contraction import positive
-from kfoc.nearest.power import power_iteration
+from kfoc.nearest.power import Tolerance, power_iteration
 from kfoc.plans.choose import contract
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
@@ -51,9 +51,9 @@ def test_takes_fewer_half_steps_than_the_power_iteration(plan: str) -> None:
     ours = theirs = 0
     for seed in range(12):
         contraction = contract(slow(plan, seed)[0], plan=plan)
-        ours += leading_pair(contraction, 1e-9, 5000).steps
+        ours += leading_pair(contraction, Tolerance(1e-9), 5000).steps
         start = contraction.start()
-        theirs += power_iteration(contraction, start, "left", 1e-9, 5000).steps
+        theirs += power_iteration(contraction, start, "left", Tolerance(1e-9), 5000).steps
     assert ours < 0.6 * theirs
 
 
@@ -63,9 +63,9 @@ def test_a_result_outside_the_cone_is_not_returned(
 ) -> None:
     contraction = contract(slow(plan, 1)[0], plan=plan)
     monkeypatch.setattr(contraction, "positive", lambda representation, side: False)
-    found = leading_pair(contraction, 1e-9, 5000)
+    found = leading_pair(contraction, Tolerance(1e-9), 5000)
     start = contraction.start()
-    plain = power_iteration(contraction, start, "left", 1e-9, 5000)
+    plain = power_iteration(contraction, start, "left", Tolerance(1e-9), 5000)
     assert (found.sigma, found.steps) == (plain.sigma, plain.steps)
 
 
@@ -73,9 +73,9 @@ def test_a_result_outside_the_cone_is_not_returned(
 def test_large_factors_do_without_a_basis(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     contraction = contract(slow(plan, 2)[0], plan=plan)
     start = contraction.start()
-    plain = power_iteration(contraction, start, "left", 1e-9, 5000)
+    plain = power_iteration(contraction, start, "left", Tolerance(1e-9), 5000)
     monkeypatch.setattr(accelerated, "BASIS_LIMIT", 1)
-    found = leading_pair(contraction, 1e-9, 5000)
+    found = leading_pair(contraction, Tolerance(1e-9), 5000)
     assert found.steps == plain.steps
     assert found.sigma == pytest.approx(plain.sigma, rel=1e-12)
 
@@ -84,7 +84,7 @@ def test_large_factors_do_without_a_basis(plan: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("limit", [1, 3, 5, 6, 7, 8])
 def test_keeps_to_the_step_limit(plan: str, limit: int) -> None:
     contraction = contract(slow(plan, 3)[0], plan=plan)
-    found = leading_pair(contraction, 1e-14, limit)
+    found = leading_pair(contraction, Tolerance(1e-14), limit)
     assert found.steps <= limit
     assert not found.converged
 
@@ -116,7 +116,7 @@ def test_sigmas_whose_powers_leave_the_range(
     grads = torch.randn(1, count, positions, o, generator=generator)
     scale = (scales[0] * scales[1]) ** 2
     found = kfoc.nearest_kronecker_of_samples(
-        (inputs * scales[0]).float(), (grads * scales[1]).float(), plan=plan
+        (inputs * scales[0]).float(), (grads * scales[1]).float(), plan=plan, rtol=1e-6
     )
     expected = kfoc.nearest_kronecker_of_samples(inputs, grads, rtol=0.0)
     assert found.sigma == pytest.approx(expected.sigma * scale, rel=1e-4)

@@ -8,6 +8,10 @@ from torch import Tensor
 
 import kfoc
 from kfoc.nearest.contraction import Side, opposite
+from kfoc.nearest.accelerated import fit_contraction
+from kfoc.nearest.power import EXCESS, Tolerance
+from kfoc.plans import single
+from kfoc.plans.base import Formed
 from kfoc.plans.choose import PLANS, contract, sketch_rank
 from kfoc.plans.cost import Size
 from kfoc.plans.explicit import Gradients
@@ -82,6 +86,49 @@ def test_is_the_optimum_however_poor_the_sketch(
 
 
 @pytest.mark.parametrize("plan", NAMES)
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("rank", [0, 1, 4, 8])
+def test_stops_within_the_excess_and_says_what_is_left(plan: str, power: float, rank: int) -> None:
+    """By default, by the SVD of the dense Fisher; rank 0 is the solver without a sketch.
+
+    It is an estimate, and where sketches are poorer than any that is used, it is less good.
+    """
+    for seed in range(5):
+        samples = samples_of(plan, seed, power=power)
+        contraction = contraction_of(samples, plan)
+        asked = {"rtol": None, "max_steps": 500, "scale": 1.0, "certify": False}
+        if rank:
+            fit = fit_from_sketch(contraction, SHAPE, rank, **asked)
+        else:
+            fit = fit_contraction(contraction, **asked)
+        fisher = fisher_sum(samples)
+        error = (fisher - torch.kron(fit.left, fit.right)).norm() / fisher.norm()
+        sigma = torch.linalg.svdvals(rearranged(fisher, *SHAPE))[0]
+        optimum = (1 - (sigma / fisher.norm()) ** 2).sqrt()
+        assert -1e-12 < error - optimum <= (EXCESS if rank in (0, 8) else 10 * EXCESS)
+        assert 0 <= fit.gap <= 0.05
+        left = 1 - fit.sigma / sigma
+        assert left <= 6 * fit.gap + 1e-10
+
+
+def test_a_change_is_estimated_from_some_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(2000, 1, 24, generator=generator) @ falling(24, generator, 1.0)
+    grads = torch.randn(1, 2000, 1, 20, generator=generator) @ falling(20, generator, 1.0)
+    contraction = Primal(Samples(Rows(inputs), grads))
+    coefficients = contraction.apply(torch.eye(20), "left")
+    known = Formed(contraction.factor(coefficients, "right"), coefficients, "right")
+    root = torch.randn(20, 3, generator=generator)
+    probes = torch.randn(24, 4, generator=generator)
+    found = {}
+    for some in (single.SOME, 2000):
+        monkeypatch.setattr(single, "SOME", some)
+        found[some] = contraction.changed(known, root @ root.mT, 1.0, probes)
+    assert (found[512] - found[2000]).norm() < 0.2 * found[2000].norm()
+    assert not torch.equal(found[512], found[2000])
+
+
+@pytest.mark.parametrize("plan", NAMES)
 def test_suffices_where_gradients_are_of_low_rank(plan: str) -> None:
     for seed in range(5):
         contraction = contraction_of(samples_of(plan, seed, power=2.0), plan)
@@ -112,7 +159,8 @@ def test_what_a_sketch_asks_of_a_plan(plan: str, directions: int, constant: floa
     for side, size in sizes.items():
         rows = torch.randn(3, size, generator=generator)
         expected = contraction.apply(rows.mT @ rows, side)
-        torch.testing.assert_close(contraction.apply_rows(rows, side), expected)
+        coefficients = contraction.apply_rows(rows, side)
+        torch.testing.assert_close(coefficients, expected)
 
         if isinstance(contraction, Positions):
             representation = contraction.apply(
@@ -125,10 +173,10 @@ def test_what_a_sketch_asks_of_a_plan(plan: str, directions: int, constant: floa
         matrix = opposite_factor(sizes, opposite(side), generator)
         probes = torch.randn(sizes[opposite(side)], 4, generator=generator)
         image = contraction.factor(contraction.apply(matrix, side), opposite(side))
-        found, step = contraction.quadratic(matrix, side, probes)
-        torch.testing.assert_close(found, probes.mT @ image @ probes)
-        if step is not None:
-            torch.testing.assert_close(contraction.factor(step, opposite(side)), image)
+        first = contraction.factor(coefficients, opposite(side))
+        known = Formed(first, coefficients, opposite(side))
+        found = contraction.changed(known, matrix, 0.3, probes)
+        torch.testing.assert_close(found, probes.mT @ (0.3 * image - first) @ probes)
         if isinstance(contraction, Primal):
             continue
         of_side = x if side == "right" else x.mT
@@ -160,7 +208,7 @@ def test_close_singular_values_are_not_left_to_a_sketch() -> None:
         inputs[group, 0, columns] = torch.randn(100, 10, generator=generator) * share
         grads[0, group, 0, columns] = torch.randn(100, 10, generator=generator)
     samples = Samples(Rows(inputs), grads)
-    sketch = sketched(contraction_of(samples, "primal"), SHAPE, 8, 1e-6)
+    sketch = sketched(contraction_of(samples, "primal"), SHAPE, 8, Tolerance(1e-6))
     assert sketch is None or sketch.damping <= CLOSEST
     fit = fit_from_sketch(
         contraction_of(samples, "primal"),
@@ -193,9 +241,9 @@ def test_in_float32(plan: str, scale: float) -> None:
 def test_draws_nothing_from_the_global_generator() -> None:
     state = torch.get_rng_state()
     contraction = contraction_of(samples_of("positions", 0), "positions")
-    sketch = sketched(contraction, SHAPE, 4, 1e-6)
+    sketch = sketched(contraction, SHAPE, 4, Tolerance(1e-6))
     assert sketch is not None
-    formed(contraction, sketch, 1e-6)
+    formed(contraction, sketch)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -204,7 +252,7 @@ def test_is_used_by_large_layers() -> None:
     size = Size(S=1, N=8, T=128, i=257, o=256)
     assert sketch_rank(size, "position_gram", 2**30, 4) == 32
     assert sketch_rank(size, "position_gram", 2**16, 4) == 0
-    assert sketch_rank(Size(S=1, N=4096, T=1, i=1025, o=1024), "primal", 2**30, 4) == 96
+    assert sketch_rank(Size(S=1, N=4096, T=1, i=1025, o=1024), "primal", 2**30, 4) == 64
     assert sketch_rank(Size(S=1, N=8, T=16, i=30, o=20), "position_gram", 2**30, 4) == 0
     assert set(NAMES) <= set(PLANS)
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +263,7 @@ def test_is_used_by_large_layers() -> None:
     fit = kfoc.KFOC().solve(samples, certify=False)
     plain = kfoc.KFOC(rtol=1e-9).solve(samples, certify=False)
     assert fit.steps < plain.steps
-    assert fit.sigma == pytest.approx(plain.sigma, rel=3e-6)
+    assert fit.sigma == pytest.approx(plain.sigma, rel=1e-4)
 
 
 @pytest.mark.parametrize(("power", "reduced"), [(0.0, False), (1.5, True)])
@@ -226,4 +274,4 @@ def test_white_noise_is_not_projected(power: float, reduced: bool) -> None:
     grads = torch.randn(1, 300, 1, 10, generator=generator)
     contraction = Primal(Samples(Rows(inputs), grads))
     assert (contraction.projected(8) is not None) == reduced
-    assert (sketched(contraction, (10, 80), 8, 1e-6) is not None) == reduced
+    assert (sketched(contraction, (10, 80), 8, Tolerance(1e-6)) is not None) == reduced
