@@ -181,7 +181,9 @@ class Primal(Coefficients):
         weights = weights.repeat(repeats) if repeats > 1 else weights
         inner = total if constant is None else total[:-1, :-1]
         if constant is not None:
-            total[:-1, -1].addmv_(vectors.mT, weights, alpha=alpha * constant, beta=beta)
+            # Into a column at once a product of vectors takes ten times as long.
+            column = (vectors.mT @ weights).mul_(alpha * constant)
+            total[:-1, -1] = column.add_(total[:-1, -1], alpha=beta) if beta else column
             corner = alpha * constant**2 * weights.sum()
             total[-1, -1] = corner + beta * total[-1, -1] if beta else corner
         roots = weights if signed else weights.sqrt()

@@ -43,6 +43,11 @@ MORE = 2
 # error too, and as only what has settled tells how fast.
 TIMES = 8
 
+# Sketches for tolerances below this take steps of subspace iteration: others do not need what these
+# cost.
+FINE = 1e-5
+PASSES = 2
+
 # Singular values are not taken to be further apart than this, squared: the estimate is from below.
 LEAST_DAMPING = 0.15
 
@@ -121,7 +126,8 @@ def sketched(
         reduced, bases = projected
         inner = Primal(reduced)
     else:
-        reduced, lost = truncated(contraction, shape[1], rank)
+        fine = tolerance.rtol is not None and tolerance.rtol < FINE
+        reduced, lost = truncated(contraction, shape[1], rank, PASSES if fine else 0)
         inner = PositionGram(reduced)
         if inner.certifies:
             tolerance = replace(tolerance, total=inner.squared_norm() + lost)
@@ -141,8 +147,13 @@ def sketched(
     return Sketch(rows, side, max(found.damping, LEAST_DAMPING), tolerance.at(found.sigma))
 
 
-def truncated(contraction: Positions | Gradients, width: int, rank: int) -> tuple[Samples, float]:
+def truncated(
+    contraction: Positions | Gradients, width: int, rank: int, passes: int = 0
+) -> tuple[Samples, float]:
     """The samples with every per-sample gradient near `P Q^T` of that rank: as `rank` positions.
+
+    Args:
+        passes: steps of subspace iteration, as gradients' singular values fall slowly.
 
     Returns:
         The samples, and about what `||F||^2` has that theirs lacks: what gradients lose of their
@@ -150,9 +161,12 @@ def truncated(contraction: Positions | Gradients, width: int, rank: int) -> tupl
     """
     directions = _normal(width, rank, seed=0, like=contraction.like)
     found = contraction.carried(directions, "right")
+    whole = found.square().sum((1, 2), dtype=torch.float64) / rank
+    for _ in range(passes):
+        again = contraction.carried(orthonormal(found.mT).mT, "left")
+        found = contraction.carried(again, "right")
     left = orthonormal(found.mT)  # (M, k, o)
     right = contraction.carried(left.mT, "left").mT
-    whole = found.square().sum((1, 2), dtype=torch.float64) / rank
     kept = right.square().sum((1, 2), dtype=torch.float64)
     lost = (whole.square() - kept.square()).clamp_min(0).sum().item()
     return Samples(Rows(right.contiguous()), left.contiguous()[None]), lost
