@@ -1,7 +1,7 @@
 """One look of each method, in all pictures: of both commands, the study and the benchmarks.
 
-And one of the pictures themselves: as wide as a column, or as a page, of a paper, where they can be
-read without being enlarged.
+And one of the pictures themselves: as wide as a column of a paper, where they can be read without
+being enlarged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LOOKS = {
     "exact blocks": ("#000000", "*"),
     "no curvature": ("#e69f00", "P"),
 }
-COLUMN, PAGE = 3.3, 6.9  # inches
-# Parameters of matplotlib.
+COLUMN = 3.3  # inches
+# Parameters of matplotlib: for pictures of that width, and panels of half of it.
 STYLE: dict[Any, Any] = {
     "font.size": 7.5,
     "axes.titlesize": 7.5,

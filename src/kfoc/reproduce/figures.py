@@ -27,8 +27,15 @@ LOOKS: dict[str, dict[str, Any]] = {
     "kfoc_online": look("K-FOC"),
     "kfoc_exact": look("optimum"),
 }
-# The aggregations often agree, so each stands beside the next, by factors of the batch size.
-ASIDE = {"kfoc_approx": 0.6, "kfoc_running": 0.84, "kfoc_online": 1.19, "kfoc_exact": 1.67}
+# Methods that may agree stand beside one another, by these factors of the batch size.
+ASIDE = {
+    "diagonal": 0.84,
+    "kfac": 1.19,
+    "kfoc_approx": 0.6,
+    "kfoc_running": 0.84,
+    "kfoc_online": 1.19,
+    "kfoc_exact": 1.67,
+}
 # An excess below is rounding, or the power iteration's last step, and is drawn there.
 FLOOR = 1e-6
 
@@ -56,7 +63,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
 
 def _places(summary: Summary, method: str) -> dict[Any, float]:
     """Batch size -> where along the axis."""
-    samples, aside = summary.settings["samples"], ASIDE.get(method, 1.0)
+    samples, aside = summary.settings["samples"], ASIDE[method]
     return {s: aside * (samples if s == "all" else s) for s in summary.batch_sizes}
 
 
