@@ -83,11 +83,12 @@ def resnet18(classes: int = 10) -> nn.Sequential:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm causal self-attention and a two-layer MLP."""
+    """Pre-norm self-attention and a two-layer MLP."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -100,7 +101,7 @@ class TransformerBlock(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
         )
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -119,3 +120,24 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(positions))))
+
+
+class ViT(nn.Module):
+    """A small vision transformer: patches by a convolution, a class token, one linear head."""
+
+    def __init__(
+        self, size: int, patch: int, width: int, heads: int, depth: int, classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
+        blocks = (TransformerBlock(width, heads, causal=False) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).mT
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], 1)
+        return self.head(self.norm(self.blocks(tokens + self.positions))[:, 0])

@@ -139,6 +139,7 @@ def compared(samples: Samples, norm: float, block: Any, best: Any) -> dict[str, 
         "gap": error - ideal,
         "plan": block.report.plan,
         "steps": block.report.steps,
+        "unchecked": block.report.unchecked,
     }
 
 

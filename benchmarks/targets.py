@@ -13,9 +13,21 @@ Table = dict[tuple[str, str], Record]
 PEER = "curvlinops-kfac"
 RESOLUTION = 2**20  # bytes; resident memory is counted too coarsely to compare less
 
-TO_KFAC = {"regression": 1.15, "mlp": 1.15, "lenet": 0.8, "cnn": 1.5, "resnet18": 1.5, "gpt": 3.0}
-DATA_SET_TO_KFAC = 1.5
-EXCUSED = {"cnn": 2.0, "resnet18": 2.0}  # where the multiply-adds show why
+# The time of K-FOC with its defaults, over that of this library's K-FAC.
+TO_KFAC = {
+    "mlp-128": 1.2,
+    "mlp-512": 1.2,
+    "mlp-4096": 1.8,
+    "lenet-256": 1.05,
+    "cnn-64": 1.4,
+    "resnet18-32": 1.2,
+    "gpt-8": 2.0,
+    "vit-32": 2.0,
+    "digits-mlp": 1.8,
+    "digits-lenet": 1.1,
+}
+LARGE_TO_KFAC = 2.0  # GPT-2's shape, by large.py
+DEFAULTS = ("kfoc", "kfoc-online")
 
 
 @dataclass(frozen=True)
@@ -27,14 +39,10 @@ class Check:
     method: str
     value: float
     limit: float
-    excused: float | None = None
 
     @property
     def verdict(self) -> str:
-        if self.value <= self.limit:
-            return "met"
-        excused = self.excused is not None and self.value <= self.excused
-        return f"within {self.excused}" if excused else "missed"
+        return "met" if self.value <= self.limit else "missed"
 
     def __str__(self) -> str:
         sign = "≤" if self.value <= self.limit else ">"
@@ -74,26 +82,16 @@ def checks(records: Iterable[Record]) -> list[Check]:
 
 def row_checks(table: Table, workload: str, method: str) -> Iterator[Check]:
     """The checks that belong to one row of the table."""
-    family = workload.split("-")[0]
     to_peer = ratio(table, workload, method, PEER)
     if method == "kfac" and to_peer is not None:
         yield Check("K-FAC/curvlinops", workload, method, to_peer, 0.8)
-    if method in ("kfoc", "kfoc-online"):
-        limit = DATA_SET_TO_KFAC if method == "kfoc-online" else TO_KFAC.get(family)
-        to_kfac = ratio(table, workload, method, "kfac")
+    if method in DEFAULTS:
+        limit, to_kfac = TO_KFAC.get(workload), ratio(table, workload, method, "kfac")
         if limit is not None and to_kfac is not None:
-            excused = EXCUSED.get(family)
-            yield Check("K-FOC/K-FAC", workload, method, to_kfac, limit, excused)
-        if to_peer is not None:
-            limit = 2.5 if family == "gpt" else 1.2
-            yield Check("K-FOC/curvlinops", workload, method, to_peer, limit)
-    if method.startswith("kfoc"):
+            yield Check("K-FOC/K-FAC", workload, method, to_kfac, limit)
         memory = memory_ratio(table, workload, method, PEER)
         if memory is not None:
             yield Check("memory/curvlinops", workload, method, memory, 1.0)
-    if (workload, method) == ("mlp-128", "kfoc"):
-        milliseconds = table[workload, method]["milliseconds"]
-        yield Check("milliseconds", workload, method, milliseconds, 40.0)
 
 
 def overall(table: Table) -> list[Check]:
@@ -101,10 +99,9 @@ def overall(table: Table) -> list[Check]:
     ratios = [
         value
         for workload, method in table
-        if method in ("kfoc", "kfoc-online")
-        and (value := ratio(table, workload, method, PEER)) is not None
+        if method in DEFAULTS and (value := ratio(table, workload, method, PEER)) is not None
     ]
     if not ratios:
         return []
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return [Check("K-FOC/curvlinops, geometric mean", "all", "kfoc", mean, 0.8)]
+    return [Check("K-FOC/curvlinops, geometric mean", "all", "kfoc", mean, 1.0)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import GPT, cnn, lenet, mlp, resnet18
+from networks import GPT, ViT, cnn, lenet, mlp, resnet18
 
 Batch = tuple[Tensor, Tensor]
 
@@ -113,6 +113,10 @@ def colour_images(make: Callable[[], nn.Module], batch: int, steps: int) -> Work
     return trained(make(), patterns(1024, (3, 32, 32), contrast=1.0), batch, steps=steps, size=32)
 
 
+def vit() -> nn.Module:
+    return ViT(size=32, patch=4, width=192, heads=4, depth=6)
+
+
 def language(batch: int, length: int = 128, vocabulary: int = 512) -> Workload:
     """Sequences in which the next token is the present one plus a small random step."""
     tokens = torch.randint(1, 9, (256, length + 1)).cumsum(1) % vocabulary
@@ -138,6 +142,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "cnn-64": partial(colour_images, cnn, 64, steps=60),
     "resnet18-32": partial(colour_images, resnet18, 32, steps=15),
     "gpt-8": partial(language, 8),
+    "vit-32": partial(colour_images, vit, 32, steps=15),
     "digits-mlp": partial(data_set, digits_mlp),
     "digits-lenet": partial(data_set, digits_lenet),
 }

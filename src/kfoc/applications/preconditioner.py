@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import Block, DampedBlock, Damping, GroupedBlock, KroneckerBlock
+from kfoc.blocks.cholesky import damped_factors, triangle
 from kfoc.blocks.grouped import by_parts
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import Dampings, dampings
@@ -100,44 +101,31 @@ class Preconditioner:
 
 
 def _inverse(block: Block, damping: Damping) -> Inverse:
-    if damping.method == "pi" and damping.damping > 0:
-        if isinstance(block, GroupedBlock):
-            parts = tuple(_inverse(part, damping) for part in block.blocks)
-            return GroupedInverse(parts, tuple(block.sizes))
-        if isinstance(block, KroneckerBlock):
-            factored = _of_factors(block, damping)
-            if factored is not None:
-                return factored
+    if isinstance(block, GroupedBlock):
+        parts = tuple(_inverse(part, damping) for part in block.blocks)
+        return GroupedInverse(parts, tuple(block.sizes))
+    if isinstance(block, KroneckerBlock) and damping.damping > 0:
+        factored = _of_factors(block, damping)
+        if factored is not None:
+            return factored
     # Exact damping of a product has no factors, and rounding can spoil a Cholesky decomposition:
     # then the eigendecomposition, which also says what is wrong with the block.
     return DampedInverse(block.damped(damping))
 
 
 def _of_factors(block: KroneckerBlock, damping: Damping) -> FactoredInverse | None:
-    """Of factored Tikhonov damping (see `Damping`), or None where Cholesky fails."""
-    factors = [
-        factor.float() if factor.element_size() < 4 else factor
-        for factor in (block.left, block.right)
-    ]
-    means = [_diagonal(factor).double().mean().item() for factor in factors]
-    pi = (means[1] / means[0]) ** 0.5 if min(means) > 0 else 1.0
-    root, scale = damping.damping**0.5, damping.scale**0.5
-    left = _inverted(factors[0] * scale, root / pi)
-    right = _inverted(factors[1] * scale, root * pi)
+    """None where the damped block is no product, or Cholesky fails."""
+    damped = damped_factors(block.left, block.right, damping)
+    if damped is None:
+        return None
+    left, right = map(_inverted, damped)
     return None if left is None or right is None else FactoredInverse(left, right)
 
 
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor.diagonal() if factor.ndim == 2 else factor
-
-
-def _inverted(factor: Tensor, shift: float) -> Tensor | None:
-    """`(factor + shift * I)^-1`; consumes `factor`. None where that is not positive definite."""
-    _diagonal(factor).add_(shift)
+def _inverted(factor: Tensor) -> Tensor | None:
+    """Its inverse, or None where it is not positive definite."""
     if factor.ndim == 1:
         return factor.reciprocal() if bool((factor > 0).all()) else None
-    triangle, failed = torch.linalg.cholesky_ex(factor)
-    if failed.item():
-        return None
-    inverse = torch.cholesky_inverse(triangle)
-    return inverse if inverse.isfinite().all() else None
+    found = triangle(factor)
+    inverse = None if found is None else torch.cholesky_inverse(found)
+    return inverse if inverse is not None and inverse.isfinite().all() else None

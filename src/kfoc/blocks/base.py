@@ -155,6 +155,9 @@ class Block(Plain, ABC):
                 Kronecker products that is too large to be factorised.
         """
 
+    def forget(self) -> None:
+        """Free what the block has kept from one use for the next, where it keeps anything."""
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.tensors()).dtype
@@ -242,5 +245,5 @@ class SpectralBlock(Block):
             ValueError: a matrix that is not finite, or not positive semi-definite.
         """
 
-    def damped(self, damping: Damping) -> DampedSpectrum:
+    def damped(self, damping: Damping) -> DampedBlock:
         return DampedSpectrum(self.spectrum(), damping)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import sound
-from kfoc.blocks.base import Block, SpectralBlock
+from kfoc.blocks.base import Block
+from kfoc.blocks.decomposed import DecomposedBlock
 from kfoc.blocks.spectrum import DenseBasis, Spectrum
 from kfoc.linalg.eigen import eigh
 
 
 @dataclass(frozen=True)
-class DenseBlock(SpectralBlock):
+class DenseBlock(DecomposedBlock):
     """Any symmetric matrix, (o * i, o * i), of a weight of shape `weight_shape`."""
 
     matrix: Tensor
@@ -47,7 +48,10 @@ class DenseBlock(SpectralBlock):
     def scaled(self, factor: float) -> DenseBlock:
         return replace(self, matrix=self.matrix * factor)
 
-    def spectrum(self) -> Spectrum:
+    def decomposed(self) -> dict[str, Tensor]:
+        return {"": self.matrix}
+
+    def decomposition(self) -> Spectrum:
         values, vectors = eigh(self.matrix)
         return Spectrum(DenseBasis(vectors), values.view(self.shape))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,14 @@ class GroupedBlock(Block):
 
     def scaled(self, factor: float) -> GroupedBlock:
         return replace(self, blocks=tuple(block.scaled(factor) for block in self.blocks))
+
+    def to(self, *args: Any, **kwargs: Any) -> GroupedBlock:
+        # Group by group, as blocks take with them what they keep.
+        return replace(self, blocks=tuple(block.to(*args, **kwargs) for block in self.blocks))
+
+    def forget(self) -> None:
+        for block in self.blocks:
+            block.forget()
 
     def damped(self, damping: Damping) -> DampedGroups:
         return DampedGroups(tuple(block.damped(damping) for block in self.blocks))

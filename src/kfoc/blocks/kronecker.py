@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import factors, sound
-from kfoc.blocks.base import Block, SpectralBlock
+from kfoc.blocks.base import Block
+from kfoc.blocks.cholesky import DampedProduct
+from kfoc.blocks.damped import DampedBlock, Damping
+from kfoc.blocks.decomposed import DecomposedBlock
 from kfoc.blocks.spectrum import Spectrum
 
 AnyKronecker = TypeVar("AnyKronecker", bound="KroneckerBlock")
 
 
 @dataclass(frozen=True)
-class KroneckerBlock(SpectralBlock):
+class KroneckerBlock(DecomposedBlock):
     """`kron(left, right)`, with `left` (o, o) of output gradients and `right` (i, i) of inputs."""
 
     left: Tensor
@@ -47,7 +50,17 @@ class KroneckerBlock(SpectralBlock):
         root = math.sqrt(factor)
         return replace(self, left=self.left * root, right=self.right * root)
 
-    def spectrum(self) -> Spectrum:
+    def damped(self, damping: Damping) -> DampedBlock:
+        if self.kept is None:
+            product = DampedProduct.of(self, self.left, self.right, damping)
+            if product is not None:
+                return product
+        return super().damped(damping)
+
+    def decomposed(self) -> dict[str, Tensor]:
+        return {"left_": self.left, "right_": self.right}
+
+    def decomposition(self) -> Spectrum:
         left = factors.eigen(self.left, "the left factor")
         return Spectrum.of_factors(left, factors.eigen(self.right, "the right factor"))
 

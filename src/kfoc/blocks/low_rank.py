@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfoc.blocks import sound
 from kfoc.blocks.base import Block
-from kfoc.blocks.damped import DampedSpectrum, Damping
+from kfoc.blocks.decomposed import DecomposedBlock
 from kfoc.blocks.kronecker import KroneckerBlock
 from kfoc.blocks.spectrum import DenseBasis, Spectrum
 from kfoc.linalg.eigen import symmetric_eigh
@@ -20,7 +20,7 @@ EIGEN_LIMIT = 1024
 
 
 @dataclass(frozen=True)
-class LowRankBlock(Block):
+class LowRankBlock(DecomposedBlock):
     """`sum_t kron(lefts[t], rights[t])`: rank r after the rearrangement of Lemma 3.1.
 
     The first term is positive semi-definite. The others are not, and **the sum may be indefinite**:
@@ -75,7 +75,10 @@ class LowRankBlock(Block):
         root = math.sqrt(factor)
         return replace(self, lefts=self.lefts * root, rights=self.rights * root)
 
-    def damped(self, damping: Damping) -> DampedSpectrum:
+    def decomposed(self) -> dict[str, Tensor]:
+        return {"": self.to_dense()}
+
+    def decomposition(self) -> Spectrum:
         o, i = self.shape
         if o * i > EIGEN_LIMIT:
             raise ValueError(
@@ -85,7 +88,7 @@ class LowRankBlock(Block):
                 "kfoc.EigenCorrected(kfoc.KFOC()) (EK-FOC), or kfoc.KFOC() of rank=1"
             )
         values, vectors = symmetric_eigh(self.to_dense(), "the sum of Kronecker products")
-        return DampedSpectrum(Spectrum(DenseBasis(vectors), values.view(o, i)), damping)
+        return Spectrum(DenseBasis(vectors), values.view(o, i))
 
     def inner(self, other: Block) -> float:
         terms = zip(self.lefts, self.rights, strict=True)

@@ -30,7 +30,7 @@ def numbers(what: str, value: Any, ndim: int) -> Tensor:
 def symmetric(what: str, value: Any) -> None:
     """Raise where a matrix is none, or differs from its transpose by more than rounding."""
     matrix = _square(what, value, 2)
-    if not _close(matrix, matrix.mT, _rounding(matrix) * _largest(matrix)):
+    if not _close(matrix, matrix.mT, rounding(matrix.dtype) * _largest(matrix)):
         apart = (matrix - matrix.mT).abs().max().item()
         raise ValueError(
             f"its {what} must be symmetric, found entries that are {apart:.3g} apart from those of "
@@ -46,7 +46,7 @@ def symmetries(what: str, value: Any) -> list[int]:
     """
     found, terms = [], _square(what, value, 3)
     # Singular vectors are as precise as the gaps between singular values are wide.
-    tolerance = _rounding(terms) * torch.finfo(terms.dtype).eps ** -0.25 * _largest(terms)
+    tolerance = rounding(terms.dtype) * torch.finfo(terms.dtype).eps ** -0.25 * _largest(terms)
     for k, matrix in enumerate(terms):
         if not matrix.any():
             found.append(0)
@@ -65,10 +65,50 @@ def orthonormal(what: str, value: Any) -> None:
     n = len(matrix)
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     # One vector for all of them: n^3 numbers would take as long as to find the eigenvectors.
-    probe = torch.linspace(1, 2, n, dtype=wide.dtype, device=wide.device).cos()
+    probe = _probe(wide)
     error = (wide.mT @ (wide @ probe) - probe).norm() / (probe.norm() or 1.0)
-    if error.item() > _rounding(matrix) * n**0.5:
+    if error.item() > rounding(matrix.dtype, n):
         raise ValueError(f"the columns of its {what} must be orthonormal, off by {error:.3g}")
+
+
+def decomposition(prefix: str, matrix: Tensor, values: Any, vectors: Any) -> None:
+    """Raise where these are not the eigenvalues and eigenvectors of a matrix, (n, n) or (n,).
+
+    As a product with one vector tells: n^3 numbers would take as long as to decompose again.
+
+    Args:
+        prefix: of their names; of a whole block, whose eigenvalues are (o, i), "".
+        vectors: None for a diagonal one.
+    """
+    found = numbers(f"{prefix}values", values, 1 if prefix else 2).flatten()
+    if len(found) != len(matrix):
+        raise ValueError(f"its {prefix}values must be {len(matrix)} numbers, found {len(found)}")
+    wide = matrix.to(found)
+    if matrix.ndim == 1:
+        error, largest = found - wide, _largest(wide)
+    else:
+        if tuple(numbers(f"{prefix}vectors", vectors, 2).shape) != tuple(matrix.shape):
+            raise ValueError(
+                f"its {prefix}vectors must have the shape {tuple(matrix.shape)}, found "
+                f"{tuple(vectors.shape)}"
+            )
+        orthonormal(f"{prefix}vectors", vectors)
+        probe = _probe(found)
+        error = vectors @ (found * (vectors.mT @ probe)) - wide @ probe
+        largest = _largest(found) * probe.norm().item()
+    if error.norm().item() > rounding(matrix.dtype, len(matrix)) * largest:
+        raise ValueError(f"its {prefix}values and {prefix}vectors are those of another matrix")
+
+
+def rounding(dtype: torch.dtype, rows: int = 1) -> float:
+    """Relative: what rounding sets numbers apart that should be equal.
+
+    Sums round many times; those in 16 bits are formed in 32, and round once.
+
+    Args:
+        rows: of a matrix whose product with a vector the numbers are.
+    """
+    return (64 if dtype.itemsize > 2 else 4) * torch.finfo(dtype).eps * max(rows, 1) ** 0.5
 
 
 def same_dtype(*tensors: Tensor) -> None:
@@ -95,9 +135,6 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
-def _rounding(tensor: Tensor) -> float:
-    """Relative: what rounding sets numbers apart that should be equal.
-
-    Sums round many times; those in 16 bits are formed in 32, and round once.
-    """
-    return (64 if tensor.element_size() > 2 else 4) * torch.finfo(tensor.dtype).eps
+def _probe(like: Tensor) -> Tensor:
+    """A vector (n,) of numbers that are all different, for n rows."""
+    return torch.linspace(1, 2, len(like), dtype=like.dtype, device=like.device).cos()

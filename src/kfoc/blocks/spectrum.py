@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -82,3 +84,32 @@ class Spectrum:
         """Of a Kronecker product, from the eigenvalues and eigenvectors of its factors."""
         values = left[0][:, None] * right[0]
         return Spectrum(ProductBasis(left[1], right[1]), values, (left[0], right[0]))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it is made of, by name, as `of_parts` takes them.
+
+        Of a Kronecker product those of its factors, of other matrices those of the whole.
+        """
+        if isinstance(self.basis, DenseBasis):
+            return {"values": self.values, "vectors": self.basis.vectors}
+        assert isinstance(self.basis, ProductBasis)
+        assert self.factors is not None
+        sides = {"left": self.basis.left, "right": self.basis.right}
+        found = {f"{side}_vectors": each for side, each in sides.items() if each is not None}
+        return found | dict(zip(("left_values", "right_values"), self.factors, strict=True))
+
+    @staticmethod
+    def of_parts(parts: Mapping[str, Tensor]) -> Spectrum:
+        """What `parts` was called on.
+
+        Raises:
+            LookupError: parts of neither kind.
+        """
+        if "values" in parts:
+            return Spectrum(DenseBasis(parts["vectors"]), parts["values"])
+        left = parts["left_values"], parts.get("left_vectors")
+        return Spectrum.of_factors(left, (parts["right_values"], parts.get("right_vectors")))
+
+    def moved(self, device: torch.device) -> Spectrum:
+        """The same on another device."""
+        return Spectrum.of_parts({name: part.to(device) for name, part in self.parts().items()})

@@ -134,6 +134,11 @@ class Curvature(Plain, Mapping[str, Block]):
     ) -> DampedCurvature:
         """`scale * F + damping * I`, factorised once, to solve with and sample from.
 
+        Eigendecompositions stay with the blocks, for every later damping and use, until `forget`:
+        as much memory as the factors, and a number for each parameter. Factored damping, and exact
+        damping of a block with one input or output, takes Cholesky decompositions in their place
+        where a block has none yet: they cost a small part, and are of this one damping.
+
         Args:
             damping: one number, or one for each layer by name. It may be 0 where F is not
                 singular; where it is, whatever inverts it raises.
@@ -160,7 +165,7 @@ class Curvature(Plain, Mapping[str, Block]):
         method: str = "exact",
         scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """`(scale * F + damping * I)^-1 v`; `damped` factorises once for many of them."""
+        """`(scale * F + damping * I)^-1 v`; see `damped` for what is kept for the next."""
         return self.damped(damping, method=method, scale=scale).solve(vector)
 
     def sqrt_matvec(self, vector: Vector, damping: Dampings = 0.0) -> dict[str, Tensor]:
@@ -289,15 +294,28 @@ class Curvature(Plain, Mapping[str, Block]):
                 raise ValueError(f"the block of layer {layer!r} is beyond the range of {dtype}")
         return replace(self, blocks=blocks)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def forget(self) -> None:
+        """Free the eigendecompositions that `damped` and what uses it have left with the blocks."""
+        for block in self.blocks.values():
+            block.forget()
+
+    def save(self, path: str | os.PathLike[str], *, factorised: bool = False) -> None:
         """Write everything to one file in the safetensors format (`pip install kfoc[io]`).
 
         The file is complete or not there: it is written beside its place and then moved.
+
+        Args:
+            factorised: with the eigendecompositions, made now where a block has none yet, in a
+                file twice as large: what is loaded then solves without making them again.
+
+        Raises:
+            ValueError: a block that makes none of its kind, or cannot be factorised, where that is
+                asked for; the message names the layer.
         """
         meta = {"num_samples": self.num_samples, "skipped": self.skipped}
         meta |= {"estimator": self.estimator, "fisher": self.fisher, "seed": self.seed}
         meta["counts"] = {name: list(count) for name, count in self.counts.items()}
-        write(path, Stored(self.blocks, self.layouts, meta))
+        write(path, Stored(self.blocks, self.layouts, meta), factorised)
 
     @classmethod
     def load(
@@ -308,6 +326,8 @@ class Curvature(Plain, Mapping[str, Block]):
         mmap: bool = False,
     ) -> Curvature:
         """Read what `save` wrote: equal bit by bit. Nothing is unpickled.
+
+        With the eigendecompositions, where they were saved.
 
         Args:
             mmap: leave the numbers in the file, mapped to memory, on a CPU: they take no memory

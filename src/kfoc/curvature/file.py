@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import KINDS, Block, Report
+from kfoc.blocks.decomposed import DecomposedBlock
+from kfoc.blocks.spectrum import Spectrum
+from kfoc.errors import naming
 from kfoc.files.tensors import read_tensors, write_tensors
 from kfoc.files.writing import Place
 from kfoc.parameters.layout import Layout
@@ -52,19 +55,23 @@ class Stored:
     metadata: dict[str, Any]
 
 
-def write(path: Place, stored: Stored) -> None:
+def write(path: Place, stored: Stored, factorised: bool = False) -> None:
     """Write the file as a whole, or leave what was there.
+
+    Args:
+        factorised: with the blocks' eigendecompositions; readers that know of none pass over them.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         ImportError: safetensors is not installed.
-        ValueError: a block that `read` would refuse.
+        ValueError: a block that `read` would refuse, or that cannot be factorised.
     """
     tensors: dict[str, Tensor] = {}
     layers = []
     for number, (name, block) in enumerate(stored.blocks.items()):
         layout = asdict(stored.layouts[name])
-        entry = _taken(block, f"{number}", tensors)
+        with naming(name):
+            entry = _taken(block, f"{number}", tensors, factorised)
         _check(name, block)
         layers.append({"name": name, "layout": layout, "block": entry})
     content = {"version": VERSION, "layers": layers, **stored.metadata}
@@ -105,7 +112,7 @@ def _content(path: Place, text: str) -> dict[str, Any]:
     return content
 
 
-def _taken(block: Block, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _taken(block: Block, key: str, tensors: dict[str, Tensor], factorised: bool) -> dict[str, Any]:
     """Describe a block, and put its tensors among `tensors` under keys that begin with `key`."""
     entry: dict[str, Any] = {"kind": type(block).__name__, "report": asdict(block.report)}
     if KINDS.get(entry["kind"]) is not type(block):
@@ -117,10 +124,16 @@ def _taken(block: Block, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]
             tensors[inside] = value
             parts[name] = {"tensor": inside}
         elif isinstance(value, tuple) and value and isinstance(value[0], Block):
-            each = [_taken(item, f"{inside}.{k}", tensors) for k, item in enumerate(value)]
+            each = [
+                _taken(item, f"{inside}.{k}", tensors, factorised) for k, item in enumerate(value)
+            ]
             parts[name] = {"blocks": each}
         else:
             parts[name] = {"value": list(value) if isinstance(value, tuple) else value}
+    if factorised and isinstance(block, DecomposedBlock):
+        spectrum = {f"{key}.spectrum.{k}": part for k, part in block.spectrum().parts().items()}
+        tensors.update(spectrum)
+        entry["spectrum"] = list(spectrum)
     return {**entry, "parts": parts}
 
 
@@ -196,4 +209,19 @@ def _given(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Block:
     for name, types in REPORT.items():
         if type(getattr(report, name)) not in types:
             raise ValueError(f"a report has {name} {getattr(report, name)!r}")
-    return KINDS[entry["kind"]](**fields, report=report)
+    block = KINDS[entry["kind"]](**fields, report=report)
+    if "spectrum" in entry:
+        _keep(block, {key.rpartition(".")[-1]: tensors[key] for key in entry["spectrum"]})
+    return block
+
+
+def _keep(block: Block, parts: Mapping[str, Tensor]) -> None:
+    """Give a block the eigendecomposition that was saved with it."""
+    if not isinstance(block, DecomposedBlock):
+        raise ValueError(f"a {type(block).__name__} has no eigendecomposition to be saved")
+    try:
+        spectrum = Spectrum.of_parts(parts)
+        block.check_spectrum(spectrum)
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise ValueError(f"its eigendecomposition is damaged: {error}") from error
+    block.keep(spectrum)

@@ -102,11 +102,14 @@ class ShardedCurvature(Plain):
         """`ln det (scale * F + damping * I)`."""
         return self._total(lambda: self.own.logdet(damping, scale=scale))
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, factorised: bool = False) -> None:
         """Write the own blocks to a file of this rank's in a directory that all share.
 
         A save over an older one takes its place when all ranks have written; until then that one
         stays.
+
+        Args:
+            factorised: as for `Curvature.save`.
         """
         ranks, folder = self._ranks, Path(directory)
         index, mine = folder / _INDEX, list[str]()
@@ -114,7 +117,7 @@ class ShardedCurvature(Plain):
             folder.mkdir(parents=True, exist_ok=True)
             save = ranks.objects(uuid.uuid4().hex)[0]  # of all ranks, and of no other save
             mine.append(f"rank-{ranks.rank:05d}-of-{ranks.world:05d}-{save}.safetensors")
-            self.own.save(folder / mine[0])
+            self.own.save(folder / mine[0], factorised=factorised)
             files = ranks.objects(mine[0])
             if ranks.rank == 0:
                 layers = {"layers": list(self.owners)}

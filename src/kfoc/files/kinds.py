@@ -61,6 +61,7 @@ KINDS = {
     "Damping": "blocks.damped:Damping",
     "DampedSpectrum": "blocks.damped:DampedSpectrum",
     "DampedGroups": "blocks.grouped:DampedGroups",
+    "DampedProduct": "blocks.cholesky:DampedProduct",
     "Layout": "parameters.layout:Layout",
     "Preconditioner": "applications.preconditioner:Preconditioner",
     "FactoredInverse": "applications.preconditioner:FactoredInverse",

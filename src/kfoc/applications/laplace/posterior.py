@@ -359,8 +359,11 @@ class Laplace(Plain):
 
     @cached_property
     def _factorised(self) -> DampedCurvature:
-        """With a damping and a scale that are of no account: for `redamped` alone."""
-        return self.curvature.damped(1.0)
+        """With a damping and a scale that are of no account: for `redamped` alone.
+
+        It is by eigenvalues, as any precision and derivatives by it need them.
+        """
+        return self.curvature.damped(1.0).redamped(1.0)
 
     def _changed(self, **changes: Any) -> Laplace:
         """Another object of the same curvature, which shares its factorisation."""
