@@ -8,16 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from kfoc.compare.looks import look
-from kfoc.reproduce.results import read, write
+from kfoc.compare.looks import COLUMN, STYLE, look
+from kfoc.reproduce.results import read, save, write
 from machine import describe, wait_until_quiet
 from measure import Record, measure
 from methods import set_threads
@@ -39,7 +38,7 @@ TITLES = {
     "width-512": "width o = i\none linear layer, N = 512",
     "positions": "positions T\nlayer 256 to 192, N = 8",
 }
-QUANTITIES = {"milliseconds": "time (ms)", "peak_bytes": "peak memory (MB)"}
+QUANTITIES = {"milliseconds": "time (ms)", "peak_bytes": "memory (MB)"}
 UNITS = {"milliseconds": 1.0, "peak_bytes": 1e-6}
 FITTED = 4  # the largest sizes: small ones measure overheads
 
@@ -74,41 +73,45 @@ def exponents(records: list[Record], families: list[str]) -> Record:
 
 
 def draw_panel(axes: Axes, records: list[Record], family: str, quantity: str) -> None:
+    """The lines of all methods, and their exponents in their colours."""
     shown: list[float] = []
     ticks: list[int] = []
-    for method, label in METHODS.items():
+    for line, (method, label) in enumerate(METHODS.items()):
         sizes, values = series(records, family, method, quantity)
-        slope = exponent(sizes, values)
-        text = label if slope is None else f"{label}: {slope:.2f}"
-        axes.plot(sizes, values, "-", **look(label), label=text, markersize=4)
+        axes.plot(sizes, values, **look(label), label=label, clip_on=False)
+        if (slope := exponent(sizes, values)) is not None:
+            place: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "size": 7}
+            place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            text = f"{slope:.2f}".replace("-", "−")
+            axes.text(0.03 + 0.34 * line, 1.02, text, color=look(label)["color"], **place)
         shown += [value for value in values if value > 0]
         ticks = sorted({*ticks, *sizes})
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    if shown:  # whole decades, with room for the legend above the lines
+    axes.set(xscale="log", yscale="log")
+    if shown:  # whole decades, with room for the exponents above the lines
         bottom, top = np.log10(min(shown)), np.log10(max(shown))
-        axes.set_ylim(10 ** np.floor(bottom), 10 ** (top + 0.25 + 0.5 * (top - np.floor(bottom))))
-    axes.set_xticks(ticks, [f"{tick}" for tick in ticks], rotation=45, fontsize=8)
+        axes.set_ylim(10 ** np.floor(bottom), 10 ** (top + 0.3 * (top - np.floor(bottom))))
+    axes.set_xticks(
+        ticks[::2], [f"{tick // 1000}k" if tick % 1000 == 0 else f"{tick}" for tick in ticks[::2]]
+    )
     axes.minorticks_off()
-    axes.grid(True, alpha=0.3)
-    axes.legend(title="exponent", fontsize=8, title_fontsize=8, loc="upper left")
 
 
 def draw(records: list[Record], families: list[str], path: Path) -> None:
-    figure, grid = pyplot.subplots(
-        len(QUANTITIES), len(families), figsize=(3.4 * len(families), 6.2), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for row, (quantity, label) in zip(grid, QUANTITIES.items(), strict=True):
-        for axes, family in zip(row, families, strict=True):
-            draw_panel(axes, records, family, quantity)
-        row[0].set_ylabel(label)
-    for axes, family in zip(grid[0], families, strict=True):
-        axes.set_title(TITLES[family], fontsize=10)
-    for axes, family in zip(grid[-1], families, strict=True):
-        axes.set_xlabel(TITLES[family].split(",")[0].split("\n")[0])
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    """A row a family, time at the left and memory at the right, as PNG and SVG."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 1.35 * len(families) + 0.3), layout="constrained")
+        grid = figure.subplots(len(families), len(QUANTITIES), squeeze=False)
+        for row, family in zip(grid, families, strict=True):
+            what, where = TITLES[family].split("\n")
+            for axes, (quantity, label) in zip(row, QUANTITIES.items(), strict=True):
+                draw_panel(axes, records, family, quantity)
+                axes.set(xlabel=what.split(",")[0], ylabel=label)
+            row[0].set_title(f"{where}: {what}" if "," in what else where, loc="left")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": len(METHODS)}
+        title = f"numbers: exponents over the {FITTED} largest sizes"
+        figure.legend(handles, labels, title=title, **place)
+        save(figure, path)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -119,7 +122,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for idle cores")
     parser.add_argument("--quick", action="store_true", help="the four smallest sizes, one repeat")
     parser.add_argument("--draw", action="store_true", help="of the results that are there")
-    parser.add_argument("--out", type=Path, help="PNG; the JSON goes beside it (growth.png)")
+    parser.add_argument("--out", type=Path, help="PNG; SVG and JSON go beside it (growth.png)")
     return parser.parse_args(arguments)
 
 

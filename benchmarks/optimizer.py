@@ -12,7 +12,7 @@ that the best run of AdamW ends with; of each method those runs count that reach
 steps, and in the least time. Losses are those of the batches before the step, the mean of five.
 
 Seconds are the processor's, on one thread: those of a clock where nothing else runs, and nearly the
-same where something does. Writes results/optimizer.md, .json and .png (`--quick`:
+same where something does. Writes results/optimizer.md, .json, .png and .svg (`--quick`:
 results/optimizer-quick.*).
 """
 
@@ -25,17 +25,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfoc
-from kfoc.compare.looks import look
-from kfoc.reproduce.results import markdown, read, write
+from kfoc.compare.looks import COLUMN, STYLE, look
+from kfoc.reproduce.results import markdown, read, save, write
 from machine import describe
 from networks import GPT, lenet, mlp
 from workloads import digits
@@ -179,25 +178,32 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[Run], targets: dict[str, float], path: Path) -> None:
-    """Best run of each method: loss against steps, and against seconds."""
-    size = (4.2 * len(targets), 6)
-    figure, axes = pyplot.subplots(
-        2, len(targets), figsize=size, squeeze=False, layout="constrained"
-    )
-    for column, (problem, goal) in enumerate(targets.items()):
-        for method in METHODS:
-            mine = [run for run in runs if (run.problem, run.method) == (problem, method)]
-            best = min(mine, key=lambda run: (run.reached(goal) or 10**9, min(run.smoothed())))
-            values, label = best.smoothed(), f"{method}, {best.setting:g}"
-            line = {"color": look(method)["color"], "label": label}
-            axes[0, column].plot(range(1, len(values) + 1), values, **line)
-            axes[1, column].plot(best.seconds, values, **line)
-        for axis, name in zip(axes[:, column], ("steps", "seconds"), strict=True):
-            axis.axhline(goal, color="black", linewidth=0.7, linestyle=":")
-            axis.set(yscale="log", xlabel=name, ylabel="training loss")
-        axes[0, column].set_title(problem, fontsize=10)
-        axes[0, column].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    """Best run of each method: loss against steps, and against seconds; a row a problem."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 1.45 * len(targets) + 0.5), layout="constrained")
+        axes = figure.subplots(len(targets), 2, sharey="row", squeeze=False)
+        for row, (problem, goal) in zip(axes, targets.items(), strict=True):
+            for method in METHODS:
+                mine = [run for run in runs if (run.problem, run.method) == (problem, method)]
+                best = min(mine, key=lambda run: (run.reached(goal) or 10**9, min(run.smoothed())))
+                values = best.smoothed()
+                line = look(method) | {"label": method, "markevery": max(1, len(values) // 6)}
+                row[0].plot(range(1, len(values) + 1), values, **line)
+                row[1].plot(best.seconds, values, **line)
+            for axis, name in zip(row, ("steps", "processor seconds"), strict=True):
+                axis.axhline(goal, color="black", lw=0.8, ls=":", label="to be reached")
+                axis.set(yscale="log", xlabel=name, xlim=(0, None))
+            low, high = row[0].get_ylim()
+            digits = (1,) if high > 10 * low else range(1, 10)
+            ticks = [d * 10.0**power for power in range(-9, 9) for d in digits]
+            shown = [tick for tick in ticks if low <= tick <= high]
+            row[0].set_yticks(shown, [f"{tick:g}" for tick in shown])
+            row[0].yaxis.set_minor_locator(NullLocator())
+            row[0].set_ylabel("training loss")
+            row[0].set_title(problem, loc="left")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        save(figure, path)
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -142,7 +142,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "cnn-64": partial(colour_images, cnn, 64, steps=60),
     "resnet18-32": partial(colour_images, resnet18, 32, steps=15),
     "gpt-8": partial(language, 8),
-    "vit-32": partial(colour_images, vit, 32, steps=30),
+    "vit-32": partial(colour_images, vit, 32, steps=15),
     "digits-mlp": partial(data_set, digits_mlp),
     "digits-lenet": partial(data_set, digits_lenet),
 }

@@ -1,6 +1,6 @@
-"""Draws plan.png: the folders of the package, and which import which, read from the source.
+"""Draws plan.png and plan.svg: the folders, and which import which, read from the source.
 
-python docs/plan.py    # writes it
+python docs/plan.py    # writes them
 
 A box is a folder or one of the few files at the top, a row higher than all that it imports. An
 arrow is an import, for types alone included, that cannot be had by way of others.
@@ -13,6 +13,7 @@ from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -227,7 +228,7 @@ class Plan:
 
 
 def draw(source: Path, picture: Path) -> None:
-    """Write the picture, with the arrows as text inside it."""
+    """Write the picture, and as SVG too, with the arrows as text inside."""
     plan, boxes = Plan(imports(source)), files(source)
     left, right = min(plan.columns.values()) - COLUMN * 0.6, max(plan.columns.values())
     right += COLUMN * 0.6
@@ -243,7 +244,10 @@ def draw(source: Path, picture: Path) -> None:
             room(axes, box, lines(boxes[box]), x, y, COLOURS[wing])
             for other in plan.arrows[box]:
                 arrow(axes, plan.points(box, other), COLOURS[wing])
-    figure.savefig(picture, dpi=150, metadata={"Description": text(plan.arrows), "Software": None})
+    about = {"Description": text(plan.arrows)}
+    figure.savefig(picture, dpi=150, metadata=about | {"Software": None})
+    with rc_context({"svg.hashsalt": "kfoc"}):  # the same picture is the same file
+        figure.savefig(picture.with_suffix(".svg"), metadata=about | {"Date": None})
 
 
 def text(arrows: Imports) -> str:

@@ -98,6 +98,13 @@ def test_benchmarks_are_those_of_the_committed_run(site: Path) -> None:
     assert "<!--" not in page.split("<article", 1)[1].split("</article", 1)[0]
 
 
+def test_lines_of_code_fit_the_page() -> None:
+    for page in ["README.md", *(f"docs/{page}" for page in PAGES)]:
+        for code in code_blocks(page):
+            long = [line for line in code.splitlines() if len(line) > 88]  # as in docs/site.css
+            assert not long, (page, long)
+
+
 def test_pages_that_run_elsewhere_do() -> None:
     for page, test in ELSEWHERE.items():
         assert page in PAGES

@@ -17,10 +17,12 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 import kfoc
-from kfoc.reproduce import cli, data, networks, results, summary
+from kfoc.reproduce import cli, data, figures, networks, results, summary
 from kfoc.reproduce.experiment import AGAINST_EXACT, ESTIMATORS, BatchSize, Record
 from kfoc.reproduce.measure import ExactBlock
 
@@ -418,6 +420,7 @@ def made_up(errors: dict[str, float], seeds: int = 1) -> list[summary.Summary]:
                     )
                 )
     settings = {"comparable with the paper": True, "batch sizes": [1, "all"], "curvature of": "x"}
+    settings["samples"] = 40
     return summary.summarise(found, {"fully_connected": settings})
 
 
@@ -473,3 +476,35 @@ def test_version() -> None:
         0,
         f"kfoc {kfoc.__version__}, torch {torch.__version__}\n",
     )
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+
+def test_a_figure_tells_methods_apart_and_can_be_read_in_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or [])
+    same = {method: 0.2 if method.startswith("kfoc") else 0.9 for method in ESTIMATORS}
+    figures.draw(made_up(GOOD | same)[0], tmp_path)
+    (figure,) = drawn
+    assert figure.get_figwidth() == 3.3
+    for panel in figure.axes[2:]:  # the lower ones
+        points = {(x, y) for line in panel.lines for x, y in line.get_xydata()[:1].tolist()}
+        assert len(points) == len(panel.lines) == len(ESTIMATORS)  # also where errors are the same
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) >= 7
+    figure.draw_without_rendering()
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text.get_text()
+        assert box.x1 <= figure.bbox.x1, text.get_text()
+
+
+def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
+    (shown,) = made_up(GOOD)
+    before = [path.read_bytes() for path in figures.draw(shown, tmp_path)]
+    after = figures.draw(shown, tmp_path)
+    assert [path.suffix for path in after] == [".png", ".svg"]
+    assert [path.read_bytes() for path in after] == before

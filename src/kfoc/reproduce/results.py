@@ -1,4 +1,4 @@
-"""What the programs share: a file of results, and tables of them.
+"""What the programs share: a file of results, tables of them, and files of pictures.
 
 The file is JSON: rows, beside what they were measured under. `kfoc reproduce`, the study and the
 benchmarks write it after each row or workload, so that what is done survives Ctrl-C.
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kfoc.files.writing import write_text
+from kfoc.files.writing import replacing, write_text
 
 Row = dict[str, Any]
 
@@ -50,6 +50,18 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """A picture of matplotlib's as PNG and as SVG, under the path's name."""
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for target in paths:
+        kind = target.suffix[1:]
+        # Without a date the same results give the same file.
+        metadata = {"Date": None} if kind == "svg" else None
+        with replacing(target) as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata)
+    return paths
 
 
 def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
