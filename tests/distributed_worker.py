@@ -584,12 +584,15 @@ def sharded_curvatures_solve_and_save_by_parts(rank: int, world: int) -> None:
     Ranks().section()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == older
     Ranks().section()
-    sharded.save(folder)
+    sharded.save(folder, factorised=True)
     assert len(list(folder.iterdir())) == world + 1
     loaded = kfoc.ShardedCurvature.load(folder, mmap=rank == 0)
     assert list(loaded) == list(whole)
     assert loaded.skipped == whole.skipped
     assert_same(loaded, whole, 0.0)
+    products = [block for block in loaded.values() if isinstance(block, kfoc.KroneckerBlock)]
+    assert products
+    assert all(block.kept is not None for block in products)
     Ranks().section()  # before rank 0 removes a file
     if rank == 0:
         check_mixed_saves(folder, older)
