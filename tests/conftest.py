@@ -37,9 +37,14 @@ settings.load_profile(os.environ.get("KFOC_PROFILE", "suite"))
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Names that say what is tried: docs/layers.md is made of them."""
     if isinstance(val, dict):
-        return " ".join(f"{key}={str(value).replace(' ', '')}" for key, value in val.items()) or "-"
+        return " ".join(f"{key}={_named(value)}" for key, value in val.items()) or "-"
     if isinstance(val, bool):
         return argname if val else f"no {argname}"
     if isinstance(val, tuple) and all(isinstance(item, int) for item in val):
         return "x".join(map(str, val)) or "scalar"
     return None
+
+
+def _named(value: object) -> str:
+    """Without an address, which every process has another one of."""
+    return getattr(value, "__name__", str(value).replace(" ", ""))
