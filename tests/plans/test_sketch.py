@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import kfoc
-from kfoc.nearest.contraction import Side, opposite
 from kfoc.nearest.accelerated import fit_contraction
+from kfoc.nearest.contraction import Side, opposite
 from kfoc.nearest.power import EXCESS, Tolerance
 from kfoc.plans import single
 from kfoc.plans.base import Formed
