@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from typing import Any
 
 import kfoc
 from borrowed import borrowed
+from kfoc.reproduce.results import Row, Unit
 
 SIZES, EPOCHS, SEEDS = (200, 50, 100), 10, (0, 1, 2, 3, 4, 5)
 STRENGTHS = (30.0, 100.0, 300.0, 1e3, 1e4, 1e5)  # times 1 / (samples of a task)
@@ -32,13 +34,18 @@ def settings(quick: bool) -> dict[str, Any]:
     }
 
 
-def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """By method, strength and seed: accuracies at the end, and the forgetting."""
+def units(quick: bool) -> Iterator[Unit]:
     example, chosen = borrowed("examples/consolidation.py"), settings(quick)
     example.METHODS.setdefault("EKFAC", (kfoc.EigenCorrected(kfoc.KFAC()), "each"))
     sequence = example.tasks(*chosen["train, validation, test of a digit"])
     for name, method in METHODS.items():
         strengths = chosen["strengths"] if method != "no penalty" else (0.0,)
         for strength, seed in itertools.product(strengths, chosen["seeds"]):
-            outcome = example.run(name, strength, sequence, chosen["epochs"], seed)
-            yield {"method": method, "strength": strength, "seed": seed} | asdict(outcome)
+            unit = {"method": method, "strength": strength, "seed": seed}
+            yield unit, functools.partial(of_method, name, strength, sequence, seed, quick)
+
+
+def of_method(name: str, strength: float, sequence: Any, seed: int, quick: bool) -> list[Row]:
+    """Accuracies at the end, and the forgetting."""
+    run = borrowed("examples/consolidation.py").run
+    return [asdict(run(name, strength, sequence, settings(quick)["epochs"], seed))]

@@ -6,12 +6,14 @@ held-out digits. "CNN" is small enough for the exact blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from borrowed import borrowed
+from kfoc.reproduce.results import Row, Unit
 
 SIZES, EPOCHS, SEEDS = (1500, 250, 1000), 60, (0, 1, 2)
 
@@ -25,22 +27,26 @@ def settings(quick: bool) -> dict[str, Any]:
     }
 
 
-def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """By network, seed and method: log loss, calibration error and prior precision."""
-    example, chosen = borrowed("examples/laplace.py"), settings(quick)
-    sizes = chosen["train, held out, test"]
+def units(quick: bool) -> Iterator[Unit]:
+    networks = list(borrowed("examples/laplace.py").NETWORKS)
+    for network in networks[:1] if quick else networks:
+        for seed in settings(quick)["seeds"]:
+            unit = {"network": network, "seed": seed}
+            yield unit, functools.partial(of_network, network, seed, settings(quick))
+
+
+def of_network(network: str, seed: int, chosen: dict[str, Any]) -> Iterator[Row]:
+    """By method: log loss, calibration error and prior precision."""
+    example = borrowed("examples/laplace.py")
+    (build, estimators), sizes = example.NETWORKS[network], chosen["train, held out, test"]
     images, labels = example.digits()
-    networks = list(example.NETWORKS.items())
-    for network, (build, estimators) in networks[:1] if quick else networks:
-        for seed in chosen["seeds"]:
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-            parts = order[: sum(sizes)].split(sizes)
-            splits = [(images[part], labels[part]) for part in parts]
-            outside = splits[-1][0][:20]  # scores of what is out of distribution are not asked for
-            found = example.compare(build, estimators, splits, outside, chosen["epochs"], seed)
-            for method, scores in found.items():
-                method = "trained network" if method == "MAP" else method
-                yield {"network": network, "seed": seed, "method": method} | kept(scores)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    parts = order[: sum(sizes)].split(sizes)
+    splits = [(images[part], labels[part]) for part in parts]
+    outside = splits[-1][0][:20]  # scores of what is out of distribution are not asked for
+    found = example.compare(build, estimators, splits, outside, chosen["epochs"], seed)
+    for method, scores in found.items():
+        yield {"method": "trained network" if method == "MAP" else method} | kept(scores)
 
 
 def kept(scores: dict[str, float]) -> dict[str, float]:

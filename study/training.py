@@ -8,6 +8,7 @@ of batches.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import kfoc
+from kfoc.reproduce.results import Row, Unit
 from subjects import mlp, small_digits
 
 TRAIN, BATCH, STEPS, EVERY, SEEDS = 1437, 128, 100, 5, (0, 1, 2)
@@ -38,29 +40,28 @@ def settings(quick: bool) -> dict[str, Any]:
     }
 
 
-def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """By method, kind of damping, setting and seed: the curve of the loss of all training data."""
+def units(quick: bool) -> Iterator[Unit]:
+    """By method, kind of damping, setting and seed."""
     chosen = settings(quick)
     for rate in chosen["AdamW: learning rates"]:
         for seed in chosen["seeds"]:
-            row = {"method": "AdamW", "damped": "", "setting": f"lr {rate:.2g}", "seed": seed}
-            row |= {"damping": None}
-            yield row | trained(chosen["steps"], seed, None, rate)
+            unit = {"method": "AdamW", "damped": "", "setting": f"lr {rate:.2g}", "seed": seed}
+            yield unit, functools.partial(trained, chosen["steps"], seed, None, rate)
     grid = list(itertools.product(chosen["dampings"], chosen["kl_clip"]))
     for damped, method in itertools.product(chosen["damping by"], ESTIMATORS):
         for (damping, clip), seed in itertools.product(grid, chosen["seeds"]):
             options = {"estimator": ESTIMATORS[method], "method": damped}
             options |= {"damping": damping, "kl_clip": clip, "seed": seed}
             setting = f"damping {damping:g}, kl_clip {clip:g}"
-            row = {"method": method, "damped": damped, "setting": setting, "seed": seed}
-            row |= {"damping": damping}
-            yield row | trained(chosen["steps"], seed, options)
+            unit = {"method": method, "damped": damped, "setting": setting, "seed": seed}
+            yield unit, functools.partial(trained, chosen["steps"], seed, options)
 
 
-def trained(
-    steps: int, seed: int, options: dict[str, Any] | None, rate: float = 0.0
-) -> dict[str, Any]:
-    """One run; batches and starting point depend on the seed alone. None: AdamW."""
+def trained(steps: int, seed: int, options: dict[str, Any] | None, rate: float = 0.0) -> list[Row]:
+    """The curve of the loss of all training data. None: AdamW.
+
+    Batches and starting point depend on the seed alone.
+    """
     inputs, labels = small_digits()
     train, test = inputs[:TRAIN], inputs[TRAIN:]
     targets, truth = labels[:TRAIN], labels[TRAIN:]
@@ -83,7 +84,8 @@ def trained(
         optimizer.step()
         if step % EVERY == 0:
             curve.append(loss(model, train, targets))
-    return {"losses": curve, "final": curve[-1], "test": loss(model, test, truth)}
+    row = {"damping": options and options["damping"], "losses": curve, "final": curve[-1]}
+    return [row | {"test": loss(model, test, truth)}]
 
 
 def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:

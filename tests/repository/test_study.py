@@ -7,12 +7,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from documents import ROOT
+from kfoc.reproduce.results import Row, Unit, keep
 
 STUDY = ROOT / "study"
 PARTS = ("errors", "inverse", "laplace", "optimizer", "continual", "influence")
@@ -82,19 +84,32 @@ def test_the_page_shows_every_table_and_plot_once() -> None:
     assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
 
 
-def test_what_was_measured_stays_when_a_part_is_interrupted(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path\n"
-        "from kfoc.reproduce.results import keep\n"
-        "def rows():\n"
-        "    yield {'a': 1.23456789}\n"
-        "    raise KeyboardInterrupt\n"
-        "try:\n"
-        f"    list(keep(rows(), {{}}, Path({str(tmp_path / 'part.json')!r}), {{}}))\n"
-        "except KeyboardInterrupt:\n"
-        "    pass\n"
-    )
-    run("-c", code)
-    content = json.loads((tmp_path / "part.json").read_text())
+def test_what_was_measured_stays_when_a_part_is_interrupted_and_is_not_measured_again(
+    tmp_path: Path,
+) -> None:
+    path, measured = tmp_path / "part.json", []
+
+    def units(stop: bool) -> Iterator[Unit]:
+        for seed in (0, 1):
+
+            def make(seed: int = seed) -> Iterator[Row]:
+                measured.append(seed)
+                yield {"a": 1.23456789}
+                if stop and seed == 1:
+                    raise KeyboardInterrupt
+                yield {"a": 2.0}
+
+            yield {"seed": seed}, make
+
+    with pytest.raises(KeyboardInterrupt):
+        list(keep(units(stop=True), {"steps": (1, 2)}, path, {}))
+    there = [{"seed": 0, "a": 1.23457}, {"seed": 0, "a": 2.0}]
+    content = json.loads(path.read_text())
     assert not content["complete"]
-    assert content["rows"] == [{"a": 1.23457}]
+    assert content["rows"] == there
+    assert list(keep(units(stop=False), {"steps": (1, 2)}, path, {}))[:2] == there
+    assert measured == [0, 1, 1]
+    assert json.loads(path.read_text())["complete"]
+    assert len(json.loads(path.read_text())["rows"]) == 4
+    list(keep(units(stop=False), {"steps": (1, 3)}, path, {}))
+    assert measured == [0, 1, 1, 0, 1]
