@@ -95,9 +95,8 @@ def train(
     return model.eval()
 
 
-def minimise(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> float:
-    """L-BFGS on a deterministic objective, from where the model is; the gradient's norm then."""
-    parameters = list(model.parameters())
+def minimise(parameters: list[Tensor], objective: Callable[[], Tensor], steps: int) -> float:
+    """L-BFGS on a deterministic objective, from where the parameters are; its gradient's norm."""
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=steps, history_size=30, tolerance_grad=1e-8, tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
@@ -111,9 +110,9 @@ def minimise(model: nn.Module, objective: Callable[[], Tensor], steps: int) -> f
 
     optimizer.step(closure)
     closure()
-    norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm().item()
-    model.zero_grad(set_to_none=True)
-    return norm
+    gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+    optimizer.zero_grad()
+    return torch.cat(gradients).norm().item()
 
 
 class Tokens(nn.Module):
