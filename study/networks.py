@@ -95,10 +95,16 @@ def train(
     return model.eval()
 
 
-def minimise(parameters: list[Tensor], objective: Callable[[], Tensor], steps: int) -> float:
-    """L-BFGS on a deterministic objective, from where the parameters are; its gradient's norm."""
+def minimise(
+    parameters: list[Tensor], objective: Callable[[], Tensor], steps: int, gradient: float
+) -> None:
+    """L-BFGS on a deterministic objective, from where the parameters are.
+
+    Args:
+        gradient: where its largest entry is smaller, the minimum has been found.
+    """
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, history_size=30, tolerance_grad=1e-8, tolerance_change=1e-14,
+        parameters, max_iter=steps, history_size=30, tolerance_grad=gradient, tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
@@ -109,10 +115,7 @@ def minimise(parameters: list[Tensor], objective: Callable[[], Tensor], steps: i
         return loss
 
     optimizer.step(closure)
-    closure()
-    gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
     optimizer.zero_grad()
-    return torch.cat(gradients).norm().item()
 
 
 class Tokens(nn.Module):

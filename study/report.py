@@ -20,10 +20,11 @@ from kfoc.reproduce.results import read
 
 HERE = Path(__file__).parent
 BENCHMARK = ROOT / "benchmarks" / "results" / "optimizer.json"
-PARTS = {"errors", "inverse", "laplace", "optimizer", "continual", "influence"}
+PARTS = {"errors", "inverse", "laplace", "optimizer", "continual", "influence", "pruning"}
 # Name of a table -> the part that it is of, what it is, and what makes it.
 TABLES: dict[str, tuple[str, str, Callable[[tables.Results], str]]] = {
-    "summary": ("all", "How often the closer product did better", summary.summary),
+    "verdict": ("all", "K-FOC against K-FAC", summary.verdict),
+    "summary": ("all", "All pairs, by kind of network", summary.summary),
     "errors": ("errors", "Relative error of the blocks", tables.errors),
     "solve": (
         "inverse",
@@ -62,6 +63,12 @@ TABLES: dict[str, tuple[str, str, Callable[[tables.Results], str]]] = {
     ),
     "continual": ("continual", "Five tasks", tables.continual),
     "influence": ("influence", "Influence against leaving out", tables.influence),
+    "influence-products": (
+        "influence",
+        "Influence by products with the true Fisher",
+        tables.products,
+    ),
+    "pruning": ("pruning", "Accuracy of pruned networks", tables.pruning),
 }
 
 

@@ -30,6 +30,7 @@ PARTS = {
     "continual": "continual",
     "inverse": "inverse",
     "influence": "leaving_out",
+    "pruning": "pruned",
     "optimizer": "training",
 }
 

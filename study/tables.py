@@ -8,6 +8,10 @@ from typing import Any
 from kfoc.reproduce.results import Row, distinct, markdown, spread, values, where
 
 NAMES = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "K-FOC, rank 2")
+INFLUENCE = (
+    "no curvature", "diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "exact blocks", "exact solve",
+)  # fmt: skip
+PRUNING = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "exact blocks")
 Results = dict[str, dict[str, Any]]  # part -> what its file holds
 
 
@@ -181,15 +185,62 @@ def strongest(rows: list[Row], method: str) -> list[Row]:
 
 
 def influence(results: Results) -> str:
-    rows, lines = results["influence"]["rows"], []
-    dampings = distinct(rows, "damping")
-    for method in distinct(rows, "method"):
-        line = [method]
-        for damping in dampings:
-            mine = where(rows, method=method, damping=damping)
-            line += [spread(values(mine, key), 2) for key in ("correlation", "scale", "found")]
-        lines.append(line)
-    header = [
-        f"{name}, {damping:g}" for damping in dampings for name in ("correlation", "scale", "found")
-    ]
-    return markdown(["curvature", *header], lines)
+    """Correlations of predicted and real changes of loss, and mislabelled samples found."""
+    rows, lines = where(results["influence"]["rows"], products=0), []
+    cases = [(d, "pearson") for d in sorted(distinct(rows, "damping"))] + [(1.0, "spearman")]
+    for network in distinct(rows, "network"):
+        mine = where(rows, network=network)
+        for target in sorted(distinct(mine, "target"), reverse=True):
+            for damping, key in cases:
+                cell = {"target": target, "damping": damping}
+                found = [spread(values(mine, key, method=m, **cell), 2) for m in INFLUENCE]
+                words = {"pearson": "values", "spearman": "ranks"}[key]
+                lines.append([network, target, f"{damping:g}", words, *found])
+        cell = {"target": "proximal", "damping": 1.0}
+        found = [spread(values(mine, "found", method=m, **cell), 2) for m in INFLUENCE]
+        lines.append([network, "mislabelled, found", "1", "", *found])
+    return markdown(["network", "target", "damping", "of", *INFLUENCE], lines, range(4))
+
+
+def products(results: Results) -> str:
+    """The same, of values, by the number of products with the true Fisher; means."""
+    rows, lines = where(results["influence"]["rows"], target="proximal", damping=1.0), []
+    counts = sorted(distinct(rows, "products"))
+    for queries in ("alone", "together"):
+        for network in distinct(rows, "network"):
+            for method in INFLUENCE[:-1]:
+                mine = where(rows, network=network, method=method)
+                first = values(mine, "pearson", products=0)
+                found = [values(mine, "pearson", products=k, queries=queries) for k in counts[1:]]
+                cells = [f"{statistics.fmean(each):.3f}" for each in [first, *found]]
+                lines.append([queries, network, method, *cells])
+    return markdown(["queries", "network", "curvature", *map(str, counts)], lines, range(3))
+
+
+def pruning(results: Results) -> str:
+    """Accuracies in percent, at the damping of the lowest held-out loss."""
+    rows, lines = chosen_pruning(results["pruning"]["rows"]), []
+
+    def cell(**wanted: Any) -> str:
+        return spread([100 * v for v in values(rows, "accuracy", **wanted)], 1)
+
+    for network in distinct(rows, "network"):
+        for sparsity in distinct(where(rows, method="magnitude"), "sparsity"):
+            for order in ("OBD", "OBS"):
+                place = {"network": network, "sparsity": sparsity}
+                found = [cell(method=m, order=order, **place) for m in PRUNING]
+                whole = cell(network=network, method="whole network")
+                magnitude = cell(method="magnitude", **place)
+                lines.append([network, whole, f"{sparsity:.0%}", order, magnitude, *found])
+    header = ["network", "whole", "gone", "order", "magnitude", *PRUNING]
+    return markdown(header, lines, (0, 2, 3))
+
+
+def chosen_pruning(rows: list[Row]) -> list[Row]:
+    """Of each network, method, order and sparsity the rows of the damping that does best."""
+    keys = ("network", "method", "order", "sparsity")
+    found = []
+    for case in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        mine = where(rows, **dict(zip(keys, case, strict=True)))
+        found += best(mine, "held-out loss", "damping") if mine[0]["order"] else mine
+    return found
