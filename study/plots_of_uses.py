@@ -1,4 +1,4 @@
-"""Plots of what people do with a curvature: parts c to f."""
+"""Plots of what people do with a curvature: parts c to e."""
 
 from __future__ import annotations
 
@@ -85,28 +85,4 @@ def continual(part: dict[str, Any]) -> Figure:
     axes[2].set(xscale="log", xlabel="strength x samples", ylabel="accuracy after all tasks, %")
     axes[2].grid(alpha=0.3)
     legend(figure, axes[2])
-    return figure
-
-
-def influence(part: dict[str, Any]) -> Figure:
-    """Correlation and scale of the predicted changes, by damping."""
-    rows = part["rows"]
-    dampings = distinct(rows, "damping")
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    titles = {
-        "correlation": "correlation of predicted and real changes",
-        "scale": "standard deviation of predicted by that of real changes",
-    }
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for x, damping in enumerate(dampings):
-            for k, method in enumerate(distinct(rows, "method")):
-                found = values(rows, key, method=method, damping=damping)
-                points(axis, x + 0.11 * (k - 2.5), found, method)
-        axis.set_xticks(range(len(dampings)), [f"{d:g} x weight decay" for d in dampings])
-        axis.set_title(title, fontsize=9)
-        axis.grid(axis="y", alpha=0.3)
-    axes[1].set_yscale("log")
-    axes[1].set_yticks([0.3, 1, 3], ["0.3", "1", "3"], minor=False)
-    axes[1].set_yticks([], minor=True)
-    legend(figure, axes[0])
     return figure

@@ -17,7 +17,7 @@ from documents import ROOT
 from kfoc.reproduce.results import Row, Unit, keep
 
 STUDY = ROOT / "study"
-PARTS = ("errors", "inverse", "laplace", "optimizer", "continual", "influence")
+PARTS = ("errors", "inverse", "laplace", "optimizer", "continual", "influence", "pruning")
 
 
 def run(*arguments: str) -> None:
@@ -47,10 +47,11 @@ def test_part_writes_complete_results_and_a_plot(part: str, quick: Path) -> None
         key for row in committed["rows"] for key in row
     }
     assert (quick / f"{part}.png").stat().st_size > 5000
+    assert (quick / f"{part}.svg").stat().st_size > 5000
 
 
 def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
-    assert (quick / "study.md").read_text().count("## ") == 15
+    assert (quick / "study.md").read_text().count("## ") == 18
     assert not list(quick.glob(".*"))
 
 
@@ -80,7 +81,7 @@ def test_the_page_shows_every_table_and_plot_once() -> None:
     for plot in (ROOT / "docs" / "study").glob("*.png"):
         assert page.count(f"(study/{plot.name})") == 1, plot.name
     names = re.findall(r'^    "([\w-]+)": \(', (STUDY / "report.py").read_text(), re.M)
-    assert len(names) == 15
+    assert len(names) == 18
     assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
 
 
