@@ -67,4 +67,4 @@ $(VENV)/release: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) results results-quick results-study-quick site dist
+	rm -rf $(VENV) results results-quick results-study results-study-quick site dist

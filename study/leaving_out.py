@@ -33,18 +33,19 @@ from subjects import Data
 from true_fisher import TrueFisher
 
 TRAIN, QUERIES, LEFT_OUT, WRONG, DECAY = 150, 40, 30, 0.05, 1e-2
+SEQUENCES = 75  # of 16 labels each
 SHARE = 0.1  # of a sample's weight that a proximal response is to: more is not local everywhere
 DAMPINGS, PRODUCTS = (1.0, 10.0, 0.1), (1, 2, 3, 5, 10)
 STATIONARY = 1e-6  # the largest entry of a gradient at a minimum
 MINIMISED = ("MLP", "CNN", "tokens", "encoder")  # the others are trained by Adam, as is usual
 METHODS = {name: ESTIMATORS[name] for name in ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC")}
-TOGETHER = ("K-FAC", "K-FOC")  # and no curvature; it hardly matters there
 METHODS["exact blocks"] = kfoc.BlockDiagonal(max_size=5000)
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "training samples": 20 if quick else TRAIN,
+        "training samples of the GPT": SEQUENCES,
         "left out": 3 if quick else LEFT_OUT,
         "queries": 4 if quick else QUERIES,
         "mislabelled": WRONG,
@@ -82,7 +83,7 @@ def measured(network: Network, seed: int, chosen: dict[str, Any]) -> Iterator[Ro
     ranks, a query at a time; "scale" the ratio of the standard deviations; "found" the share of
     mislabelled samples among as many that are the most harmful to all queries together.
     """
-    count = chosen["training samples"]
+    count = chosen["training samples" + " of the GPT" * (network.name == "GPT")]
     data, query = network.splits((count, chosen["queries"]), seed)
     data, wrong = mislabelled(data, chosen["mislabelled"], seed)
     first, again, steps = chosen["steps: L-BFGS, at first and again; Adam"]
@@ -182,28 +183,26 @@ def predicted(
     def case(method: str, damping: float, products: int = 0, queries: str = "together") -> Row:
         return {"method": method, "damping": damping, "products": products, "queries": queries}
 
-    def alone(method: str, prepare: Callable[[Tensor], Tensor]) -> Iterator[tuple[Row, Tensor]]:
-        for k, solved in enumerate(fisher.solutions(wanted, DECAY, prepare, max(counts)), 1):
-            if k in counts:
-                yield case(method, 1.0, k, "alone"), -solved @ given.mT
+    def solved(method: str, prepare: Callable[[Tensor], Tensor]) -> Iterator[tuple[Row, Tensor]]:
+        alone = list(fisher.alone(wanted, DECAY, prepare, max(counts)))
+        for k in counts:
+            together = fisher.together(wanted, DECAY, prepare, k)
+            yield case(method, 1.0, k), -together @ given.mT
+            yield case(method, 1.0, k, "alone"), -alone[k - 1] @ given.mT
 
     for method, estimator in METHODS.items():
         curvature = kfoc.fit(fisher.model, batches(data, 50), estimator=estimator, fisher="exact")
-        score = functools.partial(
-            kfoc.influence, fisher.model, curvature, batches(data, 50), query, top=None
-        )
         for factor in chosen["dampings, by the weight decay"]:
-            yield case(method, factor), score(damping=factor * DECAY).scores
-        for k in counts if method in TOGETHER else ():
-            yield case(method, 1.0, k), score(damping=DECAY, products=k).scores
-        yield from alone(method, functools.partial(fisher.divided, curvature.damped(DECAY)))
+            found = kfoc.influence(
+                fisher.model, curvature, batches(data, 50), query, damping=factor * DECAY, top=None
+            )
+            yield case(method, factor), found.scores
+        yield from solved(method, functools.partial(fisher.divided, curvature.damped(DECAY)))
     for factor in chosen["dampings, by the weight decay"]:
-        solved = torch.linalg.solve(fisher.damped(factor * DECAY), wanted.mT).mT
-        yield case("exact solve", factor), -solved @ given.mT
+        exact = torch.linalg.solve(fisher.damped(factor * DECAY), wanted.mT).mT
+        yield case("exact solve", factor), -exact @ given.mT
     yield case("no curvature", 1.0), -wanted @ given.mT / DECAY
-    for k in counts:
-        yield case("no curvature", 1.0, k), -fisher.solve(wanted, DECAY, k) @ given.mT
-    yield from alone("no curvature", lambda rows: rows)
+    yield from solved("no curvature", lambda rows: rows)
 
 
 def agreement(predicted: Tensor, actual: Tensor) -> dict[str, float]:

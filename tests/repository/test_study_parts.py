@@ -43,9 +43,9 @@ def test_true_fisher_and_solves_by_themselves(study: ModuleType) -> None:
     torch.testing.assert_close(fisher.matrix, exact)
     rows = fisher.gradients(data)[:5]
     solved = torch.linalg.solve(exact + 0.1 * torch.eye(15), rows.mT).mT
-    *_, found = fisher.solutions(rows, 0.1, lambda r: r / (exact.diagonal() + 0.1), 15)
+    *_, found = fisher.alone(rows, 0.1, lambda r: r / (exact.diagonal() + 0.1), 15)
     torch.testing.assert_close(found, solved)
-    together = fisher.solve(rows, 0.1, 15)
+    together = fisher.together(rows, 0.1, lambda r: r, 15)
     torch.testing.assert_close(together, solved)
     probabilities = model(data[0]).softmax(-1) - nn.functional.one_hot(data[1], 3)
     torch.testing.assert_close(rows[:, 12:], probabilities[:5].detach())
