@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
 from kfoc.reproduce.results import Row, distinct, markdown, spread, values, where
+from networks import KINDS, NETWORKS
 
 NAMES = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "K-FOC, rank 2")
 INFLUENCE = (
@@ -203,18 +205,20 @@ def influence(results: Results) -> str:
 
 
 def products(results: Results) -> str:
-    """The same, of values, by the number of products with the true Fisher; means."""
+    """By the number of products with the true Fisher: means over the networks of a kind."""
     rows, lines = where(results["influence"]["rows"], target="proximal", damping=1.0), []
     counts = sorted(distinct(rows, "products"))
-    for queries in ("alone", "together"):
-        for network in distinct(rows, "network"):
-            for method in INFLUENCE[:-1]:
-                mine = where(rows, network=network, method=method)
-                first = values(mine, "pearson", products=0)
-                found = [values(mine, "pearson", products=k, queries=queries) for k in counts[1:]]
-                cells = [f"{statistics.fmean(each):.3f}" for each in [first, *found]]
-                lines.append([queries, network, method, *cells])
-    return markdown(["queries", "network", "curvature", *map(str, counts)], lines, range(3))
+    for queries, kind in itertools.product(("alone", "together"), KINDS):
+        mine = [row for row in rows if NETWORKS[row["network"]].kind == kind]
+        for method in INFLUENCE[:-1] if mine else ():
+            first = values(mine, "pearson", method=method, products=0)
+            found = [
+                values(mine, "pearson", method=method, products=k, queries=queries)
+                for k in counts[1:]
+            ]
+            cells = [f"{statistics.fmean(each):.2f}" for each in [first, *found]]
+            lines.append([queries, kind, method, *cells])
+    return markdown(["queries", "networks", "curvature", *map(str, counts)], lines, range(3))
 
 
 def pruning(results: Results) -> str:
