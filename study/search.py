@@ -1,6 +1,6 @@
 """Settings of a method, searched for on a lattice until the best of them is not at an edge.
 
-Every method tries as many settings. The next is a neighbour of the best so far, by one score and
+Every method tries as many settings, and more only while its best is at an edge. The next is a neighbour of the best so far, by one score and
 by the other in turn; of the second best, and so on, once the best has all its neighbours.
 """
 
@@ -25,14 +25,27 @@ class Axis:
         return float(f"{self.start * self.step**k:.3g}")
 
 
-def search(measure: Callable[[Point], Scores], dimensions: int, count: int) -> dict[Point, Scores]:
-    """Points and their scores, of which less is better, in the order of trying them."""
+def search(
+    measure: Callable[[Point], Scores], dimensions: int, count: int, most: int
+) -> dict[Point, Scores]:
+    """Points and their scores, of which less is better, in the order of trying them.
+
+    Args:
+        count: of points; more while the best by a score lacks neighbours.
+        most: at most so many.
+    """
     tried: dict[Point, Scores] = {}
     point: Point = (0,) * dimensions
-    while len(tried) < count:
+    while len(tried) < count or len(tried) < most and not all(inside(b, tried) for b in best(tried)):
         tried[point] = measure(point)
         point = _next(tried)
     return tried
+
+
+def best(tried: dict[Point, Scores]) -> list[Point]:
+    """The best point by each score."""
+    scores = range(len(next(iter(tried.values()))))
+    return [min(tried, key=lambda point, k=k: tried[point][k]) for k in scores]
 
 
 def neighbours(point: Point) -> Iterator[Point]:
