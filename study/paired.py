@@ -33,7 +33,7 @@ def error_of_mean(found: Sequence[float]) -> float:
 
 
 def mean_and_error(found: Sequence[float], digits: int = 3) -> str:
-    """"+0.012 ± 0.003", with the standard error of the mean."""
+    """ "+0.012 ± 0.003", with the standard error of the mean."""
     if not found:
         return "-"
     error = f" ± {error_of_mean(found):.{digits}f}" if len(found) > 1 else ""

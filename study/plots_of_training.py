@@ -65,7 +65,9 @@ def laplace(part: dict[str, Any]) -> Figure:
     axes[0].set(xscale="log", yscale="log", xlabel="prior precision")
     axes[0].set_title("evidence a sample, off the exact blocks' by", fontsize=8)
     alone = where(part["rows"], layers="none")
-    for axis, key, prior in zip(axes[1:], ("NLL", "its NLL"), ("evidence", "held-out"), strict=True):
+    for axis, key, prior in zip(
+        axes[1:], ("NLL", "its NLL"), ("evidence", "held-out"), strict=True
+    ):
         for x, network in enumerate(networks):
             for k, method in enumerate((*METHODS, "temperature scaling")):
                 both = where([*rows, *alone], network=network)

@@ -25,10 +25,10 @@ from kfoc.reproduce.results import Row, Unit
 from networks import NETWORKS, SEEDS, Network, batches, train
 from subjects import Data
 
-SIZES, OF_GPT, STEPS, PRIOR = (200, 150, 600), (200, 16, 32), 800, 0.01
+SIZES, OF_GPT, STEPS, PRIOR = (200, 150, 600), (200, 8, 24), 800, 0.01
 # Of prior precisions: the held-out data choose among these, and the evidence is kept at them.
-PRIORS = tuple(10 ** (k / 4) for k in range(-8, 21))
-KEPT = PRIORS[4::4]
+PRIORS = tuple(10 ** (k / 2) for k in range(-4, 10))
+KEPT = PRIORS[2:9:2]
 TEMPERATURES = tuple(2 ** (k / 8) for k in range(-16, 25))
 METHODS = {name: each for name, each in ESTIMATORS.items() if "rank" not in name} | {
     "exact blocks": kfoc.BlockDiagonal()

@@ -1,4 +1,4 @@
-"""A curvature's blocks in another size: to tell what their scale does from what their shape does."""
+"""A curvature's blocks in another size: what is due to their scale, and what to their shape."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Settings of a method, searched for on a lattice until the best of them is not at an edge.
 
-Every method tries as many settings, and more only while its best is at an edge. The next is a neighbour of the best so far, by one score and
-by the other in turn; of the second best, and so on, once the best has all its neighbours.
+Every method tries as many settings, and more only while its best is at an edge. The next is a
+neighbour of the best so far, by one score and by the other in turn; of the second best, and so on,
+once the best has all its neighbours.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def search(
     """
     tried: dict[Point, Scores] = {}
     point: Point = (0,) * dimensions
-    while len(tried) < count or len(tried) < most and not all(inside(b, tried) for b in best(tried)):
+    while len(tried) < most:
         tried[point] = measure(point)
+        if len(tried) >= count and all(inside(each, tried) for each in best(tried)):
+            break
         point = _next(tried)
     return tried
 

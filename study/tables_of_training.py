@@ -38,7 +38,9 @@ def optimizer(results: Results) -> str:
             mine = where(rows, method=method, damped=damped)
             fitted, general = best_by(mine, "training"), best_by(mine, "held out")
             goal = goal or max(row["losses"][-1] for row in fitted)
-            steps = [steps_to(row["losses"], goal, part["settings"]["loss every"]) for row in fitted]
+            steps = [
+                steps_to(row["losses"], goal, part["settings"]["loss every"]) for row in fitted
+            ]
             there = [count for count in steps if count is not None]
             lines.append([
                 network, method, damped, f"{tried(mine)}",
@@ -105,8 +107,14 @@ def optimizer_why(results: Results) -> str:
             mine = where(rows, network=network, method=method)
             fitted, general = best_by(mine, "training"), best_by(mine, "held out")
             both = where(rows, network=network)
-            logs = list(differences(best_by(both, "training"), "training", (method, "K-FAC"), math.log).values())
-            tests = list(differences(best_by(both, "held out"), "test", (method, "K-FAC"), math.log).values())
+            logs = list(
+                differences(
+                    best_by(both, "training"), "training", (method, "K-FAC"), math.log
+                ).values()
+            )
+            tests = list(
+                differences(best_by(both, "held out"), "test", (method, "K-FAC"), math.log).values()
+            )
             lines.append([
                 network, method, setting(fitted[0]), geometric(values(fitted, "training")),
                 "" if method == "K-FAC" else ratio(logs),
