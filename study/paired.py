@@ -40,12 +40,6 @@ def mean_and_error(found: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.fmean(found):+.{digits}f}{error}"
 
 
-def by_seed(found: dict[tuple[Any, ...], float]) -> list[float]:
-    """Means over the networks, one a seed: networks are no draws of which errors could be had."""
-    seeds = dict.fromkeys(seed for _, seed in found)
-    return [statistics.fmean(v for case, v in found.items() if case[1] == s) for s in seeds]
-
-
 def ratio(logs: Sequence[float]) -> str:
     """Of natural logarithms' differences: their geometric mean, with the range of one error."""
     if not logs:

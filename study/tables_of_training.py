@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from kfoc.reproduce.results import Row, distinct, markdown, spread, values, where
-from paired import PAIRS, by_seed, differences, in_order, mean_and_error, ratio, wins
+from paired import PAIRS, differences, in_order, mean_and_error, ratio, wins
 
 Results = dict[str, dict[str, Any]]
 METHODS = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "exact blocks")
@@ -19,7 +19,7 @@ def best_by(rows: list[Row], score: str) -> list[Row]:
 
 
 def geometric(found: list[float]) -> str:
-    return f"{math.exp(statistics.fmean(map(math.log, found))):.2g}" if found else "-"
+    return f"{math.exp(logarithm(found)):.2g}"
 
 
 def setting(row: Row) -> str:
@@ -66,17 +66,19 @@ def steps_to(losses: list[float], goal: float, every: int) -> int | None:
 
 
 def kinds_of_damping(rows: list[Row], score: str) -> dict[str, list[Row]]:
-    """The best rows of each method by kind of damping; "best" is the better kind of each."""
+    """Of K-FAC and K-FOC, the best rows by kind of damping; "best": each network's better kind."""
     found = {kind: best_by(where(rows, damped=kind), score) for kind in ("pi", "exact")}
     chosen = []
-    for method in ("K-FAC", "K-FOC"):
-        each = [where(found[kind], method=method) for kind in found]
-        chosen += min(
-            (rows for rows in each if rows),
-            key=lambda rows: statistics.fmean(math.log(row[score]) for row in rows),
-            default=[],
-        )
+    for network in distinct(rows, "network"):
+        for method in PAIRS[0]:
+            each = [where(found[kind], network=network, method=method) for kind in found]
+            if all(each):
+                chosen += min(each, key=lambda rows: logarithm(values(rows, score)))
     return found | {"best": chosen}
+
+
+def logarithm(found: list[float]) -> float:
+    return statistics.fmean(map(math.log, found))
 
 
 def optimizer_pairs(results: Results) -> str:
@@ -101,25 +103,19 @@ def optimizer_pairs(results: Results) -> str:
 def optimizer_why(results: Results) -> str:
     """Curvatures in each other's size, exact damping."""
     rows, lines = where(results["optimizer"]["rows"], damped="exact"), []
-    networks = in_order(distinct(where(rows, method="exact blocks"), "network"))
-    for network in networks:
-        for method in distinct(where(rows, network=network), "method"):
-            mine = where(rows, network=network, method=method)
-            fitted, general = best_by(mine, "training"), best_by(mine, "held out")
-            both = where(rows, network=network)
-            logs = list(
-                differences(
-                    best_by(both, "training"), "training", (method, "K-FAC"), math.log
-                ).values()
-            )
-            tests = list(
-                differences(best_by(both, "held out"), "test", (method, "K-FAC"), math.log).values()
-            )
-            lines.append([
-                network, method, setting(fitted[0]), geometric(values(fitted, "training")),
-                "" if method == "K-FAC" else ratio(logs),
-                geometric(values(general, "test")), "" if method == "K-FAC" else ratio(tests),
-            ])  # fmt: skip
+
+    def cells(mine: list[Row], method: str, score: str, shown: str) -> list[str]:
+        chosen = best_by(mine, score)
+        logs = differences(chosen, shown, (method, "K-FAC"), math.log)
+        compared = "" if method == "K-FAC" else ratio(list(logs.values()))
+        found = where(chosen, method=method)
+        return [setting(found[0]), geometric(values(found, shown)), compared]
+
+    for network in in_order(distinct(where(rows, method="exact blocks"), "network")):
+        mine = where(rows, network=network)
+        for method in distinct(mine, "method"):
+            fitted = cells(mine, method, "training", "training")
+            lines.append([network, method, *fitted, *cells(mine, method, "held out", "test")[1:]])
     header = ["network", "curvature", "best by training", "training loss", "by K-FAC's"]
     return markdown([*header, "test loss", "by K-FAC's"], lines, range(2))
 
@@ -158,36 +154,16 @@ def laplace(results: Results) -> str:
     return markdown(["network", "layers", "prior by", *alone, *METHODS], lines, range(3))
 
 
-def laplace_pairs(results: Results) -> str:
-    """The closer product against the other, over networks and seeds."""
-    rows, lines = results["laplace"]["rows"], []
+def off_exact(rows: list[Row]) -> list[Row]:
+    """With the distance of the evidence from that of the exact blocks, by sample."""
     exact = {
-        (r["network"], r["seed"], r["layers"]): r["evidence"]
-        for r in where(rows, method="exact blocks")
+        (row["network"], row["seed"], row["layers"]): row["evidence"]
+        for row in where(rows, method="exact blocks")
     }
-    off = [
+    return [
         row | {"off": abs(row["evidence"] - exact[row["network"], row["seed"], row["layers"]])}
         for row in rows
-        if row["layers"] != "none"
     ]
-    measures = {
-        "evidence, distance from that of the exact blocks": "off",
-        "log loss, prior by the evidence": "NLL",
-        "calibration error, prior by the evidence": "ECE",
-        "log loss, prior by held-out data": "its NLL",
-        "calibration error, prior by held-out data": "its ECE",
-    }
-    for layers in ("all", "last"):
-        for name, key in measures.items():
-            cells = []
-            for pair in PAIRS:
-                found = differences(where(off, layers=layers), key, pair)
-                cells += [mean_and_error(by_seed(found), 4), wins(list(found.values()))]
-            lines.append([layers, name, *cells])
-    header = ["layers", "measure"]
-    for first, second in PAIRS:
-        header += [f"{first} less {second}", f"{first} better"]
-    return markdown(header, lines, range(2))
 
 
 def continual(results: Results) -> str:
@@ -200,16 +176,3 @@ def continual(results: Results) -> str:
             lines.append([network, method, f"{mine[0]['strength']:.3g}", *cells])
     header = ["network", "curvature", "strength", "accuracy, %", "forgetting, %"]
     return markdown(header, lines, range(2))
-
-
-def continual_pairs(results: Results) -> str:
-    rows, lines = where(results["continual"]["rows"], best=True), []
-    pairs = (*PAIRS, ("exact blocks", "K-FAC"), ("exact blocks", "K-FOC"))
-    for first, second in pairs:
-        cells = []
-        for network in in_order(distinct(rows, "network")):
-            found = differences(where(rows, network=network), "test", (first, second))
-            percent = [100 * value for value in found.values()]
-            cells.append(f"{mean_and_error(percent, 1)}, {wins(percent, 1)}")
-        lines.append([f"{first} less {second}", *cells])
-    return markdown(["accuracy, %", *in_order(distinct(rows, "network"))], lines)

@@ -43,7 +43,6 @@ METHODS: dict[tuple[str, str], kfoc.Estimator | None] = {
 # Why one is ahead of the other: measured on some networks.
 REASONS: dict[tuple[str, str], kfoc.Estimator | None] = {
     ("exact blocks", "exact"): kfoc.BlockDiagonal(),
-    ("K-FAC at F's trace", "exact"): Rescaled(kfoc.KFAC(), kfoc.Diagonal()),
     ("K-FOC at F's trace", "exact"): Rescaled(kfoc.KFOC(), kfoc.Diagonal()),
     ("K-FAC at K-FOC's norm", "exact"): Rescaled(kfoc.KFAC(), kfoc.KFOC(), "norm"),
 }
