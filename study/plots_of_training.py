@@ -103,5 +103,5 @@ def continual(part: dict[str, Any]) -> Figure:
         axis.set_title(network, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy after all tasks, %")
-    legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0], rows=2)
     return figure
