@@ -23,7 +23,7 @@ from posteriors import METHODS as ESTIMATORS
 from search import Axis, Point, best, inside, search
 from subjects import Data, small_digits
 
-NAMES, EPOCHS, BATCH, RATE, COUNT, MOST = ("MLP", "CNN", "tokens"), 10, 40, 1e-2, 5, 8
+NAMES, EPOCHS, BATCH, RATE, COUNT, MOST = ("MLP", "CNN", "tokens"), 10, 40, 1e-2, 4, 8
 SIZES = (200, 50, 90)  # of a task: to train, validate and test
 STRENGTH = (Axis("strength", 16.0, 3.0),)  # times 1 / (samples of a task)
 METHODS: dict[str, kfoc.Estimator | None] = {"no penalty": None} | ESTIMATORS
