@@ -21,7 +21,7 @@ from drawing import legend, points, style
 from kfoc.compare.looks import look
 from kfoc.reproduce.results import distinct, read, values, where
 from plots_of_networks import influence, products, pruning
-from plots_of_uses import continual, laplace, optimizer
+from plots_of_training import continual, laplace, optimizer
 from tables import NAMES
 
 HERE = Path(__file__).parent

@@ -17,6 +17,7 @@ from typing import Any
 from kfoc.reproduce.results import Row, markdown, where
 from networks import KINDS
 from tables import Results, chosen_pruning
+from tables_of_training import kinds_of_damping, off_exact
 
 PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("K-FOC", "EKFAC"))
 # The first words of a network's name -> its kind.
@@ -181,11 +182,44 @@ def of_pruning(part: dict[str, Any]) -> Iterator[Measure]:
             yield Measure(f"pruning, {order}, accuracy with {sparsity:.0%} gone", 1, found)
 
 
+def of_laplace(part: dict[str, Any]) -> Iterator[Measure]:
+    names = {
+        "NLL": "log loss, prior by evidence",
+        "its NLL": "log loss, prior by held-out data",
+        "ECE": "calibration error, prior by evidence",
+        "its ECE": "calibration error, prior by held-out data",
+    }
+    for layers, words in (("all", "Laplace, all layers"), ("last", "Laplace, last layer")):
+        rows = off_exact(where(part["rows"], layers=layers))
+        found = columns(rows, lambda row: row["off"])
+        yield Measure(f"{words}, evidence, distance from the exact blocks'", -1, found)
+        for key, name in names.items():
+            found = columns(rows, lambda row, key=key: row[key])
+            yield Measure(f"{words}, {name}", -1, found)
+
+
+def of_training(part: dict[str, Any]) -> Iterator[Measure]:
+    """Logarithms of losses: 0.1 is a tenth less."""
+    for score, shown in (("training", "training"), ("held out", "test")):
+        for damped, rows in kinds_of_damping(part["rows"], score).items():
+            found = columns(rows, lambda row, shown=shown: math.log(row[shown]))
+            words = "the better damping" if damped == "best" else f"{damped} damping"
+            yield Measure(f"natural gradient, ln {shown} loss, {words}", -1, found)
+
+
+def of_continual(part: dict[str, Any]) -> Iterator[Measure]:
+    rows = where(part["rows"], best=True)
+    yield Measure("five tasks, accuracy", 1, columns(rows, lambda row: row["test"]))
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], Iterator[Measure]]] = {
     "errors": of_errors,
     "inverse": of_inverse,
     "influence": of_influence,
     "pruning": of_pruning,
+    "optimizer": of_training,
+    "laplace": of_laplace,
+    "continual": of_continual,
 }
 
 

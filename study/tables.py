@@ -93,31 +93,6 @@ def overshoot(results: Results) -> str:
     return markdown(["network", "curvature", *header], lines, range(2))
 
 
-def laplace(results: Results) -> str:
-    rows, lines = results["laplace"]["rows"], []
-    columns = ("evidence", "accuracy", "NLL", "ECE", "its NLL", "its ECE")
-    for network in distinct(rows, "network"):
-        for method in distinct(where(rows, network=network), "method"):
-            mine = where(rows, network=network, method=method)
-            priors = [mean_of(mine, key) for key in ("prior", "held-out prior")]
-            cells = [spread(values(mine, key)) for key in columns]
-            lines.append([network, method, priors[0], *cells[:4], priors[1], *cells[4:]])
-    header = ["prior by evidence", "evidence", "accuracy", "NLL", "ECE"]
-    header += ["prior by held-out digits", "NLL", "ECE"]
-    return markdown(["network", "curvature", *header], lines, range(2))
-
-
-def significant(found: list[float]) -> str:
-    """Mean ± standard deviation of losses of any size."""
-    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.2g}{deviation}"
-
-
-def mean_of(rows: list[Row], key: str) -> str:
-    found = values(rows, key)
-    return f"{statistics.fmean(found):.3g}" if found else ""
-
-
 def benchmark(results: Results) -> str:
     """Of benchmarks/optimizer.py: one seed, larger networks."""
     lines = []
@@ -128,36 +103,6 @@ def benchmark(results: Results) -> str:
     return markdown([*header, "lowest loss"], lines, range(2))
 
 
-def optimizer(results: Results) -> str:
-    """The setting of the lowest mean loss at the end, for each method.
-
-    Steps are to the highest of AdamW's last losses over the seeds.
-    """
-    part = results["optimizer"]
-    rows, every = part["rows"], part["settings"]["loss every"]
-    goal = max(row["final"] for row in best(where(rows, method="AdamW")))
-    lines = []
-    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
-        mine = best(where(rows, damped=damped, method=method))
-        reached = [steps_to(row["losses"], goal, every) for row in mine]
-        counts = f"{statistics.fmean(reached):.0f}" if None not in reached else "not in all"
-        losses = [significant(values(mine, key)) for key in ("final", "test")]
-        lines.append([method, damped, mine[0]["setting"], *losses, counts])
-    header = ["method", "damping by", "best setting", "training loss", "test loss"]
-    return markdown([*header, "steps to AdamW's last"], lines, range(3))
-
-
-def optimizer_by_damping(results: Results) -> str:
-    """Training loss at the last step with the best kl_clip for each damping."""
-    rows = [row for row in results["optimizer"]["rows"] if row["damping"] is not None]
-    dampings, lines = distinct(rows, "damping"), []
-    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
-        mine = where(rows, damped=damped, method=method)
-        cells = [significant(values(best(where(mine, damping=d)), "final")) for d in dampings]
-        lines.append([method, damped, *cells])
-    return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, range(2))
-
-
 def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row]:
     """The rows, one a seed, of the setting with the lowest mean score."""
     chosen = min(
@@ -165,25 +110,6 @@ def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row
         key=lambda each: statistics.fmean(values(rows, score, **{of: each})),
     )
     return where(rows, **{of: chosen})
-
-
-def steps_to(losses: list[float], goal: float, every: int) -> int | None:
-    return next((every * (k + 1) for k, loss in enumerate(losses) if loss <= goal), None)
-
-
-def continual(results: Results) -> str:
-    """At the strength that does best on validation digits, for each method."""
-    rows, lines = results["continual"]["rows"], []
-    for method in distinct(rows, "method"):
-        mine = strongest(rows, method)
-        cells = [spread([100 * v for v in values(mine, key)], 1) for key in ("test", "forgetting")]
-        lines.append([method, *cells, f"{mine[0]['strength']:g}"])
-    return markdown(["curvature", "accuracy, %", "forgetting, %", "strength"], lines)
-
-
-def strongest(rows: list[Row], method: str) -> list[Row]:
-    mine = [row | {"error": 1 - row["validation"]} for row in where(rows, method=method)]
-    return best(mine, "error", "strength")
 
 
 def influence(results: Results) -> str:

@@ -51,7 +51,7 @@ def test_part_writes_complete_results_and_a_plot(part: str, quick: Path) -> None
 
 
 def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
-    assert (quick / "study.md").read_text().count("## ") == 18
+    assert (quick / "study.md").read_text().count("## ") == 20
     assert not list(quick.glob(".*"))
 
 
@@ -81,7 +81,7 @@ def test_the_page_shows_every_table_and_plot_once() -> None:
     for plot in (ROOT / "docs" / "study").glob("*.png"):
         assert page.count(f"(study/{plot.name})") == 1, plot.name
     names = re.findall(r'^    "([\w-]+)": \(', (STUDY / "report.py").read_text(), re.M)
-    assert len(names) == 18
+    assert len(names) == 20
     assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
 
 
