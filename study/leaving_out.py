@@ -17,6 +17,7 @@ preconditioner: for all queries "together", which share their search directions,
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,10 +61,13 @@ def settings(quick: bool) -> dict[str, Any]:
 
 
 def units(quick: bool) -> Iterator[Unit]:
-    for seed in settings(quick)["seeds"]:
-        for name in ("tokens", "ResNet") if quick else NETWORKS:
-            unit = {"network": name, "seed": seed}
-            yield unit, functools.partial(of_network, NETWORKS[name], seed, settings(quick))
+    names = ("tokens", "ResNet") if quick else tuple(NETWORKS)
+    # The GPT, which takes longest, comes last: so much is there when this is interrupted.
+    for name, seed in sorted(
+        itertools.product(names, settings(quick)["seeds"]), key=lambda each: each[0] == "GPT"
+    ):
+        unit = {"network": name, "seed": seed}
+        yield unit, functools.partial(of_network, NETWORKS[name], seed, settings(quick))
 
 
 def of_network(network: Network, seed: int, chosen: dict[str, Any]) -> list[Row]:
