@@ -52,11 +52,11 @@ def laplace(part: dict[str, Any]) -> Figure:
     priors = [prior for prior in part["settings"]["evidence at priors"] if prior < 2e3]
     networks = in_order(distinct(rows, "network"))
     figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
-    evidences = {(r["network"], r["seed"], r["method"]): r["evidences"] for r in rows}
+    kept = {(r["network"], r["seed"], r["method"]): r["evidences"] for r in rows}
 
     def gap(row: Row, method: str, k: int) -> float:
         case = row["network"], row["seed"]
-        return abs(evidences[*case, method][k] - evidences[*case, "exact blocks"][k])
+        return abs(kept[(*case, method)][k] - kept[(*case, "exact blocks")][k])
 
     for method in METHODS[:-1]:
         mine = where(rows, method=method)
