@@ -17,7 +17,7 @@ from typing import Any
 from kfoc.reproduce.results import Row, markdown, where
 from networks import KINDS
 from tables import Results, chosen_pruning
-from tables_of_training import kinds_of_damping, off_exact
+from tables_of_training import kinds_of_damping, off_exact, strongest
 
 PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("K-FOC", "EKFAC"))
 # The first words of a network's name -> its kind.
@@ -208,7 +208,7 @@ def of_training(part: dict[str, Any]) -> Iterator[Measure]:
 
 
 def of_continual(part: dict[str, Any]) -> Iterator[Measure]:
-    rows = where(part["rows"], best=True)
+    rows = strongest(part["rows"])
     yield Measure("five tasks, accuracy", 1, columns(rows, lambda row: row["test"]))
 
 

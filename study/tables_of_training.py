@@ -166,12 +166,25 @@ def off_exact(rows: list[Row]) -> list[Row]:
     ]
 
 
+def strongest(rows: list[Row]) -> list[Row]:
+    """Of each network and method, the rows of the strength that does best on validation digits."""
+    found: list[Row] = []
+    for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
+        mine = where(rows, network=network, method=method)
+        strengths = distinct(mine, "strength")
+        best = max(
+            strengths, key=lambda s: statistics.fmean(values(mine, "validation", strength=s))
+        )
+        found += where(mine, strength=best)
+    return found
+
+
 def continual(results: Results) -> str:
     """At the strength that does best on validation digits."""
     rows, lines = results["continual"]["rows"], []
     for network in in_order(distinct(rows, "network")):
         for method in distinct(where(rows, network=network), "method"):
-            mine = where(rows, network=network, method=method, best=True)
+            mine = where(strongest(rows), network=network, method=method)
             cells = [spread([100 * v for v in values(mine, k)], 1) for k in ("test", "forgetting")]
             lines.append([network, method, f"{mine[0]['strength']:.3g}", *cells])
     header = ["network", "curvature", "strength", "accuracy, %", "forgetting, %"]
