@@ -55,6 +55,16 @@ def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
     assert not list(quick.glob(".*"))
 
 
+def test_the_short_table_has_every_headline(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDY)
+    summary = importlib.import_module("summary")
+    results = {path.stem: json.loads(path.read_text()) for path in quick.glob("*.json")}
+    names = [measure.name for measure in summary.measures(results)]
+    headlines = set(summary.HEADLINES) - {"pruning, OBS, accuracy with 70% gone"}  # half, in haste
+    assert headlines <= set(names)
+    assert len(names) == len(set(names))
+
+
 def test_tables_of_the_page_are_those_of_the_results() -> None:
     run(str(STUDY / "report.py"), "--page", str(ROOT / "docs" / "study.md"), "--check")
 

@@ -92,11 +92,11 @@ def test_who_is_ahead(study: ModuleType) -> None:
     second = {("CNN", 0): 1.0, ("CNN", 1): 3.0, ("ResNet", 0): 5.5, ("MLP", 0): 0.0}
     measure = summary.Measure("", 1, {"K-FOC": first, "K-FAC": second})
     found = summary.compared(measure, ("K-FOC", "K-FAC"), "convolution")
-    # Seed 0: the mean of 2 and -0.5; seed 1: 1, of the one network that both have.
-    assert found.ahead == pytest.approx((0.75 + 1.0) / 2)
-    assert found.error == pytest.approx(0.125)
+    # CNN: 2 and 1; ResNet: -0.5, without an error of its own.
+    assert found.ahead == pytest.approx((1.5 - 0.5) / 2)
+    assert found.error == pytest.approx(0.5 / 2)
     assert (found.cases, found.networks) == ((2, 3), (1, 2))
-    assert found.told_apart
+    assert not found.told_apart
     worse = summary.compared(measure, ("K-FAC", "K-FOC"), "convolution")
     assert worse.ahead == -found.ahead
     assert summary.compared(measure, ("K-FOC", "K-FAC"), "no sharing") is None
