@@ -76,7 +76,8 @@ class Comparison:
     def __str__(self) -> str:
         won, count = self.cases
         error = "" if math.isnan(self.error) else f" ± {self.error:.2g}"
-        return f"{self.ahead:+.2g}{error} ({won} of {count})"
+        ahead = round(self.ahead, 9) + 0.0  # no rounding, and no -0
+        return f"{ahead:+.2g}{error} ({won} of {count})"
 
     @property
     def told_apart(self) -> bool:
