@@ -19,10 +19,10 @@ def optimizer(part: dict[str, Any]) -> Figure:
     """The curve of each method's setting of the lowest training loss: geometric means of seeds."""
     every, networks = part["settings"]["loss every"], in_order(distinct(part["rows"], "network"))
     figure, axes = pyplot.subplots(
-        -(-len(networks) // 3), min(3, len(networks)), figsize=(7.2, 4.6), squeeze=False,
+        1, len(networks), figsize=(2.5 * max(2, len(networks)), 3), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for axis, network in zip(axes.flat, networks, strict=False):
+    for axis, network in zip(axes[0], networks, strict=True):
         rows = best_by(where(part["rows"], network=network), "training")
         for method, damped in dict.fromkeys((r["method"], r["damped"]) for r in rows):
             if method not in MAIN:
@@ -34,13 +34,11 @@ def optimizer(part: dict[str, Any]) -> Figure:
             look = style(method, "--" if damped == "exact" else "-") | {"markevery": 4}
             look["label"] = f"{method}, damping by {damped}" if damped else method
             axis.plot(steps, middle, **look)
-        axis.set(yscale="log")
+        axis.set(yscale="log", xlabel="steps")
+        axis.tick_params(labelsize=8, which="both")
         axis.set_title(network, fontsize=9)
         axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("steps")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("training loss")
+    axes[0, 0].set_ylabel("training loss")
     legend(figure, axes[0, 0], rows=2)
     return figure
 
