@@ -40,8 +40,8 @@ $(VENV)/ready: pyproject.toml requirements-torch.txt
 benchmark: $(VENV)/ready $(VENV)/peers
 	$(BIN)/python benchmarks/run.py
 
-study: $(VENV)/ready  ## does optimality matter? results, plots and tables, in some ten minutes
-	$(BIN)/python study/run.py
+study: $(VENV)/ready  ## does optimality matter? results, plots and tables, into results-study/
+	$(BIN)/python study/run.py --out results-study
 
 study-quick: $(VENV)/ready  ## the same, tiny, to see that all of it runs
 	$(BIN)/python study/run.py --quick --out results-study-quick
@@ -67,4 +67,4 @@ $(VENV)/release: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) results results-quick results-study-quick site dist
+	rm -rf $(VENV) results results-quick results-study results-study-quick site dist

@@ -81,15 +81,17 @@ def kept(saliency: Weights, sparsity: float) -> Weights:
     }
 
 
-def adjusted(weights: Weights, mask: Weights, curvature: kfoc.Curvature) -> Weights:
+def adjusted(
+    weights: Weights, mask: Weights, curvature: kfoc.Curvature, damping: float = DAMPING
+) -> Weights:
     """The weights that stay, moved to where a quadratic loss of this curvature is least.
 
-    `d^T (F + damping I) d` with the changes d of what goes given: conjugate gradients in the rest.
+    `c^T (F + damping I) c` with the changes c of what goes given: conjugate gradients in the rest.
     """
 
     def product(change: Weights) -> Weights:
         found = curvature.matvec(change)
-        return {k: found[k] + DAMPING * change[k] for k in change}
+        return {k: found[k] + damping * change[k] for k in change}
 
     gone = product({k: (1 - mask[k]) * -w for k, w in weights.items()})
     residual = {k: -mask[k] * g for k, g in gone.items()}

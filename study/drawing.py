@@ -9,10 +9,13 @@ from matplotlib.figure import Figure
 
 from kfoc.compare.looks import look
 
+# What has no look of its own, and whose it takes.
+LIKE = {"exact solve": "optimum", "magnitude": "no curvature"}
+
 
 def style(method: str, line: str = "-") -> dict[str, Any]:
     return {
-        **look(method),
+        **look(LIKE.get(method, method)),
         "markersize": 5,
         "linewidth": 1.4,
         "linestyle": line,

@@ -8,6 +8,7 @@ Measures, and writes the results (results/draws.json), the picture and the table
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import kfoc
 from borrowed import borrowed
 from drawing import legend
-from kfoc.reproduce.results import Row, distinct, keep, markdown, read, values
+from kfoc.reproduce.results import Row, Unit, distinct, keep, markdown, read, values
 from report import filled
 from subjects import Subject, cnn, layers, mlp, small_digits, trained
 
@@ -75,17 +76,22 @@ def settings(quick: bool) -> dict[str, Any]:
     }
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    """One for each network, number of samples and of draws, kind of draw, and estimator."""
-    chosen = settings(quick)
+def units(quick: bool) -> Iterator[Unit]:
     for subject in SUBJECTS[2:] if quick else SUBJECTS:
-        for seed in range(chosen["networks"]):
-            (_, model), *_ = trained(subject, seed, quick)
-            sizes = [(size, [1]) for size in chosen["samples"]]
-            for size, draws in [*sizes, (chosen["few"], chosen["draws"])]:
-                images = subject.data()[0][:size].double()
-                for row in errors(model.double(), images, draws, chosen["seeds of draws"]):
-                    yield {"network": subject.name, "seed": seed, "samples": size} | row
+        for seed in range(settings(quick)["networks"]):
+            unit = {"network": subject.name, "seed": seed}
+            yield unit, functools.partial(of_network, subject, seed, quick)
+
+
+def of_network(subject: Subject, seed: int, quick: bool) -> Iterator[Row]:
+    """One for each number of samples and of draws, kind of draw, and estimator."""
+    chosen = settings(quick)
+    (_, model), *_ = trained(subject, seed, quick)
+    sizes = [(size, [1]) for size in chosen["samples"]]
+    for size, draws in [*sizes, (chosen["few"], chosen["draws"])]:
+        images = subject.data()[0][:size].double()
+        for row in errors(model.double(), images, draws, chosen["seeds of draws"]):
+            yield {"samples": size} | row
 
 
 def errors(model: nn.Module, images: Tensor, draws: list[int], seeds: int) -> Iterator[Row]:
@@ -187,7 +193,7 @@ def main() -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.draw:
         machine = borrowed("benchmarks/machine.py").describe(threads=1)
-        for _ in keep(rows(arguments.quick), settings(arguments.quick), results, machine):
+        for _ in keep(units(arguments.quick), settings(arguments.quick), results, machine):
             pass
     kept = read(results)
     found = kept["rows"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterator
 from typing import Any
 
 import kfoc
 from estimators import ESTIMATORS
+from kfoc.reproduce.results import Row, Unit
 from subjects import LARGE, Data, Subject, layers, trained
 
 SAMPLES, BATCH, PROBES, SEEDS = 512, 128, 64, (0, 1, 2)
@@ -23,20 +25,24 @@ def settings(quick: bool) -> dict[str, Any]:
     }
 
 
-def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    chosen = settings(quick)
+def units(quick: bool) -> Iterator[Unit]:
     for subject in LARGE[::2] if quick else LARGE:
-        inputs, targets = (part[: chosen["samples"]] for part in subject.data())
-        data = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
-        for seed in chosen["seeds"]:
-            for stage, model in trained(subject, seed, quick):
-                for fisher in (subject.fisher, "empirical"):
-                    for method in ESTIMATORS:
-                        if method in subject.once and seed != SEEDS[0]:
-                            continue
-                        row = {"network": subject.name, "seed": seed, "stage": stage}
-                        row |= {"fisher": fisher, "method": method}
-                        yield row | errors(model, data, subject, fisher, method, seed)
+        for seed in settings(quick)["seeds"]:
+            unit = {"network": subject.name, "seed": seed}
+            yield unit, functools.partial(of_network, subject, seed, quick)
+
+
+def of_network(subject: Subject, seed: int, quick: bool) -> Iterator[Row]:
+    count = settings(quick)["samples"]
+    inputs, targets = (part[:count] for part in subject.data())
+    data = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
+    for stage, model in trained(subject, seed, quick):
+        for fisher in (subject.fisher, "empirical"):
+            for method in ESTIMATORS:
+                if method in subject.once and seed != SEEDS[0]:
+                    continue
+                row = {"stage": stage, "fisher": fisher, "method": method}
+                yield row | errors(model, data, subject, fisher, method, seed)
 
 
 def errors(

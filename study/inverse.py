@@ -18,6 +18,7 @@ On layers of which the exact block F can be formed. A is an approximation, d a d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import kfoc
 from estimators import ESTIMATORS
+from kfoc.reproduce.results import Row, Unit
 from subjects import SMALL, Subject, loss, small_layers, trained
 
 SAMPLES, SEEDS, DIRECTIONS = 512, (0, 1, 2), 8
@@ -49,21 +51,23 @@ def settings(quick: bool) -> dict[str, Any]:
     }
 
 
-def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    chosen = settings(quick)
+def units(quick: bool) -> Iterator[Unit]:
     for subject in SMALL[2:] if quick else SMALL:
-        count = chosen["sequences" if "GPT" in subject.name else "samples"]
-        inputs, targets = (part[:count] for part in subject.data())
-        for seed in chosen["seeds"]:
-            for stage, model in trained(subject, seed, quick):
-                if stage == "init":
-                    continue
-                model = model.double()
-                if inputs.is_floating_point():
-                    inputs = inputs.double()
-                where = {"network": subject.name, "seed": seed, "stage": stage}
-                for row in of_model(model, (inputs, targets), subject, chosen, seed):
-                    yield where | row
+        for seed in settings(quick)["seeds"]:
+            unit = {"network": subject.name, "seed": seed}
+            yield unit, functools.partial(of_network, subject, seed, quick)
+
+
+def of_network(subject: Subject, seed: int, quick: bool) -> Iterator[Row]:
+    chosen = settings(quick)
+    count = chosen["sequences" if "GPT" in subject.name else "samples"]
+    inputs, targets = (part[:count] for part in subject.data())
+    if inputs.is_floating_point():
+        inputs = inputs.double()
+    for stage, model in trained(subject, seed, quick):
+        if stage != "init":
+            for row in of_model(model.double(), (inputs, targets), subject, chosen, seed):
+                yield {"stage": stage} | row
 
 
 def of_model(

@@ -1,4 +1,4 @@
-"""The study's plots, one PNG a part, from its results.
+"""The study's plots, each as PNG and SVG, from its results.
 
 python study/plots.py [RESULTS [PLOTS]]
 """
@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from drawing import legend, points, style
 from kfoc.compare.looks import look
 from kfoc.reproduce.results import distinct, read, values, where
-from plots_of_uses import continual, influence, laplace, optimizer
+from plots_of_networks import influence, products, pruning
+from plots_of_training import continual, laplace, optimizer
 from tables import NAMES
 
 HERE = Path(__file__).parent
@@ -132,6 +133,8 @@ PLOTS = {
     "optimizer": ("optimizer", optimizer),
     "continual": ("continual", continual),
     "influence": ("influence", influence),
+    "products": ("influence", products),
+    "pruning": ("pruning", pruning),
 }
 
 
@@ -141,12 +144,14 @@ def main() -> None:
     parser.add_argument("plots", nargs="?", default=str(HERE.parent / "docs" / "study"))
     arguments = parser.parse_args()
     folder = Path(arguments.plots)
+    matplotlib.rcParams["svg.hashsalt"] = "kfoc"  # the same file from the same results
     folder.mkdir(parents=True, exist_ok=True)
     for name, (part, draw) in PLOTS.items():
         path = Path(arguments.results) / f"{part}.json"
         if path.exists() and read(path)["rows"]:
             figure = draw(read(path))
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             pyplot.close(figure)
 
 

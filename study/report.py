@@ -15,15 +15,17 @@ from pathlib import Path
 
 import summary
 import tables
+import tables_of_training
 from borrowed import ROOT
 from kfoc.reproduce.results import read
 
 HERE = Path(__file__).parent
 BENCHMARK = ROOT / "benchmarks" / "results" / "optimizer.json"
-PARTS = {"errors", "inverse", "laplace", "optimizer", "continual", "influence"}
+PARTS = {"errors", "inverse", "laplace", "optimizer", "continual", "influence", "pruning"}
 # Name of a table -> the part that it is of, what it is, and what makes it.
 TABLES: dict[str, tuple[str, str, Callable[[tables.Results], str]]] = {
-    "summary": ("all", "How often the closer product did better", summary.summary),
+    "verdict": ("all", "K-FOC against K-FAC", summary.verdict),
+    "summary": ("all", "All pairs, by kind of network", summary.summary),
     "errors": ("errors", "Relative error of the blocks", tables.errors),
     "solve": (
         "inverse",
@@ -52,16 +54,32 @@ TABLES: dict[str, tuple[str, str, Callable[[tables.Results], str]]] = {
     ),
     "bands": ("inverse", "Share of trace F by band of F's eigenvectors, %", tables.bands),
     "overshoot": ("inverse", "Overshoot, by stage and damping", tables.overshoot),
-    "laplace": ("laplace", "Laplace posteriors", tables.laplace),
-    "benchmark": ("benchmark", "Natural gradients, larger networks", tables.benchmark),
-    "optimizer": ("optimizer", "Natural gradients, small MLP", tables.optimizer),
-    "optimizer-damping": (
-        "optimizer",
-        "Natural gradients, small MLP, training loss by damping",
-        tables.optimizer_by_damping,
+    "laplace-evidence": (
+        "laplace",
+        "Laplace posteriors, evidence less that of the exact blocks",
+        tables_of_training.laplace_evidence,
     ),
-    "continual": ("continual", "Five tasks", tables.continual),
+    "laplace": ("laplace", "Laplace posteriors, predictions", tables_of_training.laplace),
+    "benchmark": ("benchmark", "Natural gradients, larger networks", tables.benchmark),
+    "optimizer": ("optimizer", "Natural gradients", tables_of_training.optimizer),
+    "optimizer-pairs": (
+        "optimizer",
+        "Natural gradients, K-FOC by K-FAC",
+        tables_of_training.optimizer_pairs,
+    ),
+    "optimizer-why": (
+        "optimizer",
+        "Natural gradients, curvatures in each other's size",
+        tables_of_training.optimizer_why,
+    ),
+    "continual": ("continual", "Five tasks", tables_of_training.continual),
     "influence": ("influence", "Influence against leaving out", tables.influence),
+    "influence-products": (
+        "influence",
+        "Influence by products with the true Fisher",
+        tables.products,
+    ),
+    "pruning": ("pruning", "Accuracy of pruned networks", tables.pruning),
 }
 
 

@@ -3,7 +3,8 @@
     python study/run.py [--quick] [--only errors laplace ...] [--jobs 2] [--out FOLDER]
 
 Each part is a process on one thread, `--jobs` of them at a time. It writes PART.json after each
-row, so that Ctrl-C keeps what is done; the plots and tables are made of all files that are there.
+unit, and keeps what is there under the same settings: after Ctrl-C the same command goes on where
+it was, and to measure again, one deletes the file. Plots and tables are made of all files there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PARTS = {
     "continual": "continual",
     "inverse": "inverse",
     "influence": "leaving_out",
+    "pruning": "pruned",
     "optimizer": "training",
 }
 
@@ -39,7 +41,7 @@ def measure(part: str, quick: bool, out: Path) -> None:
     module = importlib.import_module(PARTS[part])
     start, count = time.perf_counter(), 0
     machine = borrowed("benchmarks/machine.py").describe(threads=1)
-    for _ in keep(module.rows(quick), module.settings(quick), out / f"{part}.json", machine):
+    for _ in keep(module.units(quick), module.settings(quick), out / f"{part}.json", machine):
         count += 1
     print(f"{part}: {count} rows in {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -1,82 +1,254 @@
-"""One table over all parts: how often the closer product did better, on the same network and seed.
+"""All parts at a glance: is the closer product ahead, by how much, by kind of network.
 
-A case is one measurement that both curvatures of a pair have: same network, stage, layer, seed and
-damping. Cases that share a network are not independent: the counts describe, they do not test.
+A case is a network and a seed, on which both curvatures of a pair were measured. The difference is
+taken within each case, averaged over the seeds of a network and then over the networks of a kind;
+its standard error is that of the seeds. Positive differences are those where the first of the pair
+does better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from kfoc.reproduce.results import Row, markdown, values, where
-from tables import Results, best, strongest
+from kfoc.reproduce.results import Row, markdown, where
+from networks import KINDS
+from tables import Results, chosen_pruning
+from tables_of_training import kinds_of_damping, off_exact, strongest
 
-PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("EK-FOC", "K-FOC"))
-Case = tuple[Any, ...]
-Scores = dict[Case, float]
+# The measures that the short table shows.
+HEADLINES = (
+    "relative error of F",
+    "solve, gain, small damping",
+    "solve, gain, large damping",
+    "influence against training again, damping 1 x decay",
+    "influence against the proximal response, damping 1 x decay",
+    "pruning, OBS, accuracy with 70% gone",
+    "natural gradient, ln training loss, the better damping",
+    "natural gradient, ln test loss, the better damping",
+    "Laplace, all layers, evidence, distance from the exact blocks'",
+    "Laplace, all layers, log loss, prior by held-out data",
+    "five tasks, accuracy",
+)
+PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("K-FOC", "EKFAC"))
+# The first words of a network's name -> its kind.
+KIND_OF = {
+    "MLP": KINDS[0], "small MLP": KINDS[0],
+    "CNN": KINDS[1], "small CNN": KINDS[1], "LeNet": KINDS[1], "ResNet": KINDS[1],
+    "tokens": KINDS[2], "encoder": KINDS[2], "GPT": KINDS[2], "small GPT": KINDS[2],
+}  # fmt: skip
+Case = tuple[str, int]  # network, seed
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared.
+
+    Attributes:
+        sign: 1 where more is better, -1 where less is.
+        scores: method -> case -> value.
+    """
+
+    name: str
+    sign: int
+    scores: dict[str, dict[Case, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of a pair, over the cases of one kind.
+
+    Attributes:
+        ahead: the mean difference, positive where the first does better.
+        error: its standard error over seeds, of networks with several; nan without any.
+        cases, networks: in how many the first is ahead, and of how many.
+    """
+
+    ahead: float
+    error: float
+    cases: tuple[int, int]
+    networks: tuple[int, int]
+
+    def __str__(self) -> str:
+        won, count = self.cases
+        error = "" if math.isnan(self.error) else f" ± {self.error:.2g}"
+        ahead = round(self.ahead, 9) + 0.0  # no rounding, and no -0
+        return f"{ahead:+.2g}{error} ({won} of {count})"
+
+    @property
+    def told_apart(self) -> bool:
+        """Twice the standard error is the usual bound of what chance alone would do."""
+        return abs(self.ahead) > 2 * self.error
+
+
+def compared(measure: Measure, pair: tuple[str, str], kind: str) -> Comparison | None:
+    """None where there is no case of both."""
+    first, second = (measure.scores.get(method, {}) for method in pair)
+    ahead = {
+        case: measure.sign * (first[case] - second[case])
+        for case in first
+        if case in second and KIND_OF[case[0]] == kind
+    }
+    if not ahead:
+        return None
+    by_network = defaultdict(list)
+    for (network, _), value in ahead.items():
+        by_network[network].append(value)
+    means = [statistics.fmean(found) for found in by_network.values()]
+    several = [found for found in by_network.values() if len(found) > 1]
+    square = sum(statistics.variance(found) / len(found) for found in several)
+    return Comparison(
+        statistics.fmean(means),
+        square**0.5 / len(means) if several else math.nan,
+        (sum(value > 0 for value in ahead.values()), len(ahead)),
+        (sum(mean > 0 for mean in means), len(means)),
+    )
+
+
+def verdict(results: Results) -> str:
+    """Of the headlines, K-FOC against K-FAC: a line a measure, a column a kind of network."""
+    lines = []
+    for measure in measures(results):
+        if measure.name not in HEADLINES:
+            continue
+        cells = []
+        for kind in KINDS:
+            found = compared(measure, PAIRS[0], kind)
+            if found is None:
+                cells.append("-")
+            elif not found.told_apart:
+                cells.append(f"even: {found}")
+            else:
+                cells.append(f"**{PAIRS[0][found.ahead < 0]}**: {found}")
+        lines.append([measure.name, *cells])
+    return markdown(["measure", *KINDS], lines, range(4))
 
 
 def summary(results: Results) -> str:
-    header = ["measure", *(f"{first} better than {second}" for first, second in PAIRS)]
+    """All pairs: a line a measure and kind."""
     lines = []
-    for name, sign, scores in measures(results):
-        cells = []
-        for first, second in PAIRS:
-            found = [scores.get(method, {}) for method in (first, second)]
-            common = [case for case in found[0] if case in found[1]]
-            won = sum(sign * found[0][case] > sign * found[1][case] for case in common)
-            cells.append(f"{won} of {len(common)}" if common else "-")
-        lines.append([name, *cells])
-    return markdown(header, lines)
+    for measure in measures(results):
+        for kind in KINDS:
+            found = [compared(measure, pair, kind) for pair in PAIRS]
+            if any(found):
+                cells = ["-" if each is None else in_full(each) for each in found]
+                lines.append([measure.name, kind, *cells])
+    header = [f"{first} ahead of {second} by" for first, second in PAIRS]
+    return markdown(["measure", "networks", *header], lines, range(2))
 
 
-def measures(results: Results) -> Iterator[tuple[str, int, dict[str, Scores]]]:
-    """A name, 1 where more is better and -1 where less is, and the scores by method."""
-    keys = ("network", "fisher", "stage", "seed")
-    yield "relative error", -1, columns(results["errors"]["rows"], "error", keys)
-    yield from of_inverse(results["inverse"])
-    for key, name in (("NLL", "log loss"), ("ECE", "calibration error")):
-        for prefix, prior in (("", "the evidence"), ("its ", "held-out digits")):
-            found = columns(results["laplace"]["rows"], prefix + key, ("network", "seed"))
-            yield f"Laplace, {name}, prior by {prior}", -1, found
-    for damped in results["optimizer"]["settings"]["damping by"]:
-        rows = where(results["optimizer"]["rows"], damped=damped)
-        methods = {row["method"] for row in rows}
-        chosen = [row for method in methods for row in best(where(rows, method=method))]
-        yield f"training loss, damping by {damped}", -1, columns(chosen, "final", ("seed",))
-    rows = results["continual"]["rows"]
-    chosen = [row for m in {r["method"] for r in rows} for row in strongest(rows, m)]
-    yield "five tasks, accuracy", 1, columns(chosen, "test", ("seed",))
-    rows = results["influence"]["rows"]
-    for damping in results["influence"]["settings"]["dampings, by the weight decay"]:
-        found = columns(where(rows, damping=damping), "correlation", ("seed",))
-        yield f"influence, correlation, damping {damping:g} x decay", 1, found
+def in_full(found: Comparison) -> str:
+    won, count = found.networks
+    return f"{str(found)[:-1]}; {won} of {count} networks)"
 
 
-def of_inverse(part: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Scores]]]:
-    """Dampings below the mean eigenvalue of F, and from it on."""
+def measures(results: Results) -> Iterator[Measure]:
+    for part, make in PARTS.items():
+        if part in results:
+            yield from make(results[part])
+
+
+def of_errors(part: dict[str, Any]) -> Iterator[Measure]:
+    yield Measure("relative error of F", -1, columns(part["rows"], lambda row: row["error"]))
+
+
+def of_inverse(part: dict[str, Any]) -> Iterator[Measure]:
+    """Dampings below the mean eigenvalue of F, and from it on; means over layers and stages."""
     dampings = part["settings"]["dampings, by the mean eigenvalue"]
     ranges = {
         "small damping": [k for k, d in enumerate(dampings) if d < 0.1],
         "large damping": [k for k, d in enumerate(dampings) if d >= 1],
     }
-    for key, sign in (("solve", -1), ("gain", 1), ("solve, random", -1), ("logdet", -1)):
+    names = {
+        "solve": "error of the solve",
+        "gain": "gain of the solve",
+        "logdet": "log-determinant",
+    }
+    for key, sign in (("solve", -1), ("gain", 1), ("logdet", -1)):
         for name, chosen in ranges.items():
-            found: dict[str, Scores] = {}
-            for row in part["rows"]:
-                case = row["network"], row["stage"], row["layer"], row["seed"]
-                for k in chosen:
-                    if row[key][k] is not None:
-                        found.setdefault(row["method"], {})[(*case, k)] = abs(row[key][k])
-            words = {"solve": "solve, mean gradient", "gain": "gain, mean gradient"}.get(key, key)
-            yield f"{words}, {name}", sign, found
+
+            def score(row: Row, key: str = key, chosen: list[int] = chosen) -> float | None:
+                there = [row[key][k] for k in chosen]
+                return None if None in there else statistics.fmean(map(abs, there))
+
+            yield Measure(f"{names[key]}, {name}", sign, columns(part["rows"], score))
 
 
-def columns(rows: list[Row], key: str, by: tuple[str, ...]) -> dict[str, Scores]:
-    """Method -> case -> value."""
-    found: dict[str, Scores] = {}
+def of_influence(part: dict[str, Any]) -> Iterator[Measure]:
+    rows = where(part["rows"], products=0)
+    names = {"retraining": "against training again", "proximal": "against the proximal response"}
+    for target, words in names.items():
+        for damping in sorted(part["settings"]["dampings, by the weight decay"]):
+            found = columns(where(rows, target=target, damping=damping), lambda row: row["pearson"])
+            yield Measure(f"influence {words}, damping {damping:g} x decay", 1, found)
+        found = columns(where(rows, target=target, damping=1.0), lambda row: row["spearman"])
+        yield Measure(f"influence {words}, ranks", 1, found)
+    found = columns(where(rows, target="proximal", damping=1.0), lambda row: row["found"])
+    yield Measure("mislabelled samples found by influence", 1, found)
+
+
+def of_pruning(part: dict[str, Any]) -> Iterator[Measure]:
+    for order in ("OBD", "OBS"):
+        for sparsity in part["settings"]["sparsities"]:
+            rows = where(chosen_pruning(part["rows"]), order=order, sparsity=sparsity)
+            found = columns(rows, lambda row: row["accuracy"])
+            yield Measure(f"pruning, {order}, accuracy with {sparsity:.0%} gone", 1, found)
+
+
+def of_laplace(part: dict[str, Any]) -> Iterator[Measure]:
+    names = {
+        "NLL": "log loss, prior by evidence",
+        "its NLL": "log loss, prior by held-out data",
+        "ECE": "calibration error, prior by evidence",
+        "its ECE": "calibration error, prior by held-out data",
+    }
+    for layers, words in (("all", "Laplace, all layers"), ("last", "Laplace, last layer")):
+        rows = off_exact(where(part["rows"], layers=layers))
+        found = columns(rows, lambda row: row["off"])
+        yield Measure(f"{words}, evidence, distance from the exact blocks'", -1, found)
+        for key, name in names.items():
+            found = columns(rows, lambda row, key=key: row[key])
+            yield Measure(f"{words}, {name}", -1, found)
+
+
+def of_training(part: dict[str, Any]) -> Iterator[Measure]:
+    """Logarithms of losses: 0.1 is a tenth less."""
+    for score, shown in (("training", "training"), ("held out", "test")):
+        for damped, rows in kinds_of_damping(part["rows"], score).items():
+            found = columns(rows, lambda row, shown=shown: math.log(row[shown]))
+            words = "the better damping" if damped == "best" else f"{damped} damping"
+            yield Measure(f"natural gradient, ln {shown} loss, {words}", -1, found)
+
+
+def of_continual(part: dict[str, Any]) -> Iterator[Measure]:
+    rows = strongest(part["rows"])
+    yield Measure("five tasks, accuracy", 1, columns(rows, lambda row: row["test"]))
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], Iterator[Measure]]] = {
+    "errors": of_errors,
+    "inverse": of_inverse,
+    "influence": of_influence,
+    "pruning": of_pruning,
+    "optimizer": of_training,
+    "laplace": of_laplace,
+    "continual": of_continual,
+}
+
+
+def columns(
+    rows: Iterable[Row], score: Callable[[Row], float | None]
+) -> dict[str, dict[Case, float]]:
+    """Method -> case -> the mean of its scores; without cases of which one is missing."""
+    found: dict[str, dict[Case, list[float | None]]] = {}
     for row in rows:
-        if values([row], key):
-            found.setdefault(row["method"], {})[tuple(row[each] for each in by)] = row[key]
-    return found
+        case = row["network"], row["seed"]
+        found.setdefault(row["method"], {}).setdefault(case, []).append(score(row))
+    return {
+        method: {case: statistics.fmean(s) for case, s in cases.items() if None not in s}
+        for method, cases in found.items()
+    }

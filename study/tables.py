@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
 from kfoc.reproduce.results import Row, distinct, markdown, spread, values, where
+from networks import KINDS, NETWORKS
 
 NAMES = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "K-FOC, rank 2")
+INFLUENCE = (
+    "no curvature", "diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "exact blocks", "exact solve",
+)  # fmt: skip
+PRUNING = ("diagonal", "K-FAC", "K-FOC", "EKFAC", "EK-FOC", "exact blocks")
 Results = dict[str, dict[str, Any]]  # part -> what its file holds
 
 
@@ -87,31 +93,6 @@ def overshoot(results: Results) -> str:
     return markdown(["network", "curvature", *header], lines, range(2))
 
 
-def laplace(results: Results) -> str:
-    rows, lines = results["laplace"]["rows"], []
-    columns = ("evidence", "accuracy", "NLL", "ECE", "its NLL", "its ECE")
-    for network in distinct(rows, "network"):
-        for method in distinct(where(rows, network=network), "method"):
-            mine = where(rows, network=network, method=method)
-            priors = [mean_of(mine, key) for key in ("prior", "held-out prior")]
-            cells = [spread(values(mine, key)) for key in columns]
-            lines.append([network, method, priors[0], *cells[:4], priors[1], *cells[4:]])
-    header = ["prior by evidence", "evidence", "accuracy", "NLL", "ECE"]
-    header += ["prior by held-out digits", "NLL", "ECE"]
-    return markdown(["network", "curvature", *header], lines, range(2))
-
-
-def significant(found: list[float]) -> str:
-    """Mean ± standard deviation of losses of any size."""
-    deviation = f" ± {statistics.stdev(found):.1g}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.2g}{deviation}"
-
-
-def mean_of(rows: list[Row], key: str) -> str:
-    found = values(rows, key)
-    return f"{statistics.fmean(found):.3g}" if found else ""
-
-
 def benchmark(results: Results) -> str:
     """Of benchmarks/optimizer.py: one seed, larger networks."""
     lines = []
@@ -120,36 +101,6 @@ def benchmark(results: Results) -> str:
         lines.append([row["problem"], row["method"], *there, f"{row['lowest loss']:.4f}"])
     header = ["problem", "method", "lr or kl_clip", "steps to AdamW's best", "seconds"]
     return markdown([*header, "lowest loss"], lines, range(2))
-
-
-def optimizer(results: Results) -> str:
-    """The setting of the lowest mean loss at the end, for each method.
-
-    Steps are to the highest of AdamW's last losses over the seeds.
-    """
-    part = results["optimizer"]
-    rows, every = part["rows"], part["settings"]["loss every"]
-    goal = max(row["final"] for row in best(where(rows, method="AdamW")))
-    lines = []
-    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
-        mine = best(where(rows, damped=damped, method=method))
-        reached = [steps_to(row["losses"], goal, every) for row in mine]
-        counts = f"{statistics.fmean(reached):.0f}" if None not in reached else "not in all"
-        losses = [significant(values(mine, key)) for key in ("final", "test")]
-        lines.append([method, damped, mine[0]["setting"], *losses, counts])
-    header = ["method", "damping by", "best setting", "training loss", "test loss"]
-    return markdown([*header, "steps to AdamW's last"], lines, range(3))
-
-
-def optimizer_by_damping(results: Results) -> str:
-    """Training loss at the last step with the best kl_clip for each damping."""
-    rows = [row for row in results["optimizer"]["rows"] if row["damping"] is not None]
-    dampings, lines = distinct(rows, "damping"), []
-    for damped, method in dict.fromkeys((row["damped"], row["method"]) for row in rows):
-        mine = where(rows, damped=damped, method=method)
-        cells = [significant(values(best(where(mine, damping=d)), "final")) for d in dampings]
-        lines.append([method, damped, *cells])
-    return markdown(["method", "damping by", *(f"{d:g}" for d in dampings)], lines, range(2))
 
 
 def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row]:
@@ -161,35 +112,65 @@ def best(rows: list[Row], score: str = "final", of: str = "setting") -> list[Row
     return where(rows, **{of: chosen})
 
 
-def steps_to(losses: list[float], goal: float, every: int) -> int | None:
-    return next((every * (k + 1) for k, loss in enumerate(losses) if loss <= goal), None)
-
-
-def continual(results: Results) -> str:
-    """At the strength that does best on validation digits, for each method."""
-    rows, lines = results["continual"]["rows"], []
-    for method in distinct(rows, "method"):
-        mine = strongest(rows, method)
-        cells = [spread([100 * v for v in values(mine, key)], 1) for key in ("test", "forgetting")]
-        lines.append([method, *cells, f"{mine[0]['strength']:g}"])
-    return markdown(["curvature", "accuracy, %", "forgetting, %", "strength"], lines)
-
-
-def strongest(rows: list[Row], method: str) -> list[Row]:
-    mine = [row | {"error": 1 - row["validation"]} for row in where(rows, method=method)]
-    return best(mine, "error", "strength")
-
-
 def influence(results: Results) -> str:
-    rows, lines = results["influence"]["rows"], []
-    dampings = distinct(rows, "damping")
-    for method in distinct(rows, "method"):
-        line = [method]
-        for damping in dampings:
-            mine = where(rows, method=method, damping=damping)
-            line += [spread(values(mine, key), 2) for key in ("correlation", "scale", "found")]
-        lines.append(line)
-    header = [
-        f"{name}, {damping:g}" for damping in dampings for name in ("correlation", "scale", "found")
-    ]
-    return markdown(["curvature", *header], lines)
+    """Correlations of predicted and real changes of loss, and mislabelled samples found."""
+    rows, lines = where(results["influence"]["rows"], products=0), []
+    cases = [(d, "pearson") for d in sorted(distinct(rows, "damping"))] + [(1.0, "spearman")]
+    for network in distinct(rows, "network"):
+        mine = where(rows, network=network)
+        for target in sorted(distinct(mine, "target"), reverse=True):
+            for damping, key in cases:
+                cell = {"target": target, "damping": damping}
+                found = [spread(values(mine, key, method=m, **cell), 2) for m in INFLUENCE]
+                words = {"pearson": "values", "spearman": "ranks"}[key]
+                lines.append([network, target, f"{damping:g}", words, *found])
+        cell = {"target": "proximal", "damping": 1.0}
+        found = [spread(values(mine, "found", method=m, **cell), 2) for m in INFLUENCE]
+        lines.append([network, "mislabelled, found", "1", "", *found])
+    return markdown(["network", "target", "damping", "of", *INFLUENCE], lines, range(4))
+
+
+def products(results: Results) -> str:
+    """By the number of products with the true Fisher: means over the networks of a kind."""
+    rows, lines = where(results["influence"]["rows"], target="proximal", damping=1.0), []
+    counts = sorted(distinct(rows, "products"))
+    for queries, kind in itertools.product(("alone", "together"), KINDS):
+        mine = [row for row in rows if NETWORKS[row["network"]].kind == kind]
+        for method in INFLUENCE[:-1] if mine else ():
+            first = values(mine, "pearson", method=method, products=0)
+            found = [
+                values(mine, "pearson", method=method, products=k, queries=queries)
+                for k in counts[1:]
+            ]
+            cells = [f"{statistics.fmean(each):.2f}" for each in [first, *found]]
+            lines.append([queries, kind, method, *cells])
+    return markdown(["queries", "networks", "curvature", *map(str, counts)], lines, range(3))
+
+
+def pruning(results: Results) -> str:
+    """Accuracies in percent, at the damping of the lowest held-out loss."""
+    rows, lines = chosen_pruning(results["pruning"]["rows"]), []
+
+    def cell(**wanted: Any) -> str:
+        return spread([100 * v for v in values(rows, "accuracy", **wanted)], 1)
+
+    for network in distinct(rows, "network"):
+        for sparsity in distinct(where(rows, method="magnitude"), "sparsity"):
+            for order in ("OBD", "OBS"):
+                place = {"network": network, "sparsity": sparsity}
+                found = [cell(method=m, order=order, **place) for m in PRUNING]
+                whole = cell(network=network, method="whole network")
+                magnitude = cell(method="magnitude", **place)
+                lines.append([network, whole, f"{sparsity:.0%}", order, magnitude, *found])
+    header = ["network", "whole", "gone", "order", "magnitude", *PRUNING]
+    return markdown(header, lines, (0, 2, 3))
+
+
+def chosen_pruning(rows: list[Row]) -> list[Row]:
+    """Of each network, method, order and sparsity the rows of the damping that does best."""
+    keys = ("network", "method", "order", "sparsity")
+    found = []
+    for case in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        mine = where(rows, **dict(zip(keys, case, strict=True)))
+        found += best(mine, "held-out loss", "damping") if mine[0]["order"] else mine
+    return found

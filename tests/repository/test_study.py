@@ -7,15 +7,17 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from documents import ROOT
+from kfoc.reproduce.results import Row, Unit, keep
 
 STUDY = ROOT / "study"
-PARTS = ("errors", "inverse", "laplace", "optimizer", "continual", "influence")
+PARTS = ("errors", "inverse", "laplace", "optimizer", "continual", "influence", "pruning")
 
 
 def run(*arguments: str) -> None:
@@ -45,11 +47,22 @@ def test_part_writes_complete_results_and_a_plot(part: str, quick: Path) -> None
         key for row in committed["rows"] for key in row
     }
     assert (quick / f"{part}.png").stat().st_size > 5000
+    assert (quick / f"{part}.svg").stat().st_size > 5000
 
 
 def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
-    assert (quick / "study.md").read_text().count("## ") == 15
+    assert (quick / "study.md").read_text().count("## ") == 20
     assert not list(quick.glob(".*"))
+
+
+def test_the_short_table_has_every_headline(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDY)
+    summary = importlib.import_module("summary")
+    results = {path.stem: json.loads(path.read_text()) for path in quick.glob("*.json")}
+    names = [measure.name for measure in summary.measures(results)]
+    headlines = set(summary.HEADLINES) - {"pruning, OBS, accuracy with 70% gone"}  # half, in haste
+    assert headlines <= set(names)
+    assert len(names) == len(set(names))
 
 
 def test_tables_of_the_page_are_those_of_the_results() -> None:
@@ -78,23 +91,36 @@ def test_the_page_shows_every_table_and_plot_once() -> None:
     for plot in (ROOT / "docs" / "study").glob("*.png"):
         assert page.count(f"(study/{plot.name})") == 1, plot.name
     names = re.findall(r'^    "([\w-]+)": \(', (STUDY / "report.py").read_text(), re.M)
-    assert len(names) == 15
+    assert len(names) == 20
     assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
 
 
-def test_what_was_measured_stays_when_a_part_is_interrupted(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path\n"
-        "from kfoc.reproduce.results import keep\n"
-        "def rows():\n"
-        "    yield {'a': 1.23456789}\n"
-        "    raise KeyboardInterrupt\n"
-        "try:\n"
-        f"    list(keep(rows(), {{}}, Path({str(tmp_path / 'part.json')!r}), {{}}))\n"
-        "except KeyboardInterrupt:\n"
-        "    pass\n"
-    )
-    run("-c", code)
-    content = json.loads((tmp_path / "part.json").read_text())
+def test_what_was_measured_stays_when_a_part_is_interrupted_and_is_not_measured_again(
+    tmp_path: Path,
+) -> None:
+    path, measured = tmp_path / "part.json", []
+
+    def units(stop: bool) -> Iterator[Unit]:
+        for seed in (0, 1):
+
+            def make(seed: int = seed) -> Iterator[Row]:
+                measured.append(seed)
+                yield {"a": 1.23456789}
+                if stop and seed == 1:
+                    raise KeyboardInterrupt
+                yield {"a": 2.0}
+
+            yield {"seed": seed}, make
+
+    with pytest.raises(KeyboardInterrupt):
+        list(keep(units(stop=True), {"steps": (1, 2)}, path, {}))
+    there = [{"seed": 0, "a": 1.23457}, {"seed": 0, "a": 2.0}]
+    content = json.loads(path.read_text())
     assert not content["complete"]
-    assert content["rows"] == [{"a": 1.23457}]
+    assert content["rows"] == there
+    assert list(keep(units(stop=False), {"steps": (1, 2)}, path, {}))[:2] == there
+    assert measured == [0, 1, 1]
+    assert json.loads(path.read_text())["complete"]
+    assert len(json.loads(path.read_text())["rows"]) == 4
+    list(keep(units(stop=False), {"steps": (1, 3)}, path, {}))
+    assert measured == [0, 1, 1, 0, 1]

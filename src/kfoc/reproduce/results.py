@@ -1,7 +1,7 @@
 """What the programs share: a file of results, tables of them, and files of pictures.
 
 The file is JSON: rows, beside what they were measured under. `kfoc reproduce`, the study and the
-benchmarks write it after each row or workload, so that what is done survives Ctrl-C.
+benchmarks write it after each unit or workload, so that what is done survives Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kfoc.files.writing import replacing, write_text
 
 Row = dict[str, Any]
+# What is measured and kept at once: the columns that tell it from others, and what makes its rows.
+Unit = tuple[Row, Callable[[], Iterable[Row]]]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -28,19 +30,29 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def keep(
-    rows: Iterable[Row], settings: dict[str, Any], path: Path, machine: dict[str, Any]
+    units: Iterable[Unit], settings: dict[str, Any], path: Path, machine: dict[str, Any]
 ) -> Iterator[Row]:
-    """Pass the rows on; all of them so far are in the file, which says whether it is complete."""
-    start = time.process_time()
+    """Measure the units that are not in the file, and pass on all rows, with their unit's columns.
+
+    What is there under the same settings is kept; what is there under others is measured again.
+    The file says whether it is complete.
+    """
     content: dict[str, Any] = {"complete": False, "settings": settings, "machine": machine}
-    content["rows"] = []
-    for row in rows:
-        content["rows"].append(rounded(row))
-        write(path, content)
-        yield row
-    content["complete"] = True
-    content["processor seconds"] = round(time.process_time() - start)
-    write(path, content)
+    there = read(path) if path.exists() else {}
+    same = there.get("settings") == json.loads(json.dumps(settings))
+    content["rows"] = there["rows"] if same else []
+    before = there.get("processor seconds", 0) if same else 0
+    start = time.process_time()
+    for unit, make in units:
+        found = where(content["rows"], **unit)
+        if not found:
+            found = [rounded(unit | row) for row in make()]
+            content["rows"] += found
+            content["processor seconds"] = before + round(time.process_time() - start)
+            write(path, content)
+        yield from found
+    if not (same and there.get("complete")):
+        write(path, content | {"complete": True})
 
 
 def rounded(value: Any) -> Any:
