@@ -23,8 +23,8 @@ from tables_of_training import kinds_of_damping, off_exact, strongest
 # The measures that the short table shows.
 HEADLINES = (
     "relative error of F",
-    "solve, gain, small damping",
-    "solve, gain, large damping",
+    "gain of the solve, small damping",
+    "gain of the solve, large damping",
     "influence against training again, damping 1 x decay",
     "influence against the proximal response, damping 1 x decay",
     "pruning, OBS, accuracy with 70% gone",

@@ -42,6 +42,7 @@ def keep(
     same = there.get("settings") == json.loads(json.dumps(settings))
     content["rows"] = there["rows"] if same else []
     before = there.get("processor seconds", 0) if same else 0
+    content["processor seconds"] = before
     start = time.process_time()
     for unit, make in units:
         found = where(content["rows"], **unit)
