@@ -70,7 +70,7 @@ def write(out: Path, document: Record) -> None:
 
 
 def begun(out: Path, machine: Record, settings: Record, workloads: list[str]) -> Record:
-    """What is there of other workloads, by the same settings on the same machine; in their order."""
+    """What is there of other workloads, by the same settings on the same machine."""
     kept: Record = {"machine": machine, "settings": settings, "conditions": [], "rows": []}
     earlier = json.loads(out.read_text()) if out.exists() else {}
     if (earlier.get("machine"), earlier.get("settings")) == (machine, settings):
