@@ -208,7 +208,7 @@ def test_close_singular_values_are_not_left_to_a_sketch() -> None:
         inputs[group, 0, columns] = torch.randn(100, 10, generator=generator) * share
         grads[0, group, 0, columns] = torch.randn(100, 10, generator=generator)
     samples = Samples(Rows(inputs), grads)
-    sketch = sketched(contraction_of(samples, "primal"), SHAPE, 8, Tolerance(1e-6))
+    sketch, _ = sketched(contraction_of(samples, "primal"), SHAPE, 8, Tolerance(1e-6))
     assert sketch is None or sketch.damping <= CLOSEST
     fit = fit_from_sketch(
         contraction_of(samples, "primal"),
@@ -241,7 +241,7 @@ def test_in_float32(plan: str, scale: float) -> None:
 def test_draws_nothing_from_the_global_generator() -> None:
     state = torch.get_rng_state()
     contraction = contraction_of(samples_of("positions", 0), "positions")
-    sketch = sketched(contraction, SHAPE, 4, Tolerance(1e-6))
+    sketch, _ = sketched(contraction, SHAPE, 4, Tolerance(1e-6))
     assert sketch is not None
     formed(contraction, sketch)
     assert torch.equal(torch.get_rng_state(), state)
@@ -274,4 +274,4 @@ def test_white_noise_is_not_projected(power: float, reduced: bool) -> None:
     grads = torch.randn(1, 300, 1, 10, generator=generator)
     contraction = Primal(Samples(Rows(inputs), grads))
     assert (contraction.projected(8) is not None) == reduced
-    assert (sketched(contraction, (10, 80), 8, Tolerance(1e-6)) is not None) == reduced
+    assert (sketched(contraction, (10, 80), 8, Tolerance(1e-6))[0] is not None) == reduced

@@ -30,6 +30,10 @@ from kfoc.nearest.power import (
 # the acceleration takes at least, with and without implicit representations.
 SOON = {True: 1, False: 2}
 
+# The norm is worth so many half steps where the first ones did not suffice: it tells how far sigma
+# may be from its limit, which is much where the error is large.
+WORTH = 6
+
 # Where half steps cost next to nothing, they go on until so many times less is left.
 TIMES = 10
 
@@ -80,6 +84,11 @@ def leading_pair(
     rtol = tolerance.at(sigmas[-1])
     if gap <= rtol:
         return krylov.first_pair(sigmas, gap)
+    if tolerance.rtol is None and tolerance.total is None and contraction.norm_in_steps <= WORTH:
+        tolerance = replace(tolerance, total=contraction.squared_norm())
+        rtol = tolerance.at(sigmas[-1])
+        if gap <= rtol:
+            return krylov.first_pair(sigmas, gap)
     # What the chain has computed is not thrown away: the power iteration goes on from its end.
     if max(x.numel() for x in krylov.chain) > BASIS_LIMIT:
         return krylov.continued(sigmas, tolerance, max_steps)

@@ -90,12 +90,12 @@ def fit_from_sketch(
         shape: (o, i).
         rank: directions that samples are reduced to.
     """
-    sketch = sketched(contraction, shape, rank, Tolerance(rtol))
+    sketch, tolerance = sketched(contraction, shape, rank, Tolerance(rtol))
     found = formed(contraction, sketch) if sketch else None
     if not isinstance(found, Pair):
         return fit_contraction(
             contraction,
-            rtol=rtol,
+            rtol=tolerance,
             max_steps=max_steps,
             certify=certify,
             scale=scale,
@@ -114,15 +114,18 @@ def fit_from_sketch(
 
 def sketched(
     contraction: Sketchable, shape: tuple[int, int], rank: int, tolerance: Tolerance
-) -> Sketch | None:
-    """A sketch of the factor on the larger side; None where none can be relied on."""
+) -> tuple[Sketch | None, float | None]:
+    """A sketch of the factor on the larger side; None where none can be relied on.
+
+    Beside it, how near sigma has to come to its limit, as far as the reduced problem tells.
+    """
     side: Side = "left" if shape[0] > shape[1] else "right"
     bases: dict[Side, Tensor | None] = {}
     inner: Primal | PositionGram
     if isinstance(contraction, Primal):
         projected = contraction.projected(rank)
         if projected is None:
-            return None
+            return None, tolerance.rtol
         reduced, bases = projected
         inner = Primal(reduced)
     else:
@@ -138,13 +141,14 @@ def sketched(
         inner_tolerance = Tolerance(max(inner_tolerance.rtol, 1.1 * precision))
     found = leading_pair(inner, inner_tolerance, MAX_STEPS)
     if not found.converged or not found.sigma or found.damping > CLOSEST:
-        return None
+        return None, tolerance.at(found.sigma) if tolerance.total else tolerance.rtol
     representation = found.left if side == "left" else found.right
     if isinstance(inner, Primal):
         rows = _root(inner.factor(representation, side), bases[side])
     else:
         rows = _nystrom(inner, representation, side)
-    return Sketch(rows, side, max(found.damping, LEAST_DAMPING), tolerance.at(found.sigma))
+    near = tolerance.at(found.sigma)
+    return Sketch(rows, side, max(found.damping, LEAST_DAMPING), near), near
 
 
 def truncated(
