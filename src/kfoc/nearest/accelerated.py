@@ -34,6 +34,8 @@ SOON = {True: 1, False: 2}
 # may be from its limit, which is much where the error is large.
 WORTH = 6
 
+CAUTION = 4
+
 # Where half steps cost next to nothing, they go on until so many times less is left.
 TIMES = 10
 
@@ -85,7 +87,8 @@ def leading_pair(
     if gap <= rtol:
         return krylov.first_pair(sigmas, gap)
     if tolerance.rtol is None and tolerance.total is None and contraction.norm_in_steps <= WORTH:
-        tolerance = replace(tolerance, total=contraction.squared_norm())
+        # A part of it: what is left is estimated from few rises yet, and is then taken for less.
+        tolerance = replace(tolerance.tighter(CAUTION), total=contraction.squared_norm())
         rtol = tolerance.at(sigmas[-1])
         if gap <= rtol:
             return krylov.first_pair(sigmas, gap)
