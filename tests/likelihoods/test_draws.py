@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
+from kfoc.likelihoods import softmax
 from kfoc.likelihoods.draws import Draws
 from models import trained
 
@@ -334,3 +335,17 @@ def test_kfoc_of_a_weighted_draw_is_nearly_that_of_the_exact_fisher(network) -> 
     plain = squared_errors(network, kfoc.KFOC(), "mc-plain") - best
     weighted = squared_errors(network, kfoc.KFOC(), "mc") - best
     assert -1e-9 < weighted < plain / 10
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (3, 5, 4), (3, 4, 5)])
+def test_some_logits_at_a_time_are_all(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    outputs = torch.randn(shape)
+    likelihood = kfoc.Categorical(class_dim=1 if shape[-1] == 5 else -1)
+    found = []
+    for numbers in (softmax.CHUNK, 9):
+        monkeypatch.setattr(softmax, "CHUNK", numbers)
+        found.append(likelihood.weighted(outputs, None, Draws(3, 11)))
+    torch.testing.assert_close(*found, rtol=1e-14, atol=0)
+    assert found[0].shape == outputs.shape

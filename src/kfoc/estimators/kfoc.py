@@ -45,7 +45,14 @@ OF_SUMS: dict[str, type[Aggregation]] = {"online": Sums, "exact": ExactSums}
 class KFOC(Options, FactoredEstimator):
     """K-FOC (Schnaus, Lee & Triebel 2021), over any number of batches.
 
-    A single batch gets its optimum under every aggregation. Several are combined by:
+    The better matrix than K-FAC in every case of docs/study.md, and most where weights are shared
+    over positions (convolutions, tokens, attention). To invert it there, take it with a damping
+    that is not much below the weight decay, or better `EigenCorrected(KFOC())`, or a few products
+    with the true Fisher (`kfoc.Fisher`); with an MLP, K-FAC inverts as well. Continual learning and
+    pruning gain nothing from it.
+
+    A single batch gets its optimum, within `rtol`, under every aggregation. Several are combined
+    by:
 
     - `"online"` (default): one pass. The leading singular triples of all batches so far are kept
       (the head), each buffer's are merged with them in closed form, and of what that leaves out

@@ -12,6 +12,7 @@ from torch import Tensor
 from kfoc.likelihoods.base import Likelihood, by_sample, described, probit
 from kfoc.likelihoods.draws import Draws
 from kfoc.likelihoods.options import tensor_option
+from kfoc.likelihoods.softmax import drawn_by_weight, residuals
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +149,15 @@ class Categorical(Likelihood):
         """Probabilities (N, P, C), how many times each label counts (N, P), and the class dim."""
         dim = self._dim(outputs, targets)
         probabilities = _flat(outputs, dim, len(outputs)).softmax(-1)
-        if self.weight is None and _labels(targets) is None:
-            return probabilities, probabilities.new_ones(probabilities.shape[:2]), dim
-        if self.weight is None:
-            return probabilities, self._chosen(targets, probabilities)[1], dim
-        return probabilities, self._shares(targets, probabilities, dim).sum(-1), dim
+        return probabilities, self._counts(targets, probabilities, dim), dim
+
+    def _counts(self, targets: object, p: Tensor, dim: int) -> Tensor:
+        """How many times each label counts, (N, P), for anything like probabilities."""
+        if self.weight is not None:
+            return self._shares(targets, p, dim).sum(-1)
+        if _labels(targets) is None:
+            return p.new_ones(p.shape[:2])
+        return self._chosen(targets, p)[1]
 
     def _chosen(self, targets: Any, p: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (N, P, 1), zero for those that do not count, and which do (N, P)."""
@@ -184,29 +189,18 @@ class Categorical(Likelihood):
         count, places, _ = probabilities.shape
         uniform = draws.uniform(count, places, outputs.device)[..., None]
         labels = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
-        cotangent = _residuals(probabilities, labels)
+        cotangent = residuals(probabilities, labels)
         return self._shaped(cotangent * counts.sqrt()[..., None], outputs, dim)
 
     def weighted(self, outputs: Tensor, targets: object, draws: Draws) -> Tensor:
-        """`s r / |r| sqrt(1 - |p|^2)` with r = e_c - p, the class c drawn by p_c |r|^2."""
-        p, counts, dim = self._probabilities(outputs.double(), targets)
-        count, places, _ = p.shape
-        likeliest, top = p.max(-1, keepdim=True)
-        others = p.scatter(-1, top, 0)
-        # 1 - p of the likeliest class and what follows from it as sums: 1 - p loses all digits.
-        rest, squares = others.sum(-1, keepdim=True), others.square_().sum(-1, keepdim=True)
-        norms = torch.sub(1 + likeliest.square() + squares, p, alpha=2)  # |e_c - p|^2
-        norms.scatter_(-1, top, rest.square() + squares)
-        size = rest * (1 + likeliest) - squares  # 1 - |p|^2
-        points = draws.spread(count, places, outputs.device)[..., None]
-        cumulative = norms.mul_(p).cumsum_(-1)  # in place: (N, P, C) is large for a vocabulary
-        labels = torch.searchsorted(cumulative, points * cumulative[..., -1:])
-        cotangent = _residuals(p, labels)
-        length = cotangent.norm(dim=-1, keepdim=True)
+        dim = self._dim(outputs, targets)
+        logits = _flat(outputs, dim, len(outputs))
+        count, places, _ = logits.shape
+        counts = self._counts(targets, logits, dim).double()
+        points = draws.spread(count, places, outputs.device)
         signs = draws.signs(count, places, outputs.device) * counts.sqrt()
-        # Where p is one-hot both may be zero, and there is nothing to draw.
-        cotangent *= size.sqrt() / length.clamp_min(torch.finfo(p.dtype).tiny) * signs[..., None]
-        return self._shaped(cotangent.to(outputs), outputs, dim)
+        found = drawn_by_weight(logits.flatten(0, 1), points.flatten(), signs.flatten())
+        return self._shaped(found, outputs, dim)
 
     def exact(self, outputs: Tensor, targets: object) -> Iterator[Tensor]:
         probabilities, counts, dim = self._probabilities(outputs, targets)
@@ -214,7 +208,7 @@ class Categorical(Likelihood):
         for place in range(places):
             for c in range(classes):
                 p = probabilities[:, place]
-                direction = _residuals(p, torch.full_like(p[:, :1], c, dtype=torch.long))
+                direction = residuals(p, torch.full_like(p[:, :1], c, dtype=torch.long))
                 cotangent = torch.zeros_like(probabilities)
                 weight = (p[:, c] * counts[:, place]).sqrt()
                 cotangent[:, place] = direction * weight[:, None]
@@ -238,7 +232,7 @@ class Categorical(Likelihood):
         chosen, counts = self._chosen(targets, p)
         if self.weight is not None:
             counts = counts * self.weight.to(p)[chosen[..., 0]]
-        return self._shaped(_residuals(p, chosen) * counts[..., None], outputs, dim)
+        return self._shaped(residuals(p, chosen) * counts[..., None], outputs, dim)
 
     def log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
         dim = self._dim(outputs, targets)
@@ -263,12 +257,6 @@ def _flat(values: Tensor, dim: int, count: int) -> Tensor:
     """(N, P, C), from values in the shape of the outputs."""
     moved = values.movedim(dim, -1)
     return moved.reshape(count, -1, moved.shape[-1])
-
-
-def _residuals(p: Tensor, labels: Tensor) -> Tensor:
-    """e_c - p (..., C) at the labels c (..., 1); its 1 - p_c, as a sum, keeps its digits."""
-    others = p.scatter(-1, labels, 0)
-    return others.neg().scatter_(-1, labels, others.sum(-1, keepdim=True))
 
 
 def _labels(targets: object) -> Tensor | None:

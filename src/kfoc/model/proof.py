@@ -217,7 +217,7 @@ def _evidence(
     if not edges:
         return {}
     leaves: list[Any] = [p for name in calls if name not in sharded for p in held[name]]
-    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float32).to(outputs)
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     first = torch.autograd.grad(outputs, [*edges, *leaves], cotangent, **options)
     grads, sums = iter(first[: len(edges)]), iter(first[len(edges) :])
