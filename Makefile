@@ -15,8 +15,8 @@ reproduce: $(VENV)/ready  ## the paper's two figures, quickly, into results-quic
 reproduce-full: $(VENV)/ready  ## the same on all data with ten seeds, into results/
 	$(BIN)/kfoc reproduce --out results
 
-test: $(VENV)/ready lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+test: $(VENV)/ready lint  ## lint, types, tests: files of them in two processes, of one thread each
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 nightly: $(VENV)/ready  ## thousands of random cases of the property tests, other ones every time
 	KFOC_PROFILE=nightly KFOC_CASES=$(CASES) $(BIN)/python -m pytest tests/test_properties.py

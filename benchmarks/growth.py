@@ -57,7 +57,7 @@ def series(records: list[Record], family: str, method: str, quantity: str) -> tu
     found = [
         (int(r["workload"].partition("=")[2]), r[quantity] * UNITS[quantity])
         for r in records
-        if r["workload"].partition("=")[0] == family and r["method"] == method and "error" not in r
+        if family_of(r) == family and r["method"] == method and "error" not in r
     ]
     return [size for size, _ in found], [value for _, value in found]
 
@@ -144,10 +144,10 @@ def main() -> int:
     options = parse()
     set_threads(options.threads)
     out = options.out or HERE / ("growth-quick.png" if options.quick else "growth.png")
-    records: list[Record] = []
     if options.draw:
         draw(read(out.with_suffix(".json"))["rows"], options.families, out)
         return 0
+    records = others(options, out)
     for family in options.families:
         for size in SIZES[family][:4] if options.quick else SIZES[family]:
             records += point(f"{family}={size}", options)
@@ -155,10 +155,23 @@ def main() -> int:
     return int(any("error" in record for record in records))
 
 
+def family_of(record: Record) -> str:
+    return str(record["workload"]).partition("=")[0]
+
+
+def others(options: argparse.Namespace, out: Path) -> list[Record]:
+    """What is there of families that are not measured now, on the same machine."""
+    file = out.with_suffix(".json")
+    earlier = read(file) if file.exists() else {}
+    if earlier.get("machine") != describe(options.threads):
+        return []
+    return [record for record in earlier["rows"] if family_of(record) not in options.families]
+
+
 def keep(records: list[Record], options: argparse.Namespace, out: Path) -> None:
     """Plot and JSON of the families measured so far."""
-    measured = {record["workload"].partition("=")[0] for record in records}
-    families = [family for family in options.families if family in measured]
+    measured = {family_of(record) for record in records}
+    families = [family for family in SIZES if family in measured]
     machine = describe(options.threads)
     content = {"machine": machine, "exponents": exponents(records, families), "rows": records}
     write(out.with_suffix(".json"), content)

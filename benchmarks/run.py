@@ -6,6 +6,7 @@ python benchmarks/run.py [--quick] [--workloads 'mlp-*' ...] [--repeats 9] [--ou
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -60,10 +61,22 @@ def methods_of(workload: str, patterns: Sequence[str] | None) -> list[str]:
 
 def write(out: Path, document: Record) -> None:
     """JSON and table as they stand; called after each workload, so that Ctrl-C keeps the rest."""
+    for part in ("conditions", "rows"):
+        document[part].sort(key=lambda each: list(WORKLOADS).index(each["workload"]))
     document["targets"] = [check.record() for check in checks(document["rows"])]
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write(out, document)
     out.with_suffix(".md").write_text(page(document))
+
+
+def begun(out: Path, machine: Record, settings: Record, workloads: list[str]) -> Record:
+    """What is there of other workloads, by the same settings on the same machine."""
+    kept: Record = {"machine": machine, "settings": settings, "conditions": [], "rows": []}
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    if (earlier.get("machine"), earlier.get("settings")) == (machine, settings):
+        for part in ("conditions", "rows"):
+            kept[part] = [each for each in earlier[part] if each["workload"] not in workloads]
+    return kept
 
 
 def say(text: str) -> None:
@@ -88,12 +101,8 @@ def main() -> int:
     out = options.out or (RESULTS.with_stem("quick") if options.quick else RESULTS)
     if find_spec("curvlinops") is None:
         say(PEER_MISSING)
-    document: Record = {
-        "machine": describe(options.threads),
-        "settings": {"repeats": repeats, "quick": options.quick, "threads": options.threads},
-        "conditions": [],
-        "rows": [],
-    }
+    settings = {"repeats": repeats, "quick": options.quick, "threads": options.threads}
+    document = begun(out, describe(options.threads), settings, workloads)
     for workload in workloads:
         document["conditions"].append(conditions(workload, options.patience))
         document["rows"] += measure(

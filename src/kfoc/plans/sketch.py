@@ -49,7 +49,7 @@ FINE = 1e-5
 PASSES = 2
 
 # Singular values are not taken to be further apart than this, squared: the estimate is from below.
-LEAST_DAMPING = 0.15
+LEAST_DAMPING = 0.3
 
 # Singular values as close as this might change places in the reduced problem.
 CLOSEST = 0.9
@@ -243,9 +243,9 @@ def formed(contraction: Sketchable, sketch: Sketch) -> Pair | Start | None:
         return None
     # With e_u the share in the sketch of another singular vector, of singular value s relative to
     # the first, the two half steps have changed it by (1 - s^2) e_u, and sigma still lacks half the
-    # sum of (1 - s^2) s^2 e_u^2.
-    along = torch.dot((sketch.rows @ second).flatten(), sketch.rows.flatten()).item() / sigma
-    gap = max(1 - along**2, 0.0) * q / (1 - q) / 2
+    # sum of (1 - s^2) s^2 e_u^2. The cosine between before and after is the ratio of the two norms:
+    # <l, A A^T l> is |A^T l|^2.
+    gap = max(1 - (norm / sigma) ** 2, 0.0) * q / (1 - q) / 2
     if gap <= sketch.rtol:
         return Pair(first, second, side, 1.0, sigma, 2, gap)
     # Much of that may be what a sketch of few directions lacks, which is gone by now. So by what
