@@ -47,7 +47,9 @@ def errors(part: dict[str, Any]) -> Figure:
                 points(axis, x + 0.13 * (k - 2.5), found, method, **SMALL)
         axis.set_xticks(range(len(stages)), stages)
         axis.set_title(network)
-        axis.set_ylim(0, 1.3)
+        axis.set_ylim(0, 1)
+    for axis in axes.flat[len(networks) :]:
+        axis.set_axis_off()
     figure.supylabel("relative error, mean of layers", fontsize=7.5)
     legend(figure, axes[0, 0], rows=2, size=7)
     return figure
