@@ -40,6 +40,19 @@ def mean_and_error(found: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.fmean(found):+.{digits}f}{error}"
 
 
+def with_error(mean: float, error: float) -> str:
+    """Both with as many decimals: two digits of the error, or one where it is below 0.01.
+
+    Three decimals where there is no error, or none to speak of.
+    """
+    decimals = 3
+    if error > 0:
+        first = math.floor(math.log10(error))
+        decimals = max(0, -first if first < -2 else 1 - first)
+    shown = "" if math.isnan(error) else f" ± {error:.{decimals}f}"
+    return f"{round(mean, decimals) + 0.0:+.{decimals}f}{shown}"  # no -0
+
+
 def ratio(logs: Sequence[float]) -> str:
     """Of natural logarithms' differences: their geometric mean, with the range of one error."""
     if not logs:

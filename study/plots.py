@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, rc_context
 from matplotlib.figure import Figure
 
-from drawing import legend, points, style
-from kfoc.compare.looks import look
-from kfoc.reproduce.results import distinct, read, values, where
+from drawing import SMALL, legend, points, style
+from kfoc.compare.looks import COLUMN, STYLE, look
+from kfoc.reproduce.results import distinct, read, save, values, where
+from paired import in_order
+from plots_of_gain import gain
 from plots_of_networks import influence, products, pruning
 from plots_of_training import continual, laplace, optimizer
 from tables import NAMES
@@ -29,28 +31,27 @@ PRODUCTS = ("K-FAC", "K-FOC", "EKFAC", "EK-FOC")
 
 
 def errors(part: dict[str, Any]) -> Figure:
-    """A panel a network and kind of Fisher; stages along, errors up."""
-    rows = part["rows"]
-    networks, stages = distinct(rows, "network"), distinct(rows, "stage")
+    """A panel a network; stages along, errors of the exact Fisher up."""
+    rows = where(part["rows"], fisher="exact")
+    networks, stages = in_order(distinct(rows, "network")), distinct(rows, "stage")
+    lines = -(-len(networks) // 2)
     figure, axes = pyplot.subplots(
-        2, len(networks), figsize=(2.7 * len(networks) + 0.6, 5.6), sharey=True, squeeze=False,
+        lines, 2, figsize=(COLUMN, 1.35 * lines + 0.5), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for column, network in enumerate(networks):
-        fishers = distinct(where(rows, network=network), "fisher")
-        for axis, fisher in zip(axes[:, column], fishers, strict=False):
-            for k, method in enumerate(NAMES):
-                for x, stage in enumerate(stages):
-                    cell = {"network": network, "fisher": fisher, "stage": stage}
-                    found = values(rows, "error", method=method, **cell)
-                    points(axis, x + 0.12 * (k - 2.5), found, method)
-            axis.set_xticks(range(len(stages)), stages)
-            axis.set_title(f"{network}, {fisher} Fisher", fontsize=9)
-            axis.set_ylim(0, 1.3)
-            axis.grid(axis="y", alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("relative error, mean of layers")
-    legend(figure, axes[0, 0])
+    for axis, network in zip(axes.flat, networks, strict=False):
+        for k, method in enumerate(NAMES):
+            for x, stage in enumerate(stages):
+                cell = {"network": network, "stage": stage, "method": method}
+                found = values(rows, "error", **cell)
+                points(axis, x + 0.13 * (k - 2.5), found, method, **SMALL)
+        axis.set_xticks(range(len(stages)), stages)
+        axis.set_title(network)
+        axis.set_ylim(0, 1)
+    for axis in axes.flat[len(networks) :]:
+        axis.set_axis_off()
+    figure.supylabel("relative error, mean of layers", fontsize=7.5)
+    legend(figure, axes[0, 0], rows=2, size=7)
     return figure
 
 
@@ -124,18 +125,20 @@ def spectrum(part: dict[str, Any]) -> Figure:
     return figure
 
 
-# Name of a plot -> the part that it is of, and what draws it.
-PLOTS = {
-    "errors": ("errors", errors),
-    "inverse": ("inverse", inverse),
-    "spectrum": ("inverse", spectrum),
-    "laplace": ("laplace", laplace),
-    "optimizer": ("optimizer", optimizer),
-    "continual": ("continual", continual),
-    "influence": ("influence", influence),
-    "products": ("influence", products),
-    "pruning": ("pruning", pruning),
+# Name of a plot -> the parts that it is of, and what draws it.
+PLOTS: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
+    "errors": (("errors",), errors),
+    "inverse": (("inverse",), inverse),
+    "spectrum": (("inverse",), spectrum),
+    "laplace": (("laplace",), laplace),
+    "optimizer": (("optimizer",), optimizer),
+    "continual": (("continual",), continual),
+    "influence": (("influence",), influence),
+    "products": (("influence",), products),
+    "pruning": (("pruning",), pruning),
+    "gain": (("errors", "influence", "optimizer"), gain),
 }
+STYLED = ("errors", "gain")  # for a column of a paper, and for two
 
 
 def main() -> None:
@@ -146,12 +149,13 @@ def main() -> None:
     folder = Path(arguments.plots)
     matplotlib.rcParams["svg.hashsalt"] = "kfoc"  # the same file from the same results
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (part, draw) in PLOTS.items():
-        path = Path(arguments.results) / f"{part}.json"
-        if path.exists() and read(path)["rows"]:
-            figure = draw(read(path))
-            figure.savefig(folder / f"{name}.png", dpi=150)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    paths = Path(arguments.results).glob("*.json")
+    results = {path.stem: found for path in paths if (found := read(path))["rows"]}
+    for name, (parts, draw) in PLOTS.items():
+        if results.keys() >= set(parts):
+            with rc_context(STYLE if name in STYLED else {"savefig.dpi": 150}):
+                figure = draw(*(results[part] for part in parts))
+                save(figure, folder / name)
             pyplot.close(figure)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from drawing import legend, points, style
-from kfoc.reproduce.results import Row, distinct, values, where
+from drawing import by_network, legend, points, style
+from kfoc.reproduce.results import distinct, values, where
 from tables import INFLUENCE, PRUNING, chosen_pruning
 
 
@@ -75,23 +74,3 @@ def pruning(part: dict[str, Any]) -> Figure:
     figure.supylabel("accuracy", fontsize=9)
     legend(figure, figure.axes[0], rows=2)
     return figure
-
-
-def by_network(rows: list[Row]) -> tuple[Figure, Iterator[tuple[Any, list[Row]]]]:
-    """A figure with a panel for each network, and the panels with the rows that belong there."""
-    networks = distinct(rows, "network")
-    figure, axes = pyplot.subplots(
-        -(-len(networks) // 3), 3, figsize=(7, 0.9 + 2.1 * -(-len(networks) // 3)), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-
-    def panels() -> Iterator[tuple[Any, list[Row]]]:
-        for axis, network in zip(axes.flat, networks, strict=False):
-            axis.set_title(network, fontsize=9)
-            axis.tick_params(labelsize=8)
-            axis.grid(alpha=0.3)
-            yield axis, where(rows, network=network)
-
-    for axis in axes.flat[len(networks) :]:
-        axis.set_axis_off()
-    return figure, panels()

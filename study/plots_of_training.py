@@ -9,38 +9,36 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from drawing import legend, points, style
+from drawing import by_network, legend, points, style
 from kfoc.reproduce.results import Row, distinct, values, where
 from paired import differences, error_of_mean, in_order
 from tables_of_training import MAIN, METHODS, best_by
 
 
 def optimizer(part: dict[str, Any]) -> Figure:
-    """The curve of each method's setting of the lowest training loss: geometric means of seeds."""
-    every, networks = part["settings"]["loss every"], in_order(distinct(part["rows"], "network"))
-    figure, axes = pyplot.subplots(
-        1, len(networks), figsize=(2.5 * max(2, len(networks)), 3), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, network in zip(axes[0], networks, strict=True):
-        rows = best_by(where(part["rows"], network=network), "training")
-        for method, damped in dict.fromkeys((r["method"], r["damped"]) for r in rows):
-            if method not in MAIN:
-                continue
-            curves = [row["losses"] for row in where(rows, method=method, damped=damped)]
-            logs = [[math.log(max(v, 1e-12)) for v in at] for at in zip(*curves, strict=True)]
-            middle = [math.exp(statistics.fmean(at)) for at in logs]
-            steps = [every * (k + 0.5) for k in range(len(middle))]
-            look = style(method, "--" if damped == "exact" else "-") | {"markevery": 4}
-            look["label"] = f"{method}, damping by {damped}" if damped else method
-            axis.plot(steps, middle, **look)
-        axis.set(yscale="log", xlabel="steps")
+    """The curve of each method's setting of the lowest training loss."""
+    rows, every = best_by(part["rows"], "training"), part["settings"]["loss every"]
+    figure, panels = by_network(rows)
+    for axis, mine in panels:
+        for method, damped in dict.fromkeys((r["method"], r["damped"]) for r in mine):
+            if method in MAIN:
+                line = style(method, "--" if damped == "exact" else "-") | {"markevery": 4}
+                line["label"] = f"{method}, damping by {damped}" if damped else method
+                axis.plot(*curve(where(mine, method=method, damped=damped), every), **line)
+        axis.set(yscale="log")
         axis.tick_params(labelsize=8, which="both")
-        axis.set_title(network, fontsize=9)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("training loss")
-    legend(figure, axes[0, 0], rows=2)
+    figure.supxlabel("steps", fontsize=9)
+    figure.supylabel("training loss", fontsize=9)
+    legend(figure, figure.axes[0], rows=2)
     return figure
+
+
+def curve(rows: list[Row], every: int) -> tuple[list[float], list[float]]:
+    """Steps, and the training loss there: geometric means over seeds."""
+    at_once = zip(*(row["losses"] for row in rows), strict=True)
+    logs = [[math.log(max(loss, 1e-12)) for loss in at] for at in at_once]
+    middle = [math.exp(statistics.fmean(at)) for at in logs]
+    return [every * (k + 0.5) for k in range(len(middle))], middle
 
 
 def laplace(part: dict[str, Any]) -> Figure:

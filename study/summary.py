@@ -17,6 +17,7 @@ from typing import Any
 
 from kfoc.reproduce.results import Row, markdown, where
 from networks import KINDS
+from paired import with_error
 from tables import Results, chosen_pruning
 from tables_of_training import kinds_of_damping, off_exact, strongest
 
@@ -38,7 +39,7 @@ PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("K-FOC", "EKFAC"))
 # The first words of a network's name -> its kind.
 KIND_OF = {
     "MLP": KINDS[0], "small MLP": KINDS[0],
-    "CNN": KINDS[1], "small CNN": KINDS[1], "LeNet": KINDS[1], "ResNet": KINDS[1],
+    "CNN": KINDS[1], "small CNN": KINDS[1], "ResNet": KINDS[1],
     "tokens": KINDS[2], "encoder": KINDS[2], "GPT": KINDS[2], "small GPT": KINDS[2],
 }  # fmt: skip
 Case = tuple[str, int]  # network, seed
@@ -75,9 +76,7 @@ class Comparison:
 
     def __str__(self) -> str:
         won, count = self.cases
-        error = "" if math.isnan(self.error) else f" ± {self.error:.2g}"
-        ahead = round(self.ahead, 9) + 0.0  # no rounding, and no -0
-        return f"{ahead:+.2g}{error} ({won} of {count})"
+        return f"{with_error(self.ahead, self.error)} ({won} of {count})"
 
     @property
     def told_apart(self) -> bool:

@@ -53,6 +53,7 @@ def test_part_writes_complete_results_and_a_plot(part: str, quick: Path) -> None
 def test_quick_run_writes_every_table_and_no_half_file(quick: Path) -> None:
     assert (quick / "study.md").read_text().count("## ") == 20
     assert not list(quick.glob(".*"))
+    assert (quick / "gain.svg").stat().st_size > 5000
 
 
 def test_the_short_table_has_every_headline(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +89,10 @@ def test_draws_run_and_their_page_has_the_table_of_the_results(
 
 def test_the_page_shows_every_table_and_plot_once() -> None:
     page = (ROOT / "docs" / "study.md").read_text()
-    for plot in (ROOT / "docs" / "study").glob("*.png"):
-        assert page.count(f"(study/{plot.name})") == 1, plot.name
+    plots = {plot.name for plot in (ROOT / "docs" / "study").glob("*.png")} - {"gain.png"}
+    assert all(page.count(f"(study/{plot})") == 1 for plot in plots), plots
+    for front, folder in (("README.md", "docs/study"), ("docs/index.md", "study")):
+        assert (ROOT / front).read_text().count(f"{folder}/gain.png") == 1, front
     names = re.findall(r'^    "([\w-]+)": \(', (STUDY / "report.py").read_text(), re.M)
     assert len(names) == 20
     assert all(page.count(f"<!-- table {name} -->") == 1 for name in names)
@@ -100,8 +103,8 @@ def test_what_was_measured_stays_when_a_part_is_interrupted_and_is_not_measured_
 ) -> None:
     path, measured = tmp_path / "part.json", []
 
-    def units(stop: bool) -> Iterator[Unit]:
-        for seed in (0, 1):
+    def units(stop: bool, seeds: tuple[int, ...] = (0, 1)) -> Iterator[Unit]:
+        for seed in seeds:
 
             def make(seed: int = seed) -> Iterator[Row]:
                 measured.append(seed)
@@ -122,5 +125,8 @@ def test_what_was_measured_stays_when_a_part_is_interrupted_and_is_not_measured_
     assert measured == [0, 1, 1]
     assert json.loads(path.read_text())["complete"]
     assert len(json.loads(path.read_text())["rows"]) == 4
+    list(keep(units(stop=False, seeds=(0, 1, 2)), {"steps": (1, 2)}, path, {}))
+    assert measured == [0, 1, 1, 2]
+    assert json.loads(path.read_text())["complete"]
     list(keep(units(stop=False), {"steps": (1, 3)}, path, {}))
-    assert measured == [0, 1, 1, 0, 1]
+    assert measured == [0, 1, 1, 2, 0, 1]

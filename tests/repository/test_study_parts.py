@@ -100,3 +100,14 @@ def test_who_is_ahead(study: ModuleType) -> None:
     worse = summary.compared(measure, ("K-FAC", "K-FOC"), "convolution")
     assert worse.ahead == -found.ahead
     assert summary.compared(measure, ("K-FOC", "K-FAC"), "no sharing") is None
+
+
+def test_a_difference_has_as_many_decimals_as_its_error(study: ModuleType) -> None:
+    shown = importlib.import_module("paired").with_error
+    assert shown(0.1003, 0.0098) == "+0.100 ± 0.010"
+    assert shown(-10.412, 0.621) == "-10.41 ± 0.62"
+    assert shown(-2.4e-5, 5.5e-5) == "-0.00002 ± 0.00006"
+    assert shown(-2e-7, 0.00075) == "+0.0000 ± 0.0008"
+    assert shown(0.0, 0.0) == "+0.000 ± 0.000"
+    assert shown(12.34, 34.5) == "+12 ± 34"
+    assert shown(0.25, float("nan")) == "+0.250"

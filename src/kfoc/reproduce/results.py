@@ -43,7 +43,7 @@ def keep(
     content["rows"] = there["rows"] if same else []
     before = there.get("processor seconds", 0) if same else 0
     content["processor seconds"] = before
-    start = time.process_time()
+    start, complete = time.process_time(), same and there.get("complete", False)
     for unit, make in units:
         found = where(content["rows"], **unit)
         if not found:
@@ -51,8 +51,9 @@ def keep(
             content["rows"] += found
             content["processor seconds"] = before + round(time.process_time() - start)
             write(path, content)
+            complete = False
         yield from found
-    if not (same and there.get("complete")):
+    if not complete:
         write(path, content | {"complete": True})
 
 
