@@ -411,6 +411,8 @@ def test_zero_inputs_leave_the_bias(estimator: kfoc.Estimator) -> None:
 @pytest.mark.parametrize("size", [1, 4])
 @FEW_PASSES
 def test_copies_of_one_sample_count_as_one(estimator: kfoc.Estimator, size: int) -> None:
+    if estimator == kfoc.EigenCorrected(kfoc.KFOC()):  # whose basis is as near as sigma's root
+        estimator = kfoc.EigenCorrected(kfoc.KFOC(rtol=1e-9))
     model, (x, _) = convolutional(), images(1)
     one = [(x, None)]
     many = [(x.expand(size, -1, -1, -1), None)] * (4 // size)

@@ -25,7 +25,7 @@ def test_the_rest_is_moved_to_the_least_of_the_quadratic(
     curvature = kfoc.fit(model, data, fisher="exact", estimator=kfoc.BlockDiagonal())
     weights = curvature.vector(model)
     mask = pruning.kept(pruning.saliencies(weights, {"": curvature})["OBS, "], 0.5)
-    found = curvature.flatten(pruning.adjusted(weights, mask, curvature))
+    found = curvature.flatten(pruning.adjusted(weights, mask, curvature, 0.1))
     dense = torch.block_diag(*[block.to_dense() for block in curvature.values()])
     order = curvature.flatten(curvature.unflatten(torch.arange(39.0)))
     assert torch.equal(order, torch.arange(39.0))

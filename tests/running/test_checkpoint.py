@@ -349,7 +349,7 @@ def other_weight(model: nn.Module) -> None:
         ({"fisher": "exact"}, None, "fisher was mc and is exact"),
         ({"mc_samples": 2}, None, "mc_samples was 1 and is 2"),
         ({"probes": 2}, None, "probes was 0 and is 2"),
-        ({"estimator": kfoc.KFOC(rtol=1e-3)}, None, "estimator was KFOC.*rtol=1e-06.*rtol=0.001"),
+        ({"estimator": kfoc.KFOC(rtol=1e-3)}, None, "estimator was KFOC.*rtol=None.*rtol=0.001"),
         ({"likelihood": "gaussian"}, None, "likelihood was Categorical.* and is Gaussian"),
         ({"layers": ["3", "5"]}, None, "layers was '0', '3', '5' and is '3', '5'"),
         ({"predict": lambda m, x: m(x)}, None, "predict was None and is .*lambda"),
