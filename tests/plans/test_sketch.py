@@ -128,6 +128,24 @@ def test_a_change_is_estimated_from_some_samples(monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(found[512], found[2000])
 
 
+def test_samples_that_are_their_bias_alone_are_drawn_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a ReLU that is dead: their inputs are zero, but for the constant."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(600, 1, 3, generator=generator)
+    inputs[50:] = 0
+    grads = torch.randn(1, 600, 1, 5, generator=generator)
+    probes = torch.randn(4, 4, generator=generator)
+    for zeros in (inputs, torch.zeros_like(inputs)):
+        contraction = Primal(Samples(Rows(zeros, 0.7), grads))
+        coefficients = contraction.apply(torch.eye(5), "left")
+        known = Formed(contraction.factor(coefficients, "right"), coefficients, "right")
+        found = {}
+        for some in (500, 600):
+            monkeypatch.setattr(single, "SOME", some)
+            found[some] = contraction.changed(known, torch.eye(5), 2.0, probes)
+        assert (found[500] - found[600]).norm() < 0.2 * found[600].norm()
+
+
 @pytest.mark.parametrize("plan", NAMES)
 def test_suffices_where_gradients_are_of_low_rank(plan: str) -> None:
     for seed in range(5):

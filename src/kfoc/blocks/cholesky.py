@@ -27,10 +27,9 @@ def damped_factors(left: Tensor, right: Tensor, damping: Damping) -> tuple[Tenso
     """
     left, right = (f.float() if f.element_size() < 4 else f for f in (left, right))
     if damping.method == "pi":
-        means = [factors.diagonal(f).double().mean().item() for f in (left, right)]
-        pi = math.sqrt(means[1] / means[0]) if min(means) > 0 else 1.0
-        root, scale = math.sqrt(damping.damping), math.sqrt(damping.scale)
-        return _shifted(left * scale, root / pi), _shifted(right * scale, pi * root)
+        shifts = damping.shifts(factors.diagonal(left), factors.diagonal(right))
+        scale = math.sqrt(damping.scale)
+        return _shifted(left * scale, shifts[0]), _shifted(right * scale, shifts[1])
     if left.numel() == 1:
         scaled = right * (left.squeeze() * damping.scale)
         return torch.ones_like(left), _shifted(scaled, damping.damping)

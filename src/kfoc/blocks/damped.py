@@ -51,10 +51,19 @@ class Damping:
         if self.method == "exact" or spectrum.factors is None:
             return spectrum.values * self.scale + self.damping
         left, right = spectrum.factors
+        shifts, scale = self.shifts(left, right), math.sqrt(self.scale)
+        return (left * scale + shifts[0])[:, None] * (right * scale + shifts[1])
+
+    def shifts(self, left: Tensor, right: Tensor) -> tuple[float, float]:
+        """What factored damping adds to the factors, each times `sqrt(scale)`.
+
+        Args:
+            left, right: (o,) and (i,), their eigenvalues or diagonals: of the same means.
+        """
         means = left.double().mean().item(), right.double().mean().item()
         pi = math.sqrt(means[1] / means[0]) if min(means) > 0 else 1.0
-        root, scale = math.sqrt(self.damping), math.sqrt(self.scale)
-        return (left * scale + root / pi)[:, None] * (right * scale + pi * root)
+        root = math.sqrt(self.damping)
+        return root / pi, pi * root
 
 
 class DampedBlock(Plain, ABC):

@@ -70,8 +70,9 @@ class _State(State):
         _, left = eigh(block.left, "the left factor")
         _, right = eigh(block.right, "the right factor")
         report = block.report
-        known = {"steps", "converged", "plan", "gap"}
-        self.report = Report(**{name: getattr(report, name) for name in known})
+        self.report = Report(
+            steps=report.steps, converged=report.converged, plan=report.plan, gap=report.gap
+        )
         self.basis = left.to(block.left.dtype), right.to(block.right.dtype)
         self.sums = torch.zeros_like(block.left[:, :1] * block.right[:1])
         return False

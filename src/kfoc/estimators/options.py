@@ -8,7 +8,7 @@ from kfoc.errors import out_of_memory
 from kfoc.estimators import single_output
 from kfoc.nearest.accelerated import fit_contraction
 from kfoc.nearest.contraction import Contraction
-from kfoc.nearest.power import KroneckerFit
+from kfoc.nearest.power import KroneckerFit, Tolerance
 from kfoc.plans.choose import contract, sketch_rank
 from kfoc.plans.cost import Size
 from kfoc.plans.sketch import Sketchable, fit_from_sketch
@@ -85,14 +85,14 @@ class Options:
             contraction,
             rtol=self.rtol,
             max_steps=self.max_steps,
-            certify=certify or contraction.certifies,
+            certify=certify,
             scale=scale,
         )
 
     def _sketch_rank(self, samples: Samples, contraction: Contraction) -> int:
         """See `planner.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
         is only nearly the optimum."""
-        tight = self.rtol is not None and self.rtol < 1e-8
+        tight = Tolerance(self.rtol).under(1e-8)
         if tight or isinstance(samples, Tied) or samples.diagonal or self.max_steps < 20:
             return 0
         element_size = samples.grads.element_size()

@@ -34,6 +34,7 @@ SOON = {True: 1, False: 2}
 # may be from its limit, which is much where the error is large.
 WORTH = 6
 
+# So many times less of it is allowed: what is left is estimated from few rises by then, and low.
 CAUTION = 4
 
 # Where half steps cost next to nothing, they go on until so many times less is left.
@@ -75,23 +76,20 @@ def leading_pair(
     damping = begun.damping if begun else None
     precision = 4 * torch.finfo(start.dtype).eps
     # Rises of sigma cannot show when factors have settled to rounding, only how long they take.
-    settle = tolerance.rtol is not None and tolerance.rtol < max(precision, 1e-12)
+    settle = tolerance.under(max(precision, 1e-12))
     if contraction.cheap_steps and tolerance.rtol is None:
         tolerance = tolerance.tighter(TIMES)
     if settle or max_steps < 5 or contraction.cheap_steps:
         return power_iteration(contraction, start, "left", tolerance, max_steps)
     krylov = _Krylov(contraction, start, begun.steps if begun else 0)
     sigmas = krylov.first_sigmas()
-    gap = remaining(sigmas, precision, damping=damping) if sigmas[-1] else 0.0
+    gap = remaining(sigmas, precision, damping=damping)
+    unknown = tolerance.rtol is None and tolerance.total is None
+    if unknown and gap > tolerance.at(sigmas[-1]) and contraction.norm_in_steps <= WORTH:
+        tolerance = replace(tolerance.tighter(CAUTION), total=contraction.squared_norm())
     rtol = tolerance.at(sigmas[-1])
     if gap <= rtol:
         return krylov.first_pair(sigmas, gap)
-    if tolerance.rtol is None and tolerance.total is None and contraction.norm_in_steps <= WORTH:
-        # A part of it: what is left is estimated from few rises yet, and is then taken for less.
-        tolerance = replace(tolerance.tighter(CAUTION), total=contraction.squared_norm())
-        rtol = tolerance.at(sigmas[-1])
-        if gap <= rtol:
-            return krylov.first_pair(sigmas, gap)
     # What the chain has computed is not thrown away: the power iteration goes on from its end.
     if max(x.numel() for x in krylov.chain) > BASIS_LIMIT:
         return krylov.continued(sigmas, tolerance, max_steps)
@@ -113,11 +111,9 @@ def leading_pair(
         if converged or krylov.steps + 2 > max_steps:
             break
         krylov.extend()
-    pair = krylov.pair(values[-1], damping)
-    if pair:
-        return replace(pair, converged=converged, gap=gap)
     # From the start again: what is outside the cone may be near another singular pair.
-    return power_iteration(contraction, start, "left", tolerance, max_steps)
+    pair = krylov.pair(values[-1], converged, damping, gap)
+    return pair or power_iteration(contraction, start, "left", tolerance, max_steps)
 
 
 def _left(sigmas: list[float], rtol: float) -> float:
@@ -244,7 +240,7 @@ class _Krylov:
         for rows, new in zip(self.basis, self._images([image], self.length), strict=True):
             rows[1] = new.flatten()
 
-    def pair(self, sigma: float, damping: float) -> Iterate | None:
+    def pair(self, sigma: float, converged: bool, damping: float, gap: float) -> Iterate | None:
         """The current right factor, of unit norm, with its left image; None if it is not PSD."""
         right = self._current(1) * (self.unit / (sigma * self.root))
         if not self.contraction.positive(right, "right"):
@@ -255,7 +251,7 @@ class _Krylov:
             left = self.contraction.advance(right, "right")
             sigma = left.norm().item()
             self.steps += 1
-        return Iterate(left, right, sigma, self.steps, False, "left", damping)
+        return Iterate(left, right, sigma, self.steps, converged, "left", damping, gap)
 
 
 def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kfoc.nearest.contraction import Contraction, Side, opposite
 
 # By how much a block's relative error may be above the optimum's, where nothing else is asked for:
-# a hundredth of what another draw of the labels moves it by, or less (benchmarks/README.md).
+# far less than what another draw of the labels changes (benchmarks/README.md).
 EXCESS = 1e-4
 
 # Distances of sigma that this is never taken to mean less or more than: errors near zero are
@@ -62,6 +62,10 @@ class Tolerance:
     rtol: float | None
     total: float | None = None
     excess: float = EXCESS
+
+    def under(self, bound: float) -> bool:
+        """Whether less than this is asked for."""
+        return self.rtol is not None and self.rtol < bound
 
     def tighter(self, times: float) -> Tolerance:
         return replace(self, rtol=self.rtol and self.rtol / times, excess=self.excess / times)
@@ -136,7 +140,7 @@ class PowerIteration:
         self.sigmas.append(sigma)
         self.steps += 1
         precision = 4 * torch.finfo(image.dtype).eps
-        self.gap = remaining(self.sigmas, precision) if sigma else 0.0
+        self.gap = remaining(self.sigmas, precision)
         self.converged = settled(self.sigmas, self.tolerance.at(sigma), precision, self.gap)
         self.done = self.converged or self.steps >= self.max_steps
         if not self.done:
@@ -219,10 +223,10 @@ def remaining(
         floor: at least so much is q taken for, where the first rises are of another kind.
 
     Returns:
-        inf where that cannot be told yet; 0 where rises have fallen to the precision.
+        inf where that cannot be told yet; 0 where rises have fallen to the precision, or for zero.
     """
     rises = _rises(sigmas)
-    if len(rises) >= 2 and rises[-1] <= precision:
+    if not sigmas[-1] or (len(rises) >= 2 and rises[-1] <= precision):
         return 0.0
     if damping is not None and rises:
         q = max(damping, damping_of(sigmas, precision) if len(rises) > 1 else 0.0)

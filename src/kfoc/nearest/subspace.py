@@ -175,7 +175,7 @@ def leading_of(
         lefts = matrices(torch.linalg.qr(images)[0], o, sign)
         found = refined(lefts, steps.to_right(lefts), sign)
         norms.append(found.sigmas[:rank].norm().item())
-        gap = remaining(norms, precision) if norms[-1] else 0.0
+        gap = remaining(norms, precision)
         converged = settled(norms, Tolerance(rtol).at(norms[-1]), precision, gap)
         taken = 2 * len(norms)
         if converged or taken >= max_steps:

@@ -78,7 +78,7 @@ class Formed:
     """A factor with what it was formed from.
 
     Attributes:
-        factor: (n, n).
+        factor: (n, n), on `side`.
         coefficients: that stand for it.
     """
 
@@ -101,7 +101,8 @@ class Scratch:
         return self._memory[:count].view(tensor.shape)
 
 
-def quadratic_sum(columns: Tensor, matrix: Tensor) -> Tensor:
-    """`sum_n Y_n^T matrix Y_n`, (m, m), of columns Y, (M, n, m)."""
+def change(columns: Tensor, first: Formed, second: Tensor, scale: float, probes: Tensor) -> Tensor:
+    """`scale * sum_n Y_n^T second Y_n - probes^T first probes`, (m, m), of columns Y, (M, n, m)."""
     rows = columns.permute(2, 0, 1).contiguous()  # (m, M, n)
-    return rows.flatten(1) @ (rows @ matrix).flatten(1).mT
+    by_step = rows.flatten(1) @ (rows @ second).flatten(1).mT
+    return by_step.mul_(scale).sub_(probes.mT @ first.factor @ probes)

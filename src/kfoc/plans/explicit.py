@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
 from kfoc.nearest.contraction import Side
-from kfoc.plans.base import CHUNK, Formed, Plan, Scratch, quadratic_sum
+from kfoc.plans.base import CHUNK, Formed, Plan, Scratch, change
 from kfoc.plans.cost import Cost, Size
 from kfoc.samples.base import LayerSamples, gradient_chunks
 from kfoc.samples.linear import Samples
@@ -142,8 +142,7 @@ class Gradients(_Explicit):
 
     def changed(self, first: Formed, second: Tensor, scale: float, probes: Tensor) -> Tensor:
         """`probes^T (scale * half step from second - first) probes`, (m, m), probes of (n, m)."""
-        by_step = quadratic_sum(self.carried(probes, first.side), second)
-        return by_step.mul_(scale).sub_(probes.mT @ first.factor @ probes)
+        return change(self.carried(probes, first.side), first, second, scale, probes)
 
     def squared_norm(self) -> float:
         """`sum_{k,l} <X_k, X_l>^2`, the squared Gram matrix of the per-sample gradients."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfoc.linalg.products import add_symmetric, halves, mirrored, share, times_half
 from kfoc.nearest.contraction import Side, opposite, positive
-from kfoc.plans.base import Coefficients, Formed, Scratch, quadratic_sum
+from kfoc.plans.base import Coefficients, Formed, Scratch, change
 from kfoc.plans.cost import Cost, Size, positioned
 from kfoc.samples.linear import Samples
 
@@ -110,8 +110,7 @@ class Positions(Coefficients):
 
     def changed(self, first: Formed, second: Tensor, scale: float, probes: Tensor) -> Tensor:
         """`probes^T (scale * half step from second - first) probes`, (m, m), probes of (n, m)."""
-        by_step = quadratic_sum(self.carried(probes, first.side), second)
-        return by_step.mul_(scale).sub_(probes.mT @ first.factor @ probes)
+        return change(self.carried(probes, first.side), first, second, scale, probes)
 
     def factor(self, representation: Tensor, side: Side) -> Tensor:
         size = self._rows[side].shape[-1]

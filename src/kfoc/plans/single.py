@@ -60,10 +60,13 @@ class Primal(Coefficients):
         return Cost(0.0, factors(z), factors(z), 0)
 
     def start(self) -> Tensor:
-        vectors, constant = self._vectors["right"], self._constants["right"]
-        squares = torch.linalg.vecdot(vectors, vectors)
-        squares = squares if constant is None else squares + constant**2
-        return squares / math.sqrt(self._sizes["right"])
+        return self._squares("right") / math.sqrt(self._sizes["right"])
+
+    def _squares(self, side: Side) -> Tensor:
+        """Of the samples' vectors, (N,), summed over directions, the column of a bias included."""
+        vectors, constant = self._vectors[side], self._constants[side]
+        squares = torch.linalg.vecdot(vectors, vectors).view(-1, self._count).sum(0)
+        return squares if constant is None else squares + constant**2
 
     def apply(self, matrix: Tensor, side: Side) -> Tensor:
         vectors, constant = self._vectors[side], self._constants[side]
@@ -91,14 +94,12 @@ class Primal(Coefficients):
         """
         before, some, shares = first.coefficients, self, None
         if self._count > SOME:
-            vectors = self._vectors[first.side]
-            squares = torch.linalg.vecdot(vectors, vectors).view(-1, self._count).sum(0)
-            parts = (before * squares).double().clamp_min(0)
-            generator = torch.Generator().manual_seed(3)
-            chosen = torch.multinomial(parts.cpu(), SOME, replacement=True, generator=generator)
-            chosen = chosen.to(before.device)
+            parts = (before * self._squares(first.side)).double().clamp_min(0)
+            sums, generator = parts.cumsum(0), torch.Generator().manual_seed(3)
+            points = 1 - torch.rand(SOME, generator=generator, dtype=torch.float64)  # in (0, 1]
+            chosen = torch.searchsorted(sums, points.to(sums) * sums[-1])
             some, before = self._of(chosen), before[chosen]
-            shares = (parts.sum() / (SOME * parts[chosen])).to(before)
+            shares = (sums[-1] / (SOME * parts[chosen])).to(before)
         weights = some.apply(second, opposite(first.side)).mul_(scale).sub_(before)
         weights = weights if shares is None else weights * shares
         products = some._times(probes, first.side)

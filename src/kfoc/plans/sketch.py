@@ -90,12 +90,12 @@ def fit_from_sketch(
         shape: (o, i).
         rank: directions that samples are reduced to.
     """
-    sketch, tolerance = sketched(contraction, shape, rank, Tolerance(rtol))
+    sketch, near = sketched(contraction, shape, rank, Tolerance(rtol))
     found = formed(contraction, sketch) if sketch else None
     if not isinstance(found, Pair):
         return fit_contraction(
             contraction,
-            rtol=tolerance,
+            rtol=near,
             max_steps=max_steps,
             certify=certify,
             scale=scale,
@@ -129,8 +129,8 @@ def sketched(
         reduced, bases = projected
         inner = Primal(reduced)
     else:
-        fine = tolerance.rtol is not None and tolerance.rtol < FINE
-        reduced, lost = truncated(contraction, shape[1], rank, PASSES if fine else 0)
+        passes = PASSES if tolerance.under(FINE) else 0
+        reduced, lost = truncated(contraction, shape[1], rank, passes)
         inner = PositionGram(reduced)
         if inner.certifies:
             tolerance = replace(tolerance, total=inner.squared_norm() + lost)
