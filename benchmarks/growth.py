@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from kfoc.compare.looks import COLUMN, STYLE, look
 from kfoc.reproduce.results import read, save, write
-from machine import describe, wait_until_quiet
+from machine import describe, earlier, wait_until_quiet
 from measure import Record, measure
 from methods import set_threads
 from run import say
@@ -161,11 +161,9 @@ def family_of(record: Record) -> str:
 
 def others(options: argparse.Namespace, out: Path) -> list[Record]:
     """What is there of families that are not measured now, on the same machine."""
-    file = out.with_suffix(".json")
-    earlier = read(file) if file.exists() else {}
-    if earlier.get("machine") != describe(options.threads):
-        return []
-    return [record for record in earlier["rows"] if family_of(record) not in options.families]
+    there = earlier(out.with_suffix(".json"), machine=describe(options.threads))
+    rows = there.get("rows", [])
+    return [record for record in rows if family_of(record) not in options.families]
 
 
 def keep(records: list[Record], options: argparse.Namespace, out: Path) -> None:

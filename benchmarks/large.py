@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import memory
 from kfoc.reproduce import results
-from machine import busy_cores, describe, matrix_product_rate, wait_until_quiet
+from machine import busy_cores, describe, matrix_product_rate, said, wait_until_quiet
 from methods import curvlinops_operator, gradient, kfoc_fit, set_threads
 from targets import LARGE_TO_KFAC, Check
 from workloads import Workload
@@ -305,7 +305,7 @@ def page(document: Record) -> str:
         if "error" in row
     ]
     notes += [f"- {check}" for check in checks(rows)]
-    about = ", ".join(f"{k} {v}" for k, v in document["machine"].items() if v is not None)
+    about = said(document["machine"])
     conditions = (
         f"Seconds, and peak memory above what there was before the step. {about}. "
         f"{document['depth']} layers. A float32 matrix product of 1024 cubed reached "

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from kfoc.reproduce.results import read
+
 STAT = Path("/proc/stat")
 QUIET = 0.1  # cores
 
@@ -46,6 +48,16 @@ def describe(threads: int) -> dict[str, Any]:
         "curvlinops": installed("curvlinops-for-pytorch"),
         "kfoc": installed("kfoc"),
     }
+
+
+def earlier(file: Path, **same: Any) -> dict[str, Any]:
+    """The results that are there, if they have the same entries; {} otherwise."""
+    found = read(file) if file.exists() else {}
+    return found if all(found.get(key) == value for key, value in same.items()) else {}
+
+
+def said(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None)
 
 
 def busy_cores(seconds: float = 0.5) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kfoc.reproduce.results import markdown
+from machine import said
 from targets import PEER, Record, Table, checks, memory_ratio, ratio, row_checks, tabled
 
 HEADER = (
@@ -75,7 +76,7 @@ def verdicts(records: list[Record]) -> str:
 
 def circumstances(document: Record) -> str:
     """The machine, the rate of a plain matrix product, and how much others disturbed."""
-    about = ", ".join(f"{k} {v}" for k, v in document["machine"].items() if v is not None)
+    about = said(document["machine"])
     rates = [c["gflops_of_mm"] for c in document["conditions"]]
     busy = max((c["busy_cores"] or 0.0 for c in document["conditions"]), default=0.0)
     repeats = document["settings"]["repeats"]

@@ -6,7 +6,6 @@ python benchmarks/run.py [--quick] [--workloads 'mlp-*' ...] [--repeats 9] [--ou
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kfoc.reproduce import results
-from machine import QUIET, describe, matrix_product_rate, wait_until_quiet
+from machine import QUIET, describe, earlier, matrix_product_rate, wait_until_quiet
 from measure import measure
 from methods import DATA_SET, ONE_BATCH, set_threads
 from report import page
@@ -71,11 +70,10 @@ def write(out: Path, document: Record) -> None:
 
 def begun(out: Path, machine: Record, settings: Record, workloads: list[str]) -> Record:
     """What is there of other workloads, by the same settings on the same machine."""
-    kept: Record = {"machine": machine, "settings": settings, "conditions": [], "rows": []}
-    earlier = json.loads(out.read_text()) if out.exists() else {}
-    if (earlier.get("machine"), earlier.get("settings")) == (machine, settings):
-        for part in ("conditions", "rows"):
-            kept[part] = [each for each in earlier[part] if each["workload"] not in workloads]
+    kept: Record = {"machine": machine, "settings": settings}
+    there = earlier(out, **kept)
+    for part in ("conditions", "rows"):
+        kept[part] = [each for each in there.get(part, []) if each["workload"] not in workloads]
     return kept
 
 

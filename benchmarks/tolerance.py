@@ -11,18 +11,18 @@ once more. Written to results/tolerance.json and .md, after each workload.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import kfoc
+from kfoc.reproduce import results
 from machine import describe
 from methods import kfoc_fit, set_threads
 from quality import all_samples, compared, optimum
 from workloads import Workload, load
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "tolerance.json"
 RTOLS = (None, 1e-3, 1e-4, 1e-6)
 WORKLOADS = ("mlp-128", "mlp-512", "lenet-256", "cnn-64", "gpt-8", "vit-32")
 
@@ -83,9 +83,8 @@ def row(
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    lines = [list(found[0]), ["---"] * len(found[0])]
-    lines += [[shown(value) for value in each.values()] for each in found]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[shown(value) for value in each.values()] for each in found]
+    return results.markdown([*found[0]], lines, words=(0, 1)) + "\n"
 
 
 def shown(value: Any) -> str:
@@ -104,9 +103,8 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for name in options.workloads:
         found += rows(name, options.repeats)
-        text = json.dumps({"machine": describe(options.threads), "rows": found}, indent=1)
-        (RESULTS / "tolerance.json").write_text(text + "\n")
-        (RESULTS / "tolerance.md").write_text(page(found))
+        results.write(RESULTS, {"machine": describe(options.threads), "rows": found})
+        RESULTS.with_suffix(".md").write_text(page(found))
     print(page(found))
 
 
