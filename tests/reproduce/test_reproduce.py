@@ -201,7 +201,7 @@ LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte"
         (LABELS, idx((12,), torch.full((12,), 10)), "the label 10"),
         (LABELS, idx((0,), torch.zeros(0)), "12 images, but"),
         (LABELS, b"\x1f\x8bnonsense", "damaged"),
-        (LABELS, gzip.compress(idx((12,), torch.zeros(12)))[:-9], "damaged"),
+        (LABELS, gzip.compress(idx((12,), torch.zeros(12)), mtime=0)[:-9], "damaged"),
         (IMAGES, idx((12, 8, 8), torch.zeros(12 * 64)), "images of 8x8"),
     ],
 )
