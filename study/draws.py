@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import kfoc
 from borrowed import borrowed
 from drawing import legend
-from kfoc.reproduce.results import Row, Unit, distinct, keep, markdown, read, values
+from kfoc.reproduce.results import Row, Unit, distinct, keep, markdown, read, save, values
 from report import filled
 from subjects import Subject, cnn, layers, mlp, small_digits, trained
 
@@ -197,8 +197,7 @@ def main() -> None:
             pass
     kept = read(results)
     found = kept["rows"]
-    picture = (arguments.out or DOCS) / "draws.png"
-    figure(found, kept["settings"]["few"]).savefig(picture, dpi=110)
+    save(figure(found, kept["settings"]["few"]), (arguments.out or DOCS) / "draws")
     print(table(found))
     if not arguments.out:
         page = DOCS / "draws.md"
