@@ -14,21 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib import pyplot, rc_context
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import kfoc
 from borrowed import borrowed
-from drawing import legend
+from drawing import PAGE, legend, logarithmic
+from kfoc.compare.looks import STYLE
 from kfoc.reproduce.results import Row, Unit, distinct, keep, markdown, read, save, values
 from report import filled
 from subjects import Subject, cnn, layers, mlp, small_digits, trained
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -142,7 +139,7 @@ def figure(found: list[Row], few: int) -> Figure:
     networks = distinct(found, "network")
     columns = [(network, along) for along in ("samples", "draws") for network in networks]
     shown, axes = pyplot.subplots(
-        len(ESTIMATORS), len(columns), figsize=(13, 7.2), sharey="row", sharex="col",
+        len(ESTIMATORS), len(columns), figsize=(PAGE, 4.6), sharey="row", sharex="col",
         layout="constrained",
     )  # fmt: skip
     for line, estimator in zip(axes, ESTIMATORS, strict=True):
@@ -153,7 +150,7 @@ def figure(found: list[Row], few: int) -> Figure:
         line[0].set_ylabel(f"{estimator}: relative error")
     for k, (network, along) in enumerate(columns):
         fixed = "1 draw" if along == "samples" else f"{few} samples"
-        axes[0, k].set_title(f"{network}, {fixed}", fontsize=10)
+        axes[0, k].set_title(f"{network},\n{fixed}")
         axes[-1, k].set_xlabel(along)
     legend(shown, axes[1, 0])
     return shown
@@ -172,13 +169,10 @@ def curves(axis: Any, found: list[Row], along: str) -> None:
         middle = [statistics.median(some) for some in each]
         axis.plot(ticks, middle, color=colour, marker=marker, label=kind, zorder=3)
         axis.fill_between(ticks, [*map(min, each)], [*map(max, each)], color=colour, alpha=0.15)
-    axis.set(xscale="log", yscale="log")
+    axis.set(xscale="log")
+    logarithmic(axis)
     axis.set_xticks(ticks, ticks, minor=False)
     axis.set_xticks([], minor=True)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.grid(axis="y", alpha=0.3)
 
 
 def main() -> None:
@@ -197,7 +191,8 @@ def main() -> None:
             pass
     kept = read(results)
     found = kept["rows"]
-    save(figure(found, kept["settings"]["few"]), (arguments.out or DOCS) / "draws")
+    with rc_context(STYLE):
+        save(figure(found, kept["settings"]["few"]), (arguments.out or DOCS) / "draws")
     print(table(found))
     if not arguments.out:
         page = DOCS / "draws.md"

@@ -17,16 +17,17 @@ from networks import NETWORKS, SEEDS
 from subjects import STAGES, Data, Subject, layers, trained
 
 SAMPLES, BATCH, PROBES = 512, 128, 64
+SEQUENCES = 32  # of 16 letters each, so as many labels
 SUBJECTS = {
     name: Subject(name, network.build, network.everything, STAGES, "exact")
     for name, network in NETWORKS.items()
-    if name != "GPT"  # its exact Fisher takes a minute and more a seed
 }
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "samples": 64 if quick else SAMPLES,
+        "sequences": SEQUENCES,
         "batch": BATCH,
         "probes": PROBES,
         "seeds": [0] if quick else list(SEEDS),
@@ -42,7 +43,7 @@ def units(quick: bool) -> Iterator[Unit]:
 
 
 def of_network(subject: Subject, seed: int, quick: bool) -> Iterator[Row]:
-    count = settings(quick)["samples"]
+    count = settings(quick)["sequences" if subject.name == "GPT" else "samples"]
     inputs, targets = (part[:count] for part in subject.data())
     data = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
     for stage, model in trained(subject, seed, quick):

@@ -28,9 +28,10 @@ from torch import Tensor
 import kfoc
 from estimators import ESTIMATORS
 from kfoc.reproduce.results import Row, Unit
+from networks import SEEDS
 from subjects import SMALL, Subject, loss, small_layers, trained
 
-SAMPLES, SEEDS, DIRECTIONS = 512, (0, 1, 2), 8
+SAMPLES, DIRECTIONS = 512, 8
 SEQUENCES = 512  # of 32 labels each
 DAMPINGS = tuple(10.0**k for k in range(-6, 2))  # times the mean eigenvalue of F
 OVERSHOOT_AT = (1e-4, 1e-2, 1.0)

@@ -51,7 +51,6 @@ def settings(quick: bool) -> dict[str, Any]:
         "mislabelled": WRONG,
         "weight decay": DECAY,
         "seeds": [0] if quick else list(SEEDS),
-        "seeds of the GPT": list(SEEDS[:1]),
         "steps: L-BFGS, at first and again; Adam": (20, 10, 20) if quick else (1000, 60, 400),
         "share of the weight, proximal": SHARE,
         "largest gradient at a minimum": STATIONARY,
@@ -63,7 +62,7 @@ def settings(quick: bool) -> dict[str, Any]:
 def units(quick: bool) -> Iterator[Unit]:
     chosen = settings(quick)
     for name in ("tokens", "ResNet") if quick else NETWORKS:  # the GPT, which takes longest, last
-        for seed in chosen["seeds of the GPT" if name == "GPT" else "seeds"]:
+        for seed in chosen["seeds"]:
             unit = {"network": name, "seed": seed}
             yield unit, functools.partial(of_network, NETWORKS[name], seed, chosen)
 

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot, rc_context
 from matplotlib.figure import Figure
 
-from drawing import SMALL, legend, points, style
+from drawing import PAGE, SMALL, legend, points, style
 from kfoc.compare.looks import COLUMN, STYLE, look
 from kfoc.reproduce.results import distinct, read, save, values, where
 from paired import in_order
@@ -50,8 +47,8 @@ def errors(part: dict[str, Any]) -> Figure:
         axis.set_ylim(0, 1)
     for axis in axes.flat[len(networks) :]:
         axis.set_axis_off()
-    figure.supylabel("relative error, mean of layers", fontsize=7.5)
-    legend(figure, axes[0, 0], rows=2, size=7)
+    figure.supylabel("relative error, mean of layers")
+    legend(figure, axes[0, 0], rows=2)
     return figure
 
 
@@ -63,11 +60,11 @@ def inverse(part: dict[str, Any]) -> Figure:
         "solve": "error, mean gradient",
         "gain": "gain, mean gradient",
         "solve, random": "error, random vectors",
-        "logdet": "log-determinant's error",
+        "logdet": "error, log-det.",
     }
     stages = distinct(rows, "stage")
     figure, axes = pyplot.subplots(
-        len(stages), len(panels), figsize=(13, 3 * len(stages) + 0.4), squeeze=False,
+        len(stages), len(panels), figsize=(PAGE, 1.8 * len(stages) + 0.3), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for line, stage in zip(axes, stages, strict=True):
@@ -76,9 +73,8 @@ def inverse(part: dict[str, Any]) -> Figure:
                 columns = [row[key] for row in where(rows, stage=stage, method=method)]
                 medians = [median_of(column[k] for column in columns) for k in range(len(dampings))]
                 axis.plot(dampings, medians, **style(method))
-            axis.set(xscale="log", xlabel="damping / mean eigenvalue")
-            axis.set_title(f"{stage}: {title}", fontsize=9)
-            axis.grid(alpha=0.3)
+            axis.set(xscale="log", title=f"{stage}: {title}")
+    figure.supxlabel("damping / mean eigenvalue")
     legend(figure, axes[0, 0])
     return figure
 
@@ -97,7 +93,7 @@ def spectrum(part: dict[str, Any]) -> Figure:
     networks, bands = distinct(rows, "network"), list(rows[0]["bands"])
     dampings = part["settings"]["overshoot at"]
     figure, axes = pyplot.subplots(
-        2, len(networks), figsize=(4 * max(len(networks), 2), 6), sharey="row", squeeze=False,
+        2, len(networks), figsize=(PAGE, 4), sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for (above, below), network in zip(axes.T, networks, strict=True):
@@ -113,13 +109,13 @@ def spectrum(part: dict[str, Any]) -> Figure:
                 below.bar(x + 0.2 * (k - 1.5), middle - 1, bottom=1, **bar)
         above.axhline(1, color="black", linewidth=0.8)
         above.set_xticks(range(len(bands)), bands)
-        above.set_title(f"{network}, trained", fontsize=9)
+        above.set_title(f"{network}, trained")
         above.set_yscale("log", base=2)
         above.set_yticks([0.5, 1, 2, 4], ["1/2", "1", "2", "4"])
         below.set_xticks(range(len(dampings)), [f"{d:g}" for d in dampings])
         below.set(yscale="log", xlabel="damping / mean eigenvalue")
         below.set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
-    axes[0, 0].set_ylabel("trace along F's eigenvectors / F's own")
+    axes[0, 0].set_ylabel("trace along F's\neigenvectors / F's own")
     axes[1, 0].set_ylabel("overshoot, median of layers")
     legend(figure, axes[0, 0])
     return figure
@@ -138,7 +134,6 @@ PLOTS: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "pruning": (("pruning",), pruning),
     "gain": (("errors", "influence", "optimizer"), gain),
 }
-STYLED = ("errors", "gain")  # for a column of a paper, and for two
 
 
 def main() -> None:
@@ -147,13 +142,12 @@ def main() -> None:
     parser.add_argument("plots", nargs="?", default=str(HERE.parent / "docs" / "study"))
     arguments = parser.parse_args()
     folder = Path(arguments.plots)
-    matplotlib.rcParams["svg.hashsalt"] = "kfoc"  # the same file from the same results
     folder.mkdir(parents=True, exist_ok=True)
     paths = Path(arguments.results).glob("*.json")
     results = {path.stem: found for path in paths if (found := read(path))["rows"]}
     for name, (parts, draw) in PLOTS.items():
         if results.keys() >= set(parts):
-            with rc_context(STYLE if name in STYLED else {"savefig.dpi": 150}):
+            with rc_context(STYLE):
                 figure = draw(*(results[part] for part in parts))
                 save(figure, folder / name)
             pyplot.close(figure)

@@ -6,10 +6,8 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
-from drawing import points, style
-from kfoc.compare.looks import COLUMN
+from drawing import PAGE, logarithmic, points, style
 from kfoc.reproduce.results import Row, values, where
 from plots_of_training import best_by, curve
 
@@ -20,7 +18,7 @@ PRODUCTS = ("K-FAC", "K-FOC", "EKFAC", "EK-FOC")
 def gain(errors: dict[str, Any], influence: dict[str, Any], optimizer: dict[str, Any]) -> Figure:
     """Error of the Fisher, correlation of influence, training loss of natural gradients."""
     figure, axes = pyplot.subplots(
-        1, 3, figsize=(2 * COLUMN + 0.2, 2.1), layout="constrained", width_ratios=(4, 5, 5)
+        1, 3, figsize=(PAGE, 2.1), layout="constrained", width_ratios=(4, 5, 5)
     )
     trained = where(errors["rows"], network=NETWORK, fisher="exact", stage="trained")
     columns(axes[0], trained, "error", PRODUCTS)
@@ -34,13 +32,9 @@ def gain(errors: dict[str, Any], influence: dict[str, Any], optimizer: dict[str,
         steps = curve(
             where(rows, method=method, damped=damped), optimizer["settings"]["loss every"]
         )
-        axes[2].plot(
-            *steps, **style(method) | {"markersize": 3.8, "linewidth": 1.1, "markevery": 2}
-        )
-    axes[2].set(title="training loss", xlabel="steps", yscale="log")
-    axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[2].yaxis.set_major_formatter("{x:g}")
-    axes[2].yaxis.set_minor_locator(NullLocator())
+        axes[2].plot(*steps, **style(method), markevery=2)
+    axes[2].set(title="training loss", xlabel="steps")
+    logarithmic(axes[2])
     axes[2].legend()
     return figure
 
@@ -48,7 +42,6 @@ def gain(errors: dict[str, Any], influence: dict[str, Any], optimizer: dict[str,
 def columns(axis: Any, rows: list[Row], key: str, methods: tuple[str, ...]) -> None:
     """A column a method: mean and range over seeds, from zero on."""
     for x, method in enumerate(methods):
-        look = {"markersize": 5.5, "linewidth": 1.1}
-        points(axis, x, values(rows, key, method=method), method, **look)
+        points(axis, x, values(rows, key, method=method), method, markersize=5.5)
     axis.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods])
     axis.set(xlim=(-0.5, len(methods) - 0.5), ylim=(0, None))

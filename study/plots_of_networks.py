@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from drawing import by_network, legend, points, style
+from drawing import PAGE, by_network, legend, points, style
 from kfoc.reproduce.results import distinct, values, where
 from tables import INFLUENCE, PRUNING, chosen_pruning
 
@@ -20,7 +20,7 @@ def influence(part: dict[str, Any]) -> Figure:
         "retraining": "training again without the sample",
         "proximal": "proximal Bregman response",
     }
-    figure, axes = pyplot.subplots(2, 1, figsize=(7, 5.4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(PAGE, 4.6), layout="constrained")
     for axis, (target, title) in zip(axes, titles.items(), strict=True):
         networks = distinct(where(rows, target=target), "network")
         for x, network in enumerate(networks):
@@ -30,8 +30,7 @@ def influence(part: dict[str, Any]) -> Figure:
                 points(axis, place, values(rows, "pearson", **cell), method)
         axis.set_xticks(range(len(networks)), networks)
         axis.set_ylabel("correlation")
-        axis.set_title(title, fontsize=9)
-        axis.grid(axis="y", alpha=0.3)
+        axis.set_title(title)
     legend(figure, axes[1], rows=2)
     return figure
 
@@ -50,8 +49,8 @@ def products(part: dict[str, Any]) -> Figure:
             ]
             axis.plot([statistics.fmean(each) for each in [first, *found]], **style(method))
         axis.set_xticks(range(len(counts)), counts)
-    figure.supxlabel("products with the true Fisher", fontsize=9)
-    figure.supylabel("correlation with the proximal response", fontsize=9)
+    figure.supxlabel("products with the true Fisher")
+    figure.supylabel("correlation with the proximal response")
     legend(figure, figure.axes[0], rows=2)
     return figure
 
@@ -70,7 +69,7 @@ def pruning(part: dict[str, Any]) -> Figure:
                 for s in sparsities
             ]
             axis.plot([0, *sparsities], [whole, *found], **style(method))
-    figure.supxlabel("share of weights gone", fontsize=9)
-    figure.supylabel("accuracy", fontsize=9)
+    figure.supxlabel("share of weights gone")
+    figure.supylabel("accuracy")
     legend(figure, figure.axes[0], rows=2)
     return figure

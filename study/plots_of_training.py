@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from drawing import by_network, legend, points, style
+from drawing import PAGE, by_network, legend, logarithmic, points, style
 from kfoc.reproduce.results import Row, distinct, values, where
 from paired import differences, error_of_mean, in_order
 from tables_of_training import MAIN, METHODS, best_by
@@ -23,12 +23,12 @@ def optimizer(part: dict[str, Any]) -> Figure:
         for method, damped in dict.fromkeys((r["method"], r["damped"]) for r in mine):
             if method in MAIN:
                 line = style(method, "--" if damped == "exact" else "-") | {"markevery": 4}
-                line["label"] = f"{method}, damping by {damped}" if damped else method
+                kind = {"pi": ", factored damping", "exact": ", exact damping", "": ""}[damped]
+                line["label"] = method + kind
                 axis.plot(*curve(where(mine, method=method, damped=damped), every), **line)
-        axis.set(yscale="log")
-        axis.tick_params(labelsize=8, which="both")
-    figure.supxlabel("steps", fontsize=9)
-    figure.supylabel("training loss", fontsize=9)
+        logarithmic(axis)
+    figure.supxlabel("steps")
+    figure.supylabel("training loss")
     legend(figure, figure.axes[0], rows=2)
     return figure
 
@@ -47,7 +47,7 @@ def laplace(part: dict[str, Any]) -> Figure:
     # Beyond, nothing but the prior is left of any of them.
     priors = [prior for prior in part["settings"]["evidence at priors"] if prior < 2e3]
     networks = in_order(distinct(rows, "network"))
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(PAGE, 3), layout="constrained")
     kept = {(r["network"], r["seed"], r["method"]): r["evidences"] for r in rows}
 
     def gap(row: Row, method: str, k: int) -> float:
@@ -62,10 +62,10 @@ def laplace(part: dict[str, Any]) -> Figure:
         ]
         axes[0].plot(priors, shares, **style(method))
     axes[0].set(xscale="log", xlabel="prior precision", ylim=(0, 1.05))
-    axes[0].set_title("evidence, off the exact blocks', by the diagonal's", fontsize=8)
+    axes[0].set_title("evidence: off the exact blocks',\nby how far the diagonal's is")
     alone = where(part["rows"], layers="none")
     for axis, key, prior in zip(
-        axes[1:], ("NLL", "its NLL"), ("evidence", "held-out"), strict=True
+        axes[1:], ("NLL", "its NLL"), ("evidence", "held-out data"), strict=True
     ):
         for x, network in enumerate(networks):
             for k, method in enumerate((*METHODS, "temperature scaling")):
@@ -73,10 +73,8 @@ def laplace(part: dict[str, Any]) -> Figure:
                 found = list(differences(both, key, (method, "trained network")).values())
                 points(axis, x + 0.11 * (k - 3), found, method)
         axis.axhline(0, color="black", linewidth=0.7)
-        axis.set_xticks(range(len(networks)), networks, fontsize=7)
-        axis.set_title(f"log loss less the network's, prior by {prior}", fontsize=8)
-    for axis in axes:
-        axis.grid(axis="y", alpha=0.3)
+        axis.set_xticks(range(len(networks)), networks, rotation=30)
+        axis.set_title(f"log loss less the network's,\nprior by {prior}")
     legend(figure, axes[1])
     return figure
 
@@ -85,9 +83,8 @@ def continual(part: dict[str, Any]) -> Figure:
     """Accuracy after all tasks by strength: means over seeds, with their standard errors."""
     networks = in_order(distinct(part["rows"], "network"))
     figure, axes = pyplot.subplots(
-        1, len(networks), figsize=(2.7 * max(2, len(networks)), 3.2), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+        1, len(networks), figsize=(PAGE, 2.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, network in zip(axes[0], networks, strict=True):
         rows = where(part["rows"], network=network)
         without = statistics.fmean(values(rows, "test", method="no penalty"))
@@ -99,8 +96,7 @@ def continual(part: dict[str, Any]) -> Figure:
             means, errors = map(statistics.fmean, found), map(error_of_mean, found)
             axis.errorbar(strengths, list(means), list(errors), capsize=2, **style(method))
         axis.set(xscale="log", xlabel="strength x samples")
-        axis.set_title(network, fontsize=9)
-        axis.grid(alpha=0.3)
+        axis.set_title(network)
     axes[0, 0].set_ylabel("accuracy after all tasks, %")
     legend(figure, axes[0, 0], rows=2)
     return figure

@@ -25,13 +25,13 @@ from kfoc.reproduce.results import keep
 HERE = Path(__file__).parent
 # Part -> its module, slow ones first.
 PARTS = {
-    "errors": "errors",
-    "laplace": "posteriors",
-    "continual": "continual",
-    "inverse": "inverse",
-    "influence": "leaving_out",
-    "pruning": "pruned",
     "optimizer": "training",
+    "influence": "leaving_out",
+    "errors": "errors",
+    "continual": "continual",
+    "pruning": "pruned",
+    "inverse": "inverse",
+    "laplace": "posteriors",
 }
 
 

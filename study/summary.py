@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfoc.reproduce.results import Row, markdown, where
-from networks import KINDS
+from networks import KINDS, NETWORKS
 from paired import with_error
 from tables import Results, chosen_pruning
 from tables_of_training import kinds_of_damping, off_exact, strongest
@@ -36,12 +36,6 @@ HEADLINES = (
     "five tasks, accuracy",
 )
 PAIRS = (("K-FOC", "K-FAC"), ("EK-FOC", "EKFAC"), ("K-FOC", "EKFAC"))
-# The first words of a network's name -> its kind.
-KIND_OF = {
-    "MLP": KINDS[0], "small MLP": KINDS[0],
-    "CNN": KINDS[1], "small CNN": KINDS[1], "ResNet": KINDS[1],
-    "tokens": KINDS[2], "encoder": KINDS[2], "GPT": KINDS[2], "small GPT": KINDS[2],
-}  # fmt: skip
 Case = tuple[str, int]  # network, seed
 
 
@@ -90,7 +84,7 @@ def compared(measure: Measure, pair: tuple[str, str], kind: str) -> Comparison |
     ahead = {
         case: measure.sign * (first[case] - second[case])
         for case in first
-        if case in second and KIND_OF[case[0]] == kind
+        if case in second and NETWORKS[case[0].removeprefix("small ")].kind == kind
     }
     if not ahead:
         return None

@@ -31,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "axes.labelsize": 7.5,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
+    "figure.labelsize": 7.5,
     "legend.fontsize": 7,
     "legend.title_fontsize": 7,
     "legend.frameon": False,
