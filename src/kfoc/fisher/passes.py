@@ -20,7 +20,7 @@ from kfoc.fisher.linearised import Linearised, Modes
 from kfoc.fitting.marks import Mark
 from kfoc.likelihoods.base import Likelihood, outer_products
 from kfoc.linalg.scaling import finite
-from kfoc.model.batches import check_next_token, checked_outputs, present, unpacked
+from kfoc.model.batches import Present, check_next_token, checked_outputs, unpacked
 from kfoc.model.functional import Forward, concerning
 from kfoc.model.undisturbed import undisturbed
 from kfoc.running.progress import Meter, Report, length
@@ -120,7 +120,7 @@ class Passes:
         meter = Meter(self.report, number, limit, batches, None) if self.report else None
         parameters = self.forward.parameters(self.names)
         count = index = 0
-        upcoming = as_called(present(self.data))
+        upcoming = as_called(Present(self.data))
         item = next(upcoming, _END)
         while item is not _END:
             where = f"batch {index}"

@@ -102,8 +102,8 @@ def _bound(model: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) ->
         raise
 
 
-class _Present:
-    """Batches that have samples; as often as the data can be read."""
+class Present:
+    """Batches that are not empty, as often as data can be read. What `len` says counts all."""
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
@@ -115,24 +115,13 @@ class _Present:
         return len(self.data)  # type: ignore[arg-type]
 
 
-def present(data: Iterable[Any]) -> Iterable[Any]:
-    """The batches that are not empty. What `len` says counts all."""
-    return _Present(data)
-
-
 def empty(batch: Any) -> bool:
     """Whether there are tensors among a batch's inputs, and all are of no samples."""
     try:
         inputs, _ = unpacked(batch)
     except ValueError:  # which is told where it is taken in
         return False
-    lengths: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        lengths.append(len(tensor) if tensor.ndim else 1)
-        return tensor
-
-    mapped(inputs, note)
+    lengths = [len(tensor) if tensor.ndim else 1 for tensor in tensors_in(inputs)]
     return bool(lengths) and not any(lengths)
 
 
@@ -207,6 +196,18 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         items = (mapped(item, change) for item in value)
         return tuple(items) if isinstance(value, tuple) else list(items)
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in `value`, however nested."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(value, note)
+    return found
 
 
 def _mapping(like: Mapping, items: dict) -> Mapping:

@@ -17,11 +17,12 @@ from kfoc.common.ambient import as_called, callers
 from kfoc.common.arguments import check_model
 from kfoc.model.batches import (
     Predict,
+    Present,
     called,
     check_next_token,
     mapped,
     moved,
-    present,
+    tensors_in,
     unpacked,
 )
 from kfoc.model.buffers import buffers_kept
@@ -76,7 +77,7 @@ class Forward:
         Raises:
             ValueError: anything else, or labels that the model means to be shifted.
         """
-        for batch in present(as_called(data)):
+        for batch in Present(as_called(data)):
             check_next_token(self.model, batch, self.predict)
             yield unpacked(batch, self.predict)
 
@@ -111,7 +112,7 @@ class Forward:
             raise ValueError("there are no samples")
         if not outputs.isfinite().all():
             # Only then: infinite masks of attention are inputs too.
-            odd = _not_finite(inputs)
+            odd = not all(tensor.isfinite().all() for tensor in tensors_in(inputs))
             reason = "so are inputs" if odd else "the inputs are: look at the model's parameters"
             raise ValueError(f"the model's outputs have values that are not finite ({reason})")
         return outputs
@@ -156,18 +157,6 @@ class Forward:
                     "taken alone: the model must treat samples independently and without chance "
                     "(does it normalise, attend or sum over the first dimension?)"
                 )
-
-
-def _not_finite(value: Any) -> bool:
-    """Whether a tensor in `value`, however nested, has values that are not finite."""
-    found: list[bool] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(not tensor.isfinite().all())
-        return tensor
-
-    mapped(value, note)
-    return any(found)
 
 
 @contextmanager
@@ -219,13 +208,7 @@ def count_samples(inputs: Any) -> int:
     Raises:
         ValueError: no tensors, several sizes, or no samples.
     """
-    sizes: set[int] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.add(len(tensor) if tensor.ndim else -1)
-        return tensor
-
-    mapped(inputs, note)
+    sizes = {len(tensor) if tensor.ndim else -1 for tensor in tensors_in(inputs)}
     if len(sizes) != 1 or -1 in sizes:
         found = "none" if not sizes else f"first dimensions of {sorted(sizes)}"
         raise ValueError(
