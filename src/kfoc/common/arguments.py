@@ -29,6 +29,14 @@ def check_model(model: object) -> None:
             )
 
 
+def check_predict(predict: object) -> None:
+    """Raises ValueError for what is neither None nor a function."""
+    if predict is not None and not callable(predict):
+        raise ValueError(
+            f"predict must be a function (model, inputs) -> outputs, found {predict!r}"
+        )
+
+
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number of any kind (Python's, NumPy's, a tensor of one), as Python's.
 

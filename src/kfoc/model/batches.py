@@ -145,11 +145,11 @@ def check_next_token(model: nn.Module, batch: Any, predict: Predict | None) -> N
             )
 
 
-def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
+def tensor_of(outputs: Any) -> Tensor:
     """What the model returned as a tensor of outputs: itself, or its `.logits`.
 
     Raises:
-        ValueError: no tensor, no samples in the first dimension, or no gradient.
+        ValueError: no tensor, or complex numbers.
     """
     if not isinstance(outputs, Tensor):
         logits = getattr(outputs, "logits", None)
@@ -164,6 +164,12 @@ def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
             f"the model's outputs are complex ({outputs.dtype}): pass predict=lambda model, "
             "inputs: ... that returns real ones, such as torch.view_as_real(...)"
         )
+    return outputs
+
+
+def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
+    """As `tensor_of`. Raises ValueError for no samples in the first dimension, or no gradient."""
+    outputs = tensor_of(outputs)
     if not outputs.numel() or not outputs.ndim:
         raise ValueError(f"the model's outputs have the shape {tuple(outputs.shape)}")
     if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) != len(outputs):

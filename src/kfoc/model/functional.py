@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from kfoc.common.ambient import as_called, callers
-from kfoc.common.arguments import check_model
+from kfoc.common.arguments import check_model, check_predict
 from kfoc.model.batches import (
     Predict,
     Present,
@@ -22,6 +22,7 @@ from kfoc.model.batches import (
     check_next_token,
     mapped,
     moved,
+    tensor_of,
     tensors_in,
     unpacked,
 )
@@ -42,10 +43,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        if self.predict is not None and not callable(self.predict):
-            raise ValueError(
-                f"predict must be a function (model, inputs) -> outputs, found {self.predict!r}"
-            )
+        check_predict(self.predict)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The trained values, detached and not copied.
@@ -90,15 +88,7 @@ class Forward:
         swapped = {f"model.{name}": value for name, value in parameters.items()}
         with callers():
             outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
-        outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"the model returned a {type(outputs).__name__}, not a tensor: pass "
-                "predict=lambda model, inputs: ... that returns the outputs"
-            )
-        if outputs.is_complex():
-            raise ValueError(f"the model's outputs are complex ({outputs.dtype}): pass predict=...")
-        return wide(outputs)
+        return wide(tensor_of(outputs))
 
     def trained(self, inputs: Any) -> Tensor:
         """(N, ...), at the trained parameters, and without derivatives.
