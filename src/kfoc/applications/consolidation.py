@@ -20,6 +20,7 @@ from kfoc.errors import problem
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.files.tensors import read_tensors, write_tensors
 from kfoc.parameters.coverage import NOT_CALLED
+from kfoc.parameters.layout import covered
 from kfoc.parameters.vectors import Vector
 
 ANCHORS = ("latest", "each")
@@ -200,19 +201,10 @@ def _part(curvature: Curvature, layers: list[str]) -> Curvature:
 
 def _anchor(path: Path, curvature: Curvature, device: torch.device | str) -> dict[str, Tensor]:
     _, tensors = read_tensors(path, _ANCHOR)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != _shapes(curvature):
+    shapes = covered(curvature.layouts)
+    if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
         raise ValueError(f"{str(path)!r} has no parameters of the curvature beside it")
-    return {name: tensors[name].to(device) for name in _shapes(curvature)}
-
-
-def _shapes(curvature: Curvature) -> dict[str, tuple[int, ...]]:
-    """Of the parameters that the curvature covers, by name."""
-    return {
-        name: shape
-        for layout in curvature.layouts.values()
-        for name, shape in zip(layout.names, layout.shapes, strict=True)
-    }
+    return {name: tensors[name].to(device) for name in shapes}
 
 
 def _widened(old: Curvature, new: Curvature, grown: tuple[str, ...]) -> Curvature:
@@ -254,7 +246,7 @@ def _parameters(
     """The model's parameters that the curvature covers; of layers that have grown, the first."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, found a {type(model).__name__}")
-    known, shapes = dict(model.named_parameters()), _shapes(curvature)
+    known, shapes = dict(model.named_parameters()), covered(curvature.layouts)
     missing = [name for name in shapes if name not in known]
     if missing:
         raise ValueError(f"the curvature covers {missing}, which the model does not have")

@@ -273,9 +273,7 @@ class Curvature(Plain, Mapping[str, Block]):
 
         It takes and gives NumPy arrays, and works in the blocks' dtype (`pip install scipy`).
         """
-        dtypes = {layer: block.dtype for layer, block in self.blocks.items()}
-        device = next(iter(self.blocks.values())).device
-        return scipy_operator(self.matvec, self.layouts, dtypes, device)
+        return scipy_operator(self.matvec, self.layouts, self._places)
 
     def to(self, *args: Any, **kwargs: Any) -> Curvature:
         """The blocks on another device or in another floating-point dtype.

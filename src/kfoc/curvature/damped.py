@@ -155,9 +155,7 @@ class DampedCurvature(Plain):
         if exponent not in (1, 0.5, -0.5, -1):
             raise ValueError(f"exponent must be one of 1, 0.5, -0.5, -1, found {exponent}")
         power = partial(self._power, exponent=exponent)
-        dtypes = {layer: block.dtype for layer, block in self.blocks.items()}
-        device = next(iter(self.blocks.values())).device
-        return scipy_operator(power, self.layouts, dtypes, device)
+        return scipy_operator(power, self.layouts, self._places)
 
     def __repr__(self) -> str:
         return f"DampedCurvature of {len(self.blocks)} layers: {', '.join(self.blocks)}"

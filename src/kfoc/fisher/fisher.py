@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Real
 from typing import Any
 
@@ -30,7 +31,7 @@ from kfoc.model.sample_gradients import chunks
 from kfoc.model.sharding import is_sharded, unwrapped
 from kfoc.model.trace import coarsest, tolerance
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
-from kfoc.parameters.layout import Layout
+from kfoc.parameters.layout import Layout, covered
 from kfoc.parameters.vectors import Vector
 from kfoc.running.progress import Progress, reporter
 
@@ -221,7 +222,7 @@ class Fisher(Plain):
         It takes and gives NumPy arrays, in the parameters' dtype (`pip install scipy`).
         """
         like = self._like
-        return scipy_operator(self.matvec, self._layouts, {"": like.dtype}, like.device)
+        return scipy_operator(self.matvec, self._layouts, {"": (like.device, like.dtype)})
 
     def __repr__(self) -> str:
         (size, _) = self._layouts[""].shape
@@ -231,9 +232,7 @@ class Fisher(Plain):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of the computation."""
         values = list(self._passes.forward.parameters(self.parameters).values())
-        dtype = torch.float32
-        for value in values:
-            dtype = torch.promote_types(dtype, value.dtype)
+        dtype = reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
         return torch.empty(0, dtype=dtype, device=values[0].device)
 
     def _rows(self, vector: Vector) -> tuple[Tensor, torch.Size]:
@@ -283,8 +282,7 @@ class Fisher(Plain):
 def _layout(model: nn.Module, layers: str | Iterable[str] | Curvature | None) -> Layout:
     """All covered parameters, one after the other."""
     if isinstance(layers, Curvature):
-        names = [name for layout in layers.layouts.values() for name in layout.names]
-        parameters: dict[str, Any] = dict(Forward(model).parameters(names))
+        parameters: dict[str, Any] = dict(Forward(model).parameters(covered(layers.layouts)))
     else:
         parameters = dict(chosen_parameters(model, layers))
     shapes = tuple(tuple(value.shape) for value in parameters.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.parameters.flat import flattened, unflattened
-from kfoc.parameters.layout import Layout
+from kfoc.parameters.layout import Layout, covered
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Preconditioner:
         Raises:
             ValueError: it has none about these, or one that is about some of them and others.
         """
-        names = aliases(model, [name for layout in layouts.values() for name in layout.names])
+        names = aliases(model, covered(layouts))
         kept = _restricted(curvature.layouts, names)
         if isinstance(curvature, Curvature):
             blocks = {layer: curvature.blocks[layer] for layer in kept}
@@ -55,23 +55,20 @@ class Preconditioner:
         """Times rows (k, P)."""
         vector = unflattened(rows, self.layouts)
         found = {name: part / self.damping for name, part in vector.items()}
-        solved = self.damped.solve({name: vector[self.names[name]] for name in self._own})
+        solved = self.damped.solve(
+            {name: vector[self.names[name]] for name in covered(self.damped.layouts)}
+        )
         found |= {self.names[name]: part for name, part in solved.items()}
         return flattened(found, self.layouts)
 
     @property
     def missing(self) -> list[str]:
         """The Fisher's parameters that have no block."""
-        covered = {self.names[name] for name in self._own}
-        every = [name for layout in self.layouts.values() for name in layout.names]
-        return [name for name in every if name not in covered]
-
-    @property
-    def _own(self) -> list[str]:
-        return [name for layout in self.damped.layouts.values() for name in layout.names]
+        have = {self.names[name] for name in covered(self.damped.layouts)}
+        return [name for name in covered(self.layouts) if name not in have]
 
 
-def aliases(model: nn.Module, names: list[str]) -> dict[str, str]:
+def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Every name of these parameters -> the one among `names`."""
     known = dict(model.named_parameters(remove_duplicate=False))
     chosen = {id(known[name]): name for name in names}

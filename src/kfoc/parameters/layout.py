@@ -139,3 +139,12 @@ class Layout:
             axis = len(lead) + 1
             return grouped.transpose(axis, axis + 1).reshape(*lead, *self.shapes[0])
         return matrix.reshape(*lead, *self.shapes[0])
+
+
+def covered(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters by name: layer by layer, each one's in its order."""
+    return {
+        name: shape
+        for layout in layouts.values()
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }

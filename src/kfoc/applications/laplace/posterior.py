@@ -26,6 +26,7 @@ from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict
 from kfoc.model.functional import Forward, concerning
+from kfoc.parameters.layout import covered
 
 PREDICTIVE_METHODS = ("linearised", "weights")
 PROBABILITY_METHODS = ("probit", "logits", "weights")
@@ -346,7 +347,7 @@ class Laplace(Plain):
     @property
     def _parameters(self) -> dict[str, Tensor]:
         """The trained values of the covered parameters."""
-        names = [name for layout in self.curvature.layouts.values() for name in layout.names]
+        names = covered(self.curvature.layouts)
         return Forward(self.model, self.predict).parameters(names)
 
     @property
