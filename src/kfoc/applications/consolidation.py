@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Report
 from kfoc.common.ambient import Plain
-from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.errors import problem
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.files.tensors import read_tensors, write_tensors
@@ -175,10 +175,10 @@ def _joined(old: Curvature, new: Curvature) -> Curvature:
     if len(shared) == len(old) == len(new):
         return old + new
     total = old.num_samples + new.num_samples
-    parts = [_part(old, shared) + _part(new, shared)] if shared else []
+    parts = [of_layers(old, shared) + of_layers(new, shared)] if shared else []
     for one, other in ((old, new), (new, old)):
         alone = [layer for layer in one if layer not in other]
-        parts.append(_part(one, alone) * (one.num_samples / total))
+        parts.append(of_layers(one, alone) * (one.num_samples / total))
     skipped = {
         k: v for k, v in (old.skipped | new.skipped).items() if k not in old and k not in new
     }
@@ -188,14 +188,6 @@ def _joined(old: Curvature, new: Curvature) -> Curvature:
         layouts={layer: layout for part in parts for layer, layout in part.layouts.items()},
         num_samples=total,
         skipped=skipped,
-    )
-
-
-def _part(curvature: Curvature, layers: list[str]) -> Curvature:
-    return replace(
-        curvature,
-        blocks={layer: curvature[layer] for layer in layers},
-        layouts={layer: curvature.layouts[layer] for layer in layers},
     )
 
 

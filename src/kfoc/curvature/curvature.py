@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from kfoc.errors import naming, problem
 from kfoc.parameters.coverage import Coverage, ParameterCount, coverage
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
-from kfoc.parameters.vectors import Places, Vector, applied, joined, quadratic
+from kfoc.parameters.vectors import Operators, Places, Vector, applied, joined, quadratic
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,13 +69,11 @@ class Curvature(Plain, Mapping[str, Block]):
 
     def matvec(self, vector: Vector) -> dict[str, Tensor]:
         """`F v`."""
-        operators = {layer: block.matvec for layer, block in self.blocks.items()}
-        return applied(vector, self.layouts, operators, self._places)
+        return applied(vector, self.layouts, self._operators, self._places)
 
     def quadratic_form(self, vector: Vector) -> Tensor:
         """`v^T F v`, of the leading dimensions of v."""
-        operators = {layer: block.matvec for layer, block in self.blocks.items()}
-        return quadratic(vector, self.layouts, operators, self._places)
+        return quadratic(vector, self.layouts, self._operators, self._places)
 
     def vector(self, model: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
         """A model's parameters, or their gradients, as the vector that the methods here take.
@@ -378,6 +376,10 @@ class Curvature(Plain, Mapping[str, Block]):
         return "\n".join(lines)
 
     @property
+    def _operators(self) -> Operators:
+        return {layer: block.matvec for layer, block in self.blocks.items()}
+
+    @property
     def _places(self) -> Places:
         return {layer: (block.device, block.dtype) for layer, block in self.blocks.items()}
 
@@ -388,3 +390,16 @@ class Curvature(Plain, Mapping[str, Block]):
             raise ValueError(
                 f"the two curvatures are not about the same parameters; they differ in {layers}"
             )
+
+
+AnyCurvature = TypeVar("AnyCurvature", Curvature, DampedCurvature)
+
+
+def of_layers(curvature: AnyCurvature, layers: Iterable[str]) -> AnyCurvature:
+    """The part of a curvature that is about some of its layers, in this order."""
+    kept = list(layers)
+    return replace(
+        curvature,
+        blocks={layer: curvature.blocks[layer] for layer in kept},
+        layouts={layer: curvature.layouts[layer] for layer in kept},
+    )

@@ -16,7 +16,7 @@ from kfoc.common.arguments import whole
 from kfoc.errors import naming
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
-from kfoc.parameters.vectors import Places, Vector, applied, joined, quadratic
+from kfoc.parameters.vectors import Operators, Places, Vector, applied, joined, quadratic
 
 Dampings = float | Mapping[str, float]
 
@@ -166,18 +166,9 @@ class DampedCurvature(Plain):
     def _quadratic(self, vector: Vector, exponent: float) -> Tensor:
         return quadratic(vector, self.layouts, self._operators(exponent), self._places)
 
-    def _operators(self, exponent: float) -> dict[str, _Power]:
-        return {layer: _Power(block, exponent) for layer, block in self.blocks.items()}
+    def _operators(self, exponent: float) -> Operators:
+        return {k: partial(block.power, exponent=exponent) for k, block in self.blocks.items()}
 
     @property
     def _places(self) -> Places:
         return {layer: (block.device, block.dtype) for layer, block in self.blocks.items()}
-
-
-@dataclass(frozen=True)
-class _Power:
-    block: DampedBlock
-    exponent: float
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        return self.block.power(vectors, self.exponent)

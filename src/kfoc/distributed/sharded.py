@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kfoc.common.ambient import Plain
-from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.distributed import Ranks
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.parameters.vectors import Vector
@@ -63,11 +63,7 @@ class ShardedCurvature(Plain):
             name: layer for layer, names in curvature.parameters.items() for name in names
         }
         own = [layer for layer, rank in self.owners.items() if rank == ranks.rank]
-        self.own = replace(
-            curvature,
-            blocks={layer: curvature[layer] for layer in own},
-            layouts={layer: curvature.layouts[layer] for layer in own},
-        )
+        self.own = of_layers(curvature, own)
 
     def matvec(self, vector: Vector) -> dict[str, Tensor]:
         """`F v`, of all parameters."""
@@ -147,11 +143,7 @@ class ShardedCurvature(Plain):
         order = index.get("layers", [])
         if sorted(order) != sorted(blocks):
             raise ValueError(f"{str(directory)!r} is damaged: it has {list(blocks)}, not {order}")
-        return replace(
-            parts[0],
-            blocks={name: blocks[name] for name in order},
-            layouts={name: layouts[name] for name in order},
-        )
+        return of_layers(replace(parts[0], blocks=blocks, layouts=layouts), order)
 
     def _shared(
         self, vector: Vector, operator: Callable[[Vector], dict[str, Tensor]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.parameters.flat import flattened, unflattened
 from kfoc.parameters.layout import Layout, covered
@@ -43,12 +43,11 @@ class Preconditioner:
             ValueError: it has none about these, or one that is about some of them and others.
         """
         names = aliases(model, covered(layouts))
-        kept = _restricted(curvature.layouts, names)
+        kept = _inside(curvature.layouts, names)
         if isinstance(curvature, Curvature):
-            blocks = {layer: curvature.blocks[layer] for layer in kept}
-            damped = replace(curvature, blocks=blocks, layouts=kept).damped(damping)
+            damped = of_layers(curvature, kept).damped(damping)
         else:
-            damped = DampedCurvature({layer: curvature.blocks[layer] for layer in kept}, kept)
+            damped = of_layers(curvature, kept)
         return cls(damped, names, layouts, damping)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -75,8 +74,9 @@ def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: chosen[id(p)] for name, p in known.items() if id(p) in chosen}
 
 
-def _restricted(layouts: Mapping[str, Layout], names: Mapping[str, str]) -> dict[str, Layout]:
-    kept = {}
+def _inside(layouts: Mapping[str, Layout], names: Mapping[str, str]) -> list[str]:
+    """The layers that are about these parameters."""
+    kept = []
     for layer, layout in layouts.items():
         inside = [name for name in layout.names if name in names]
         if 0 < len(inside) < len(layout.names):
@@ -86,7 +86,7 @@ def _restricted(layouts: Mapping[str, Layout], names: Mapping[str, str]) -> dict
                 "the same parameters frozen"
             )
         if inside:
-            kept[layer] = layout
+            kept.append(layer)
     if not kept:
         raise ValueError(
             f"preconditioner: none of its layers ({', '.join(layouts)}) has parameters that the "
