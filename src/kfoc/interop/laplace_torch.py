@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfoc.common.ambient import Plain
 from kfoc.curvature.curvature import Curvature
+from kfoc.errors import naming
 from kfoc.estimators import KFAC, KFOC, Estimator
 from kfoc.fit import fit
 from kfoc.model.buffers import buffers_kept
@@ -299,10 +300,8 @@ def per_parameter_factors(
     """
     found: dict[str, Factors] = {}
     for layer, block in curvature.items():
-        try:
+        with naming(layer):
             factors = _split(block, curvature.layouts[layer])
-        except ValueError as error:
-            raise ValueError(f"layer {layer!r}: {error}") from error
         found |= {name: [f[0] * scale, *(g.clone() for g in f[1:])] for name, f in factors.items()}
     wanted = list(parameters)
     for name in wanted:

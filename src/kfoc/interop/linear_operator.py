@@ -19,6 +19,7 @@ from kfoc.blocks import (
     LowRankBlock,
 )
 from kfoc.curvature.curvature import Curvature
+from kfoc.errors import naming
 from kfoc.parameters.vectors import Vector, joined, matrices
 
 try:
@@ -41,10 +42,8 @@ def to_linear_operators(curvature: Curvature) -> dict[str, Any]:
     """
     found = {}
     for layer, block in curvature.items():
-        try:
+        with naming(layer):
             found[layer] = to_linear_operator(block)
-        except ValueError as error:
-            raise ValueError(f"layer {layer!r}: {error}") from error
     return found
 
 
