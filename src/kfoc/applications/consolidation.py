@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Report
 from kfoc.common.ambient import Plain
+from kfoc.common.arguments import one_of
 from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.errors import problem
 from kfoc.files.index import read_index, saving, write_index
@@ -75,8 +76,7 @@ class Consolidation(Plain):
     def __init__(
         self, strength: float = 1.0, anchors: str = "latest", grown: Iterable[str] = ()
     ) -> None:
-        if anchors not in ANCHORS:
-            raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}, found {anchors!r}")
+        one_of("anchors", anchors, ANCHORS)
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength must be finite and not negative, found {strength}")
         self.strength = strength

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kfoc.common.ambient import plainly
-from kfoc.common.arguments import whole
+from kfoc.common.arguments import one_of, whole
 from kfoc.errors import Footprint
 from kfoc.estimators.aggregation import Aggregation, Approx
 from kfoc.estimators.exact import Exact
@@ -94,12 +94,9 @@ class KFOC(Options, FactoredEstimator):
     """
 
     def check(self) -> None:
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(
-                f"aggregation must be one of {', '.join(AGGREGATIONS)}, found {self.aggregation!r}"
-            )
-        if self.plan is not None and self.plan not in PLANS:
-            raise ValueError(f"plan must be one of {', '.join(PLANS)}, found {self.plan!r}")
+        one_of("aggregation", self.aggregation, AGGREGATIONS)
+        if self.plan is not None:
+            one_of("plan", self.plan, PLANS)
         if self.rtol is not None and not self.rtol >= 0:
             raise ValueError(f"rtol must not be negative, found {self.rtol}")
         for name in ("max_steps", "passes", "rank"):

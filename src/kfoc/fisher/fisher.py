@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfoc.common.ambient import Plain
-from kfoc.common.arguments import check_model, whole
+from kfoc.common.arguments import check_model, number, one_of, whole
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.distributed import Ranks
@@ -109,8 +108,7 @@ class Fisher(Plain):
         ranks = Ranks.of(group)
         model = unwrapped(model) if ranks else model
         check_model(model)
-        if fisher not in FISHER_TYPES:
-            raise ValueError(f"fisher must be one of {', '.join(FISHER_TYPES)}, found {fisher!r}")
+        one_of("fisher", fisher, FISHER_TYPES)
         if isinstance(data, Iterator):
             raise ValueError(
                 "data is an iterator, which can be read once, and every product is a pass over "
@@ -309,11 +307,9 @@ def _same(rows: Tensor) -> Tensor:
 def check_solve(damping: Any, rtol: Any) -> None:
     """Raise where they are no numbers, or none that make sense."""
     for name, value, least, most in (("damping", damping, 0.0, math.inf), ("rtol", rtol, -1, 1)):
-        single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         if value is None and name == "rtol":
             continue
-        if not single or isinstance(value, bool):
-            raise ValueError(f"{name} must be a number, found {value!r}")
+        number(name, value)
         if not least < value < most or value < 0:
             raise ValueError(f"{name} must be positive and below {most}, found {value}")
 
