@@ -18,7 +18,7 @@ from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.running import Running
 from kfoc.estimators.sums import ExactSums, Sums
-from kfoc.linalg.scaling import check_representable
+from kfoc.linalg.scaling import check_representable, wide
 from kfoc.nearest.power import KroneckerFit
 from kfoc.parameters.layout import Layout
 from kfoc.plans.choose import PLANS
@@ -229,9 +229,7 @@ def _checked_samples(inputs: Tensor, grads: Tensor) -> Samples:
             f"inputs and grads must share a floating-point dtype, found {inputs.dtype} and "
             f"{grads.dtype}"
         )
-    if inputs.element_size() < 4:  # half precision squares to nothing
-        inputs, grads = inputs.float(), grads.float()
-    samples = Samples(Rows(inputs), grads)
+    samples = Samples(Rows(wide(inputs)), wide(grads))
     for name, largest in zip(("inputs", "grads"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):
             raise ValueError(f"{name} has values that are not finite ({largest})")

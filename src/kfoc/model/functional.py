@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from kfoc.common.ambient import as_called, callers
 from kfoc.common.arguments import check_model, check_predict
+from kfoc.linalg.scaling import wide
 from kfoc.model.batches import (
     Predict,
     Present,
@@ -158,11 +159,6 @@ def concerning(what: str) -> Iterator[None]:
         if type(error) is not ValueError:  # the user's own
             raise
         raise ValueError(f"{what}: {error}") from error
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, where it is in half precision."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 class _Called(nn.Module):

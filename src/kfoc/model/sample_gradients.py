@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from kfoc.common.arguments import whole
+from kfoc.linalg.scaling import wide
 from kfoc.model.batches import mapped
-from kfoc.model.functional import Forward, count_samples, sliced, wide
+from kfoc.model.functional import Forward, count_samples, sliced
 
 Parameters = Mapping[str, Tensor]
 # Numbers that one chunk of gradients may take: 128 MiB in float32.
