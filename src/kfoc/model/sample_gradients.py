@@ -130,8 +130,7 @@ def _finite(derivatives: dict[str, Tensor]) -> dict[str, Tensor]:
 def _gradient(value: Tensor, leaves: Parameters) -> dict[str, Tensor]:
     if not value.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if part is None else part
-        for (name, leaf), part in zip(leaves.items(), found, strict=True)
-    }
+    found = torch.autograd.grad(
+        value, [*leaves.values()], retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))

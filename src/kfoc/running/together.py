@@ -65,7 +65,6 @@ class Together(Alone):
                 )
 
     def start(self) -> None:
-        """Begin a pass."""
         self.ranks.start()
 
     def take(self, session: Session, batch: Any, last: bool, keeper: Unkept) -> None:
@@ -97,7 +96,6 @@ class Together(Alone):
         return samples
 
     def union(self, names: set[str]) -> set[str]:
-        """Names that any rank has."""
         return set().union(*self.ranks.objects(sorted(names)))
 
     def _agree(self, session: Session) -> None:
