@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # How the allocator of the CPU says it, in a plain RuntimeError.
 _ON_CPU = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -81,6 +84,15 @@ def naming(layer: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"layer {layer!r}: {error}") from error
+
+
+def by_layer(function: Callable[[str, T], R], items: Mapping[str, T]) -> dict[str, R]:
+    """The function's result for every layer, whose name is put in front of errors."""
+    found = {}
+    for layer, item in items.items():
+        with naming(layer):
+            found[layer] = function(layer, item)
+    return found
 
 
 def problem(layer: str, what: str) -> ValueError:

@@ -15,7 +15,7 @@ from kfoc.common.ambient import Plain
 from kfoc.curvature.arithmetic import Comparison, compared, merged
 from kfoc.curvature.damped import DampedCurvature, Dampings, dampings
 from kfoc.curvature.file import Stored, read, write
-from kfoc.errors import naming, problem
+from kfoc.errors import by_layer, problem
 from kfoc.parameters.coverage import Coverage, ParameterCount, coverage
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
@@ -149,10 +149,7 @@ class Curvature(Plain, Mapping[str, Block]):
                 is a large sum of Kronecker products; the message names the layer.
         """
         chosen = dampings(self.layers, damping, scale, method)
-        blocks = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                blocks[layer] = block.damped(chosen[layer])
+        blocks = by_layer(lambda layer, block: block.damped(chosen[layer]), self.blocks)
         return DampedCurvature(blocks, self.layouts)
 
     def solve(
@@ -205,11 +202,7 @@ class Curvature(Plain, Mapping[str, Block]):
             ValueError: other layers, or blocks of other shapes.
         """
         self._check_same_layers(other)
-        found = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                found[layer] = compared(block, other.blocks[layer])
-        return found
+        return by_layer(lambda layer, block: compared(block, other[layer]), self.blocks)
 
     def __add__(self, other: Curvature) -> Curvature:
         """The mean Fisher over the samples of both, each weighted by its `num_samples`.
@@ -228,10 +221,7 @@ class Curvature(Plain, Mapping[str, Block]):
         if total < 1:
             raise ValueError("neither curvature has any samples to weigh it by")
         shares = self.num_samples / total, other.num_samples / total
-        blocks = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                blocks[layer] = merged(block, other.blocks[layer], shares)
+        blocks = by_layer(lambda layer, block: merged(block, other[layer], shares), self.blocks)
         return Curvature(
             blocks,
             total,

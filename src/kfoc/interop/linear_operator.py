@@ -19,7 +19,7 @@ from kfoc.blocks import (
     LowRankBlock,
 )
 from kfoc.curvature.curvature import Curvature
-from kfoc.errors import naming
+from kfoc.errors import by_layer
 from kfoc.parameters.vectors import Vector, joined, matrices
 
 try:
@@ -40,11 +40,7 @@ def to_linear_operators(curvature: Curvature) -> dict[str, Any]:
     Raises:
         ValueError: a kind of block that has no counterpart.
     """
-    found = {}
-    for layer, block in curvature.items():
-        with naming(layer):
-            found[layer] = to_linear_operator(block)
-    return found
+    return by_layer(lambda _, block: to_linear_operator(block), curvature)
 
 
 @singledispatch

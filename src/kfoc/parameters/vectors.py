@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from kfoc.errors import naming
+from kfoc.errors import by_layer, naming
 from kfoc.parameters.layout import Layout, covered
 
 Vector = Mapping[str, Tensor]
@@ -73,10 +73,11 @@ def applied(
     places: Places,
 ) -> dict[str, Tensor]:
     """Each layer's operator on its part; computed at `places`, returned as each tensor came."""
-    parts = {}
-    for layer, matrix in matrices(vector, layouts).items():
-        with naming(layer):
-            parts[layer] = operators[layer](matrix.to(*places[layer]))
+
+    def result(layer: str, matrix: Tensor) -> Tensor:
+        return operators[layer](matrix.to(*places[layer]))
+
+    parts = by_layer(result, matrices(vector, layouts))
     return {name: part.to(vector[name]) for name, part in joined(parts, layouts).items()}
 
 
