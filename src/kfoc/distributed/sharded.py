@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kfoc.common.ambient import Plain
 from kfoc.curvature.curvature import Curvature, of_layers
+from kfoc.curvature.damped import Dampings, check_layers
 from kfoc.distributed import Ranks
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.parameters.vectors import Vector
@@ -70,20 +71,16 @@ class ShardedCurvature(Plain):
         return self._shared(vector, self.own.matvec)
 
     def solve(
-        self, vector: Vector, damping: float | Mapping[str, float] = 1e-3, *, scale: float = 1.0
+        self, vector: Vector, damping: Dampings = 1e-3, *, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """`(scale * F + damping * I)^-1 v`, of all parameters; damping as for `Curvature.solve`.
 
         Each rank factorises its own blocks alone; one all-reduce of the vector joins the parts.
         """
-        mine: float | dict[str, float]
+        mine = damping
         if isinstance(damping, Mapping):
-            if damping.keys() != self.owners.keys():
-                odd = sorted(damping.keys() ^ self.owners.keys())
-                raise ValueError(f"damping must have one number for each layer, differs in {odd}")
+            check_layers("damping", tuple(self.owners), damping)
             mine = {layer: damping[layer] for layer in self.own}
-        else:
-            mine = damping
         return self._shared(vector, lambda v: self.own.solve(v, mine, scale=scale))
 
     def trace(self) -> float:
