@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-# torch.OutOfMemoryError came with torch 2.5; before, and under this name still, it is CUDA's.
-OutOfMemory: type[RuntimeError] = torch.cuda.OutOfMemoryError
+T = TypeVar("T")
+R = TypeVar("R")
+
 # How the allocator of the CPU says it, in a plain RuntimeError.
 _ON_CPU = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
@@ -34,7 +35,7 @@ class Footprint(NamedTuple):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on whatever device."""
-    if isinstance(error, (OutOfMemory, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ON_CPU)
 
@@ -44,7 +45,7 @@ class advised:  # noqa: N801  (a context, used as contextlib's are)
     """Where memory runs out inside, say in what, and what to lower.
 
     Raises:
-        OutOfMemory: in the place of whichever exception said so.
+        torch.OutOfMemoryError: in the place of whichever exception said so.
     """
 
     def __init__(self, what: str, advice: str) -> None:
@@ -59,7 +60,7 @@ class advised:  # noqa: N801  (a context, used as contextlib's are)
         if isinstance(error.__cause__, (RuntimeError, MemoryError)):
             return  # one that says already in what
         text = f"{self.what}: memory ran out: {self.advice} ({error})"
-        raise OutOfMemory(text) from error
+        raise torch.OutOfMemoryError(text) from error
 
 
 class within:  # noqa: N801
@@ -72,8 +73,8 @@ class within:  # noqa: N801
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OutOfMemory):
-            raise OutOfMemory(f"{self.what}: {error}") from error.__cause__ or error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(f"{self.what}: {error}") from error.__cause__ or error
 
 
 @contextmanager
@@ -83,6 +84,15 @@ def naming(layer: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"layer {layer!r}: {error}") from error
+
+
+def by_layer(function: Callable[[str, T], R], items: Mapping[str, T]) -> dict[str, R]:
+    """The function's result for every layer, whose name is put in front of errors."""
+    found = {}
+    for layer, item in items.items():
+        with naming(layer):
+            found[layer] = function(layer, item)
+    return found
 
 
 def problem(layer: str, what: str) -> ValueError:

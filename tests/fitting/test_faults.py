@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kfoc
 import oracle
-from kfoc.errors import OutOfMemory, out_of_memory
+from kfoc.errors import out_of_memory
 from kfoc.estimators import kfac
 from kfoc.estimators.kfoc import AGGREGATIONS
 from kfoc.estimators.online import Online
@@ -113,7 +113,7 @@ def test_whatever_raises_the_model_comes_back(where: str, error: BaseException) 
 
 
 ON_CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-EXHAUSTED = [OutOfMemory("CUDA out of memory."), ON_CPU, MemoryError()]
+EXHAUSTED = [torch.OutOfMemoryError("CUDA out of memory."), ON_CPU, MemoryError()]
 
 
 def test_what_counts_as_out_of_memory() -> None:
@@ -162,7 +162,7 @@ def test_a_fit_with_little_memory_gives_the_same(monkeypatch: pytest.MonkeyPatch
 
     def limited(self: Samples, start: int, stop: int) -> Tensor:
         if stop - start > 2:
-            raise OutOfMemory("CUDA out of memory.")
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return own(self, start, stop)
 
     monkeypatch.setattr(Samples, "gradients", limited)
@@ -183,7 +183,7 @@ def test_a_solve_falls_back_on_a_plan_that_keeps_nothing(monkeypatch: pytest.Mon
     found = kfoc.nearest_kronecker_of_samples(inputs, grads)
     assert found.plan == "primal"
     assert torch.equal(found.left, expected.left)
-    with pytest.raises(OutOfMemory):  # asked for, so not replaced
+    with pytest.raises(torch.OutOfMemoryError):  # asked for, so not replaced
         kfoc.nearest_kronecker_of_samples(inputs, grads, plan="gram")
 
 
@@ -202,7 +202,7 @@ def test_memory_that_runs_out_in_a_layer_is_named(
     monkeypatch.setattr(kfac._State, "add", failing)
     before = state(model)
     message = "batch 0: layer '3': memory ran out: use smaller batches, a smaller memory_limit"
-    with pytest.raises(OutOfMemory, match=message):
+    with pytest.raises(torch.OutOfMemoryError, match=message):
         kfoc.fit(model, batches(x, y, 4), estimator=kfoc.KFAC())
     assert state(model) == before
 
@@ -215,7 +215,7 @@ def test_memory_that_runs_out_after_a_pass_is_named(
         raise EXHAUSTED[0]
 
     monkeypatch.setattr(Online, step, failing)
-    with pytest.raises(OutOfMemory, match=r"layer '\d': memory ran out"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"layer '\d': memory ran out"):
         kfoc.fit(convolutional(), [images(6)])
 
 
@@ -223,7 +223,7 @@ def test_memory_that_runs_out_in_the_model_is_named() -> None:
     model, (x, y) = convolutional(), images(12)
     model.append(Breaks(EXHAUSTED[0]))
     message = r"batch 1: the forward pass: memory ran out: use smaller batches \(CUDA out"
-    with pytest.raises(OutOfMemory, match=message):
+    with pytest.raises(torch.OutOfMemoryError, match=message):
         kfoc.fit(model, batches(x, y, 4), verify=False)
 
 

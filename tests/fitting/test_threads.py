@@ -141,8 +141,6 @@ def test_seeded_sections_exclude_each_other() -> None:
 
 def test_compilation_is_back_in_force_after_the_last_of_overlapping_fits() -> None:
     pytest.importorskip("torch._dynamo")
-    if not hasattr(torch.compiler, "set_stance"):
-        pytest.skip("this torch cannot put compilation out of force")
     from torch._dynamo import eval_frame
 
     before = eval_frame._stance.stance

@@ -15,11 +15,13 @@ from torch.nn.functional import pad
 
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Report
 from kfoc.common.ambient import Plain
-from kfoc.curvature.curvature import Curvature
+from kfoc.common.arguments import one_of
+from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.errors import problem
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.files.tensors import read_tensors, write_tensors
 from kfoc.parameters.coverage import NOT_CALLED
+from kfoc.parameters.layout import covered
 from kfoc.parameters.vectors import Vector
 
 ANCHORS = ("latest", "each")
@@ -74,8 +76,7 @@ class Consolidation(Plain):
     def __init__(
         self, strength: float = 1.0, anchors: str = "latest", grown: Iterable[str] = ()
     ) -> None:
-        if anchors not in ANCHORS:
-            raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}, found {anchors!r}")
+        one_of("anchors", anchors, ANCHORS)
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength must be finite and not negative, found {strength}")
         self.strength = strength
@@ -174,10 +175,10 @@ def _joined(old: Curvature, new: Curvature) -> Curvature:
     if len(shared) == len(old) == len(new):
         return old + new
     total = old.num_samples + new.num_samples
-    parts = [_part(old, shared) + _part(new, shared)] if shared else []
+    parts = [of_layers(old, shared) + of_layers(new, shared)] if shared else []
     for one, other in ((old, new), (new, old)):
         alone = [layer for layer in one if layer not in other]
-        parts.append(_part(one, alone) * (one.num_samples / total))
+        parts.append(of_layers(one, alone) * (one.num_samples / total))
     skipped = {
         k: v for k, v in (old.skipped | new.skipped).items() if k not in old and k not in new
     }
@@ -190,29 +191,12 @@ def _joined(old: Curvature, new: Curvature) -> Curvature:
     )
 
 
-def _part(curvature: Curvature, layers: list[str]) -> Curvature:
-    return replace(
-        curvature,
-        blocks={layer: curvature[layer] for layer in layers},
-        layouts={layer: curvature.layouts[layer] for layer in layers},
-    )
-
-
 def _anchor(path: Path, curvature: Curvature, device: torch.device | str) -> dict[str, Tensor]:
     _, tensors = read_tensors(path, _ANCHOR)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != _shapes(curvature):
+    shapes = covered(curvature.layouts)
+    if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
         raise ValueError(f"{str(path)!r} has no parameters of the curvature beside it")
-    return {name: tensors[name].to(device) for name in _shapes(curvature)}
-
-
-def _shapes(curvature: Curvature) -> dict[str, tuple[int, ...]]:
-    """Of the parameters that the curvature covers, by name."""
-    return {
-        name: shape
-        for layout in curvature.layouts.values()
-        for name, shape in zip(layout.names, layout.shapes, strict=True)
-    }
+    return {name: tensors[name].to(device) for name in shapes}
 
 
 def _widened(old: Curvature, new: Curvature, grown: tuple[str, ...]) -> Curvature:
@@ -254,7 +238,7 @@ def _parameters(
     """The model's parameters that the curvature covers; of layers that have grown, the first."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, found a {type(model).__name__}")
-    known, shapes = dict(model.named_parameters()), _shapes(curvature)
+    known, shapes = dict(model.named_parameters()), covered(curvature.layouts)
     missing = [name for name in shapes if name not in known]
     if missing:
         raise ValueError(f"the curvature covers {missing}, which the model does not have")

@@ -19,6 +19,7 @@ from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict, empty
 from kfoc.model.functional import Forward, concerning, count_samples, sliced
 from kfoc.model.sample_gradients import chunks, gradients
+from kfoc.parameters.layout import covered
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ class _Run:
     ) -> _Run:
         forward = Forward(model, predict)
         forward.check_deterministic()
-        names = [name for layout in curvature.layouts.values() for name in layout.names]
-        return cls(forward, forward.parameters(names), resolved(likelihood), chunk_size)
+        parameters = forward.parameters(covered(curvature.layouts))
+        return cls(forward, parameters, resolved(likelihood), chunk_size)
 
     def over(self, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
         """Chunks of all samples' gradients."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfoc.applications.preconditioner import Preconditioner
 from kfoc.blocks import METHODS, Damping
 from kfoc.common.ambient import Plain, callers
-from kfoc.common.arguments import check_model, whole
+from kfoc.common.arguments import check_model, one_of, whole
 from kfoc.files.encoding import decoded, encoded
 from kfoc.files.hints import check_all
 from kfoc.model.batches import mapped
@@ -94,8 +94,11 @@ class NaturalGradient(Plain, torch.optim.Optimizer):
     ) -> None:
         update_every = whole("update_every", update_every, 1)
         invert_every = update_every if invert_every is None else invert_every
-        _check_choices(method, other)
-        _check_counts(invert_every=invert_every, samples=samples)
+        one_of("method", method, METHODS)
+        one_of("other", other, OTHERS)
+        whole("invert_every", invert_every, 1)
+        if samples is not None:
+            whole("samples", samples, 1)
         _check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay, other_scale=other_scale)
         if kl_clip is not None and not 0 < kl_clip < math.inf:
             raise ValueError(f"kl_clip must be positive, or None for no limit, found {kl_clip}")
@@ -287,19 +290,6 @@ def _gradient(name: str, parameter: Tensor) -> Tensor:
 def _first(value: Any, count: int) -> Any:
     """The first `count` samples of the tensors in a batch."""
     return mapped(value, lambda tensor: tensor[:count] if tensor.ndim else tensor)
-
-
-def _check_choices(method: str, other: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, found {method!r}")
-    if other not in OTHERS:
-        raise ValueError(f"other must be one of {', '.join(OTHERS)}, found {other!r}")
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None:
-            whole(name, count, 1)
 
 
 def _check_numbers(**numbers: float) -> None:

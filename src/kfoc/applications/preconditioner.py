@@ -18,7 +18,7 @@ from kfoc.blocks.cholesky import damped_factors, triangle
 from kfoc.blocks.grouped import by_parts
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import Dampings, dampings
-from kfoc.errors import naming
+from kfoc.errors import by_layer, naming
 from kfoc.parameters.layout import Layout
 from kfoc.parameters.vectors import Vector
 
@@ -84,10 +84,7 @@ class Preconditioner:
             ValueError: bad arguments, or a block that cannot be inverted; it names the layer.
         """
         chosen = dampings(curvature.layers, damping, scale, method)
-        inverses = {}
-        for layer, block in curvature.items():
-            with naming(layer):
-                inverses[layer] = _inverse(block, chosen[layer])
+        inverses = by_layer(lambda layer, block: _inverse(block, chosen[layer]), curvature)
         return Preconditioner(inverses, curvature.layouts)
 
     def solve(self, gradients: Vector) -> dict[str, Tensor]:

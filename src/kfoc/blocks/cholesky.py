@@ -15,6 +15,7 @@ from torch import Tensor
 from kfoc.blocks import factors
 from kfoc.blocks.base import SpectralBlock
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
+from kfoc.linalg.scaling import wide
 
 
 def damped_factors(left: Tensor, right: Tensor, damping: Damping) -> tuple[Tensor, Tensor] | None:
@@ -25,7 +26,7 @@ def damped_factors(left: Tensor, right: Tensor, damping: Damping) -> tuple[Tenso
     Returns:
         Copies, in float32 at least; None where the damped matrix is no product.
     """
-    left, right = (f.float() if f.element_size() < 4 else f for f in (left, right))
+    left, right = wide(left), wide(right)
     if damping.method == "pi":
         shifts = damping.shifts(factors.diagonal(left), factors.diagonal(right))
         scale = math.sqrt(damping.scale)

@@ -6,13 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from kfoc.blocks.spectrum import Spectrum
 from kfoc.common.ambient import Plain
+from kfoc.common.arguments import number, one_of
 
 METHODS = ("exact", "pi")
 
@@ -35,12 +35,9 @@ class Damping:
     method: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, found {self.method!r}")
-        for name, value in (("damping", self.damping), ("scale", self.scale)):
-            single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-            if not single or isinstance(value, bool):
-                raise ValueError(f"{name} must be a number, found {value!r}")
+        one_of("method", self.method, METHODS)
+        number("damping", self.damping)
+        number("scale", self.scale)
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must be finite and not negative, found {self.damping}")
         if not 0 < self.scale < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfoc.linalg.eigen import eigh
+from kfoc.linalg.scaling import wide
 
 
 def diagonal(factor: Tensor) -> Tensor:
@@ -37,9 +38,9 @@ def eigen(factor: Tensor, what: str) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues and eigenvectors of a positive semi-definite factor; None is the identity."""
     if factor.ndim == 2:
         return eigh(factor, what)
-    wide = factor.float() if factor.element_size() < 4 else factor
-    if not wide.isfinite().all():
+    factor = wide(factor)
+    if not factor.isfinite().all():
         raise ValueError(f"{what} has values that are not finite")
-    if wide.numel() and wide.min() < 0:
-        raise ValueError(f"{what} is not positive semi-definite: it has {wide.min().item():.3g}")
-    return wide, None
+    if factor.numel() and factor.min() < 0:
+        raise ValueError(f"{what} is not positive semi-definite: it has {factor.min().item():.3g}")
+    return factor, None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_model(model: object) -> None:
@@ -27,6 +29,27 @@ def check_model(model: object) -> None:
                 f"the model{where} is a {type(module).__name__}, whose layers cannot be seen: pass "
                 "the module that torch.jit was given"
             )
+
+
+def check_predict(predict: object) -> None:
+    """Raises ValueError for what is neither None nor a function."""
+    if predict is not None and not callable(predict):
+        raise ValueError(
+            f"predict must be a function (model, inputs) -> outputs, found {predict!r}"
+        )
+
+
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise ValueError for what is none of these."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, found {value!r}")
+
+
+def number(name: str, value: object) -> None:
+    """Raise ValueError for what is no single number: Python's, NumPy's, or a tensor of one."""
+    single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not single or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, found {value!r}")
 
 
 def whole(name: str, value: Any, least: int) -> int:

@@ -95,8 +95,7 @@ class _Shared:
 
 
 def _force_eager() -> Undo | None:
-    # Only where anything may have been compiled, and torch can do that.
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         return None
     stance = torch.compiler.set_stance("force_eager")  # from here on
     return partial(stance.__exit__, None, None, None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from kfoc.common.ambient import Plain
 from kfoc.curvature.arithmetic import Comparison, compared, merged
 from kfoc.curvature.damped import DampedCurvature, Dampings, dampings
 from kfoc.curvature.file import Stored, read, write
-from kfoc.errors import naming, problem
+from kfoc.errors import by_layer, problem
 from kfoc.parameters.coverage import Coverage, ParameterCount, coverage
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
-from kfoc.parameters.vectors import Places, Vector, applied, joined, quadratic
+from kfoc.parameters.vectors import Operators, Places, Vector, applied, joined, quadratic
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,13 +69,11 @@ class Curvature(Plain, Mapping[str, Block]):
 
     def matvec(self, vector: Vector) -> dict[str, Tensor]:
         """`F v`."""
-        operators = {layer: block.matvec for layer, block in self.blocks.items()}
-        return applied(vector, self.layouts, operators, self._places)
+        return applied(vector, self.layouts, self._operators, self._places)
 
     def quadratic_form(self, vector: Vector) -> Tensor:
         """`v^T F v`, of the leading dimensions of v."""
-        operators = {layer: block.matvec for layer, block in self.blocks.items()}
-        return quadratic(vector, self.layouts, operators, self._places)
+        return quadratic(vector, self.layouts, self._operators, self._places)
 
     def vector(self, model: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
         """A model's parameters, or their gradients, as the vector that the methods here take.
@@ -151,10 +149,7 @@ class Curvature(Plain, Mapping[str, Block]):
                 is a large sum of Kronecker products; the message names the layer.
         """
         chosen = dampings(self.layers, damping, scale, method)
-        blocks = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                blocks[layer] = block.damped(chosen[layer])
+        blocks = by_layer(lambda layer, block: block.damped(chosen[layer]), self.blocks)
         return DampedCurvature(blocks, self.layouts)
 
     def solve(
@@ -207,11 +202,7 @@ class Curvature(Plain, Mapping[str, Block]):
             ValueError: other layers, or blocks of other shapes.
         """
         self._check_same_layers(other)
-        found = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                found[layer] = compared(block, other.blocks[layer])
-        return found
+        return by_layer(lambda layer, block: compared(block, other[layer]), self.blocks)
 
     def __add__(self, other: Curvature) -> Curvature:
         """The mean Fisher over the samples of both, each weighted by its `num_samples`.
@@ -230,10 +221,7 @@ class Curvature(Plain, Mapping[str, Block]):
         if total < 1:
             raise ValueError("neither curvature has any samples to weigh it by")
         shares = self.num_samples / total, other.num_samples / total
-        blocks = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                blocks[layer] = merged(block, other.blocks[layer], shares)
+        blocks = by_layer(lambda layer, block: merged(block, other[layer], shares), self.blocks)
         return Curvature(
             blocks,
             total,
@@ -273,9 +261,7 @@ class Curvature(Plain, Mapping[str, Block]):
 
         It takes and gives NumPy arrays, and works in the blocks' dtype (`pip install scipy`).
         """
-        dtypes = {layer: block.dtype for layer, block in self.blocks.items()}
-        device = next(iter(self.blocks.values())).device
-        return scipy_operator(self.matvec, self.layouts, dtypes, device)
+        return scipy_operator(self.matvec, self.layouts, self._places)
 
     def to(self, *args: Any, **kwargs: Any) -> Curvature:
         """The blocks on another device or in another floating-point dtype.
@@ -380,6 +366,10 @@ class Curvature(Plain, Mapping[str, Block]):
         return "\n".join(lines)
 
     @property
+    def _operators(self) -> Operators:
+        return {layer: block.matvec for layer, block in self.blocks.items()}
+
+    @property
     def _places(self) -> Places:
         return {layer: (block.device, block.dtype) for layer, block in self.blocks.items()}
 
@@ -390,3 +380,16 @@ class Curvature(Plain, Mapping[str, Block]):
             raise ValueError(
                 f"the two curvatures are not about the same parameters; they differ in {layers}"
             )
+
+
+AnyCurvature = TypeVar("AnyCurvature", Curvature, DampedCurvature)
+
+
+def of_layers(curvature: AnyCurvature, layers: Iterable[str]) -> AnyCurvature:
+    """The part of a curvature that is about some of its layers, in this order."""
+    kept = list(layers)
+    return replace(
+        curvature,
+        blocks={layer: curvature.blocks[layer] for layer in kept},
+        layouts={layer: curvature.layouts[layer] for layer in kept},
+    )

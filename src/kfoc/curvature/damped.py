@@ -13,10 +13,10 @@ from torch import Tensor
 from kfoc.blocks import DampedBlock, Damping
 from kfoc.common.ambient import Plain
 from kfoc.common.arguments import whole
-from kfoc.errors import naming
+from kfoc.errors import by_layer
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
 from kfoc.parameters.layout import Layout
-from kfoc.parameters.vectors import Places, Vector, applied, joined, quadratic
+from kfoc.parameters.vectors import Operators, Places, Vector, applied, joined, quadratic
 
 Dampings = float | Mapping[str, float]
 
@@ -30,15 +30,20 @@ def dampings(
         ValueError: layers that are missing or unknown, or a number that makes no sense.
     """
     if isinstance(damping, Mapping):
-        missing = [layer for layer in layers if layer not in damping]
-        unknown = [layer for layer in damping if layer not in layers]
-        if missing or unknown:
-            raise ValueError(
-                f"damping by layer must have a number for each of {list(layers)}; missing: "
-                f"{missing}, unknown: {unknown}"
-            )
+        check_layers("damping", layers, damping)
         return {layer: Damping(damping[layer], scale, method) for layer in layers}
     return dict.fromkeys(layers, Damping(damping, scale, method))
+
+
+def check_layers(what: str, layers: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    """Raises ValueError for layers that are missing among what is given for each, or unknown."""
+    missing = [layer for layer in layers if layer not in given]
+    unknown = [layer for layer in given if layer not in layers]
+    if missing or unknown:
+        raise ValueError(
+            f"{what} by layer must have a number for each of {list(layers)}; missing: {missing}, "
+            f"unknown: {unknown}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,19 +91,12 @@ class DampedCurvature(Plain):
         Raises:
             ValueError: B is singular or indefinite; the message names the layer.
         """
-        parts = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                parts[layer] = block.inverse_diagonal()
+        parts = by_layer(lambda _, block: block.inverse_diagonal(), self.blocks)
         return joined(parts, self.layouts)
 
     def logdet(self) -> float:
         """`ln det B`."""
-        total = 0.0
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                total += block.logdet()
-        return total
+        return sum(by_layer(lambda _, block: block.logdet(), self.blocks).values())
 
     def sample(
         self, num: int = 1, *, seed: int = 0, generator: torch.Generator | None = None
@@ -112,18 +110,14 @@ class DampedCurvature(Plain):
         """
         num = whole("num", num, 1)
         generator = torch.Generator().manual_seed(seed) if generator is None else generator
-        parts = {}
-        for layer, block in self.blocks.items():
-            with naming(layer):
-                noise = torch.randn(
-                    num,
-                    *block.shape,
-                    generator=generator,
-                    dtype=block.dtype,
-                    device=generator.device,
-                )
-                parts[layer] = block.draw(noise.to(block.device))
-        return joined(parts, self.layouts)
+        place = generator.device
+
+        def drawn(_: str, block: DampedBlock) -> Tensor:
+            shape = num, *block.shape
+            noise = torch.randn(shape, generator=generator, dtype=block.dtype, device=place)
+            return block.draw(noise.to(block.device))
+
+        return joined(by_layer(drawn, self.blocks), self.layouts)
 
     def redamped(
         self, damping: Dampings, *, method: str = "exact", scale: float = 1.0
@@ -155,9 +149,7 @@ class DampedCurvature(Plain):
         if exponent not in (1, 0.5, -0.5, -1):
             raise ValueError(f"exponent must be one of 1, 0.5, -0.5, -1, found {exponent}")
         power = partial(self._power, exponent=exponent)
-        dtypes = {layer: block.dtype for layer, block in self.blocks.items()}
-        device = next(iter(self.blocks.values())).device
-        return scipy_operator(power, self.layouts, dtypes, device)
+        return scipy_operator(power, self.layouts, self._places)
 
     def __repr__(self) -> str:
         return f"DampedCurvature of {len(self.blocks)} layers: {', '.join(self.blocks)}"
@@ -168,18 +160,9 @@ class DampedCurvature(Plain):
     def _quadratic(self, vector: Vector, exponent: float) -> Tensor:
         return quadratic(vector, self.layouts, self._operators(exponent), self._places)
 
-    def _operators(self, exponent: float) -> dict[str, _Power]:
-        return {layer: _Power(block, exponent) for layer, block in self.blocks.items()}
+    def _operators(self, exponent: float) -> Operators:
+        return {k: partial(block.power, exponent=exponent) for k, block in self.blocks.items()}
 
     @property
     def _places(self) -> Places:
         return {layer: (block.device, block.dtype) for layer, block in self.blocks.items()}
-
-
-@dataclass(frozen=True)
-class _Power:
-    block: DampedBlock
-    exponent: float
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        return self.block.power(vectors, self.exponent)

@@ -17,6 +17,7 @@ from kfoc.blocks import KINDS, Block, Report
 from kfoc.blocks.decomposed import DecomposedBlock
 from kfoc.blocks.spectrum import Spectrum
 from kfoc.errors import naming
+from kfoc.files.hints import check, check_all, declared
 from kfoc.files.tensors import read_tensors, write_tensors
 from kfoc.files.writing import Place
 from kfoc.parameters.layout import Layout
@@ -24,27 +25,13 @@ from kfoc.parameters.layout import Layout
 VERSION = 1
 KEY = "kfoc"
 # The curvature's own entries, and the types that they must have.
-METADATA: dict[str, tuple[type, ...]] = {
-    "num_samples": (int,),
-    "skipped": (dict,),
-    "estimator": (str,),
-    "fisher": (str,),
-    "seed": (int, type(None)),
-    "counts": (dict,),
-}
-# Likewise of a block's report.
-REPORT: dict[str, tuple[type, ...]] = {
-    "relative_error": (float, type(None)),
-    "standard_error": (float, type(None)),
-    "fisher_error": (float, type(None)),
-    "fisher_error_std": (float, type(None)),
-    "steps": (int,),
-    "converged": (bool,),
-    "plan": (str,),
-    "unchecked": (str,),
-    "head": (int, type(None)),
-    "change": (float, type(None)),
-    "gap": (float, type(None)),
+METADATA = {
+    "num_samples": "int",
+    "skipped": "dict[str, str]",
+    "estimator": "str",
+    "fisher": "str",
+    "seed": "int | None",
+    "counts": "dict",
 }
 
 
@@ -140,13 +127,10 @@ def _taken(block: Block, key: str, tensors: dict[str, Tensor], factorised: bool)
 
 
 def _restored(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
-    for name, types in METADATA.items():
-        if type(content.get(name)) not in types:
-            raise ValueError(f"{name} is {content.get(name)!r}")
+    metadata = {name: content.get(name) for name in METADATA}
+    check_all(metadata, METADATA)
     if content["num_samples"] < 1:
         raise ValueError(f"num_samples is {content['num_samples']}")
-    if not all(isinstance(reason, str) for reason in content["skipped"].values()):
-        raise ValueError("skipped has a reason that is no text")
     blocks: dict[str, Block] = {}
     layouts: dict[str, Layout] = {}
     for layer in content["layers"]:
@@ -154,17 +138,15 @@ def _restored(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
         if not isinstance(name, str) or name in blocks:
             raise ValueError(f"layer {name!r} is there twice, or has no name")
         layouts[name] = _layout(name, layer["layout"])
-        try:
+        with naming(name):
             blocks[name] = _given(layer["block"], tensors)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
         _check(name, blocks[name])
         if blocks[name].shape != layouts[name].shape:
             raise ValueError(
                 f"layer {name!r} has a block of shape {blocks[name].shape} for parameters of "
                 f"shape {layouts[name].shape}"
             )
-    return Stored(blocks, layouts, {name: content[name] for name in METADATA})
+    return Stored(blocks, layouts, metadata)
 
 
 def _layout(layer: str, entry: dict[str, Any]) -> Layout:
@@ -208,9 +190,7 @@ def _given(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Block:
             value = part["value"]
             fields[name] = tuple(value) if isinstance(value, list) else value
     report = Report(**entry["report"])
-    for name, types in REPORT.items():
-        if type(getattr(report, name)) not in types:
-            raise ValueError(f"a report has {name} {getattr(report, name)!r}")
+    check(vars(report), declared(Report))
     block = KINDS[entry["kind"]](**fields, report=report)
     if "spectrum" in entry:
         _keep(block, {key.rpartition(".")[-1]: tensors[key] for key in entry["spectrum"]})

@@ -136,8 +136,7 @@ class Ranks:
     def objects(self, own: Any) -> list[Any]:
         """Every rank's object, pickled."""
         self.section()
-        found: list[Any] = [None] * self.world
-        self._called(lambda: distributed.all_gather_object(found, own, self.group))
+        found = self._each(own)
         self.traffic.gathers += 1
         # Sizes are not told: that of the text form stands for them.
         self.traffic.gather_bytes += len(repr(own))
@@ -202,6 +201,11 @@ class Ranks:
         self.traffic.gather_bytes += sent.nbytes
         return [part.to(tensor.device) for part in found]
 
+    def _each(self, own: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        self._called(lambda: distributed.all_gather_object(found, own, self.group))
+        return found
+
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor.cuda() if self._on_gpu else tensor
 
@@ -214,9 +218,7 @@ class Ranks:
         self.traffic.status_bytes += own.nbytes
         told = [part.tolist() for part in found]
         if any(row[0] == _FAILED for row in told):
-            messages: list[Any] = [None] * self.world
-            own_message = self._message
-            self._called(lambda: distributed.all_gather_object(messages, own_message, self.group))
+            messages = self._each(self._message)
             which = next(r for r, row in enumerate(told) if row[0] == _FAILED)
             raise RanksError(f"rank {which} of {self.world} failed: {messages[which]}")
         return told

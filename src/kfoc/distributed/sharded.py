@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kfoc.common.ambient import Plain
-from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.curvature import Curvature, of_layers
+from kfoc.curvature.damped import Dampings, check_layers
 from kfoc.distributed import Ranks
 from kfoc.files.index import read_index, saving, write_index
 from kfoc.parameters.vectors import Vector
@@ -63,31 +64,23 @@ class ShardedCurvature(Plain):
             name: layer for layer, names in curvature.parameters.items() for name in names
         }
         own = [layer for layer, rank in self.owners.items() if rank == ranks.rank]
-        self.own = replace(
-            curvature,
-            blocks={layer: curvature[layer] for layer in own},
-            layouts={layer: curvature.layouts[layer] for layer in own},
-        )
+        self.own = of_layers(curvature, own)
 
     def matvec(self, vector: Vector) -> dict[str, Tensor]:
         """`F v`, of all parameters."""
         return self._shared(vector, self.own.matvec)
 
     def solve(
-        self, vector: Vector, damping: float | Mapping[str, float] = 1e-3, *, scale: float = 1.0
+        self, vector: Vector, damping: Dampings = 1e-3, *, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """`(scale * F + damping * I)^-1 v`, of all parameters; damping as for `Curvature.solve`.
 
         Each rank factorises its own blocks alone; one all-reduce of the vector joins the parts.
         """
-        mine: float | dict[str, float]
+        mine = damping
         if isinstance(damping, Mapping):
-            if damping.keys() != self.owners.keys():
-                odd = sorted(damping.keys() ^ self.owners.keys())
-                raise ValueError(f"damping must have one number for each layer, differs in {odd}")
+            check_layers("damping", tuple(self.owners), damping)
             mine = {layer: damping[layer] for layer in self.own}
-        else:
-            mine = damping
         return self._shared(vector, lambda v: self.own.solve(v, mine, scale=scale))
 
     def trace(self) -> float:
@@ -147,11 +140,7 @@ class ShardedCurvature(Plain):
         order = index.get("layers", [])
         if sorted(order) != sorted(blocks):
             raise ValueError(f"{str(directory)!r} is damaged: it has {list(blocks)}, not {order}")
-        return replace(
-            parts[0],
-            blocks={name: blocks[name] for name in order},
-            layouts={name: layouts[name] for name in order},
-        )
+        return of_layers(replace(parts[0], blocks=blocks, layouts=layouts), order)
 
     def _shared(
         self, vector: Vector, operator: Callable[[Vector], dict[str, Tensor]]

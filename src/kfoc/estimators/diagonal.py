@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kfoc.blocks import DiagonalBlock
 from kfoc.errors import Footprint
+from kfoc.estimators import tokens
 from kfoc.estimators.base import Estimator, State
-from kfoc.estimators.tokens import add_squares
 from kfoc.plans.base import CHUNK
 from kfoc.samples.base import LayerSamples, gradient_chunks
 from kfoc.samples.linear import Samples
@@ -23,18 +23,9 @@ class _State(State):
 
     def add(self, samples: LayerSamples, alone: bool) -> None:
         if isinstance(samples, Samples) and isinstance(samples.inputs, OneHot):
-            add_squares(self.squares, samples)
+            tokens.add_squares(self.squares, samples)
             return
-        if samples.num_positions == 1 and isinstance(samples, Samples):
-            # X = g a^T squares to g^2 (a^2)^T: one product, and no per-sample gradient.
-            rescaled, scale = samples.rescaled()  # g^2 and a^2 may leave the range that X^2 is in
-            if scale <= torch.finfo(self.squares.dtype).max:
-                inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT.square()
-                grads = rescaled.grads[:, :, 0].square().sum(0)
-                self.squares.addmm_(grads.mT, inputs, alpha=scale)
-                return
-        for gradients in gradient_chunks(samples, CHUNK):
-            self.squares += gradients.square().sum((0, 1))
+        add_squares(self.squares, samples)
 
     def totals(self) -> list[Tensor]:
         return [self.squares]
@@ -54,3 +45,23 @@ class Diagonal(Estimator):
         o, i = samples.shape
         size = o * i * samples.grads.element_size()
         return Footprint(size, size)
+
+
+def add_squares(
+    total: Tensor, samples: LayerSamples, basis: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """`total += sum_{s,n} (U^T X V)^2`, (o, i), entry by entry; U and V are the basis, if any."""
+    if samples.num_positions == 1 and isinstance(samples, Samples):
+        # X = g a^T: the square of U^T g (V^T a)^T is an outer product too, and X is not formed.
+        rescaled, scale = samples.rescaled()  # their squares may leave the range that X^2 is in
+        if scale <= torch.finfo(total.dtype).max:
+            inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT
+            grads = rescaled.grads[:, :, 0]
+            if basis:
+                inputs, grads = inputs @ basis[1], grads @ basis[0]
+            total.addmm_(grads.square().sum(0).mT, inputs.square(), alpha=scale)
+            return
+    for gradients in gradient_chunks(samples, CHUNK):
+        if basis:
+            gradients = basis[0].mT @ gradients @ basis[1]
+        total += gradients.square().sum((0, 1))

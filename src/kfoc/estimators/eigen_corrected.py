@@ -11,14 +11,13 @@ from torch import Tensor
 from kfoc.blocks import Block, EigenBlock, KroneckerBlock, Report
 from kfoc.errors import Footprint
 from kfoc.estimators.base import State
+from kfoc.estimators.diagonal import add_squares
 from kfoc.estimators.factored import FactoredEstimator, factors_bytes
 from kfoc.estimators.kfoc import KFOC
 from kfoc.estimators.pooling import Pooling, Sum, summed
 from kfoc.linalg.eigen import eigh
 from kfoc.linalg.scaling import beyond, check_representable, magnitude
 from kfoc.parameters.layout import Layout
-from kfoc.plans.base import CHUNK
-from kfoc.samples.base import gradient_chunks
 from kfoc.samples.linear import Samples
 
 
@@ -141,18 +140,3 @@ class EigenCorrected(FactoredEstimator):
         o, i = samples.shape
         size = factors_bytes(samples) + o * i * samples.grads.element_size()
         return Footprint(max(base.state, size), max(base.block, size))
-
-
-def add_squares(total: Tensor, samples: Samples, basis: tuple[Tensor, Tensor]) -> None:
-    """`total += sum_{s,n} (U^T X V)^2`, (o, i), entry by entry."""
-    left, right = basis
-    if samples.num_positions == 1:
-        # X = g a^T: the square of U^T g (V^T a)^T is an outer product too, and X is not formed.
-        rescaled, scale = samples.rescaled()  # their squares may leave the range that X^2 is in
-        if scale <= torch.finfo(total.dtype).max:
-            inputs = rescaled.inputs.columns(0, samples.num_samples)[:, :, 0].mT @ right
-            grads = (rescaled.grads[:, :, 0] @ left).square().sum(0)
-            total.addmm_(grads.mT, inputs.square(), alpha=scale)
-            return
-    for gradients in gradient_chunks(samples, CHUNK):
-        total += (left.mT @ gradients @ right).square().sum((0, 1))

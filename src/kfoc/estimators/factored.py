@@ -49,8 +49,7 @@ class _Groups(State):
         return all(self.settled)
 
     def change(self) -> float | None:
-        changes = [state.change() for state in self.states]
-        return max((change for change in changes if change is not None), default=None)
+        return _largest(state.change() for state in self.states)
 
     def decay(self, factor: float) -> None:
         for state in self.states:
@@ -74,9 +73,9 @@ class _Groups(State):
         return GroupedBlock(blocks, report=report)
 
 
-def _largest(gaps: Iterable[float | None]) -> float | None:
-    known = [gap for gap in gaps if gap is not None]
-    return max(known, default=None)
+def _largest(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    return max((value for value in values if value is not None), default=None)
 
 
 @dataclass

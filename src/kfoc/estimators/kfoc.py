@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kfoc.common.ambient import plainly
-from kfoc.common.arguments import whole
+from kfoc.common.arguments import one_of, whole
 from kfoc.errors import Footprint
 from kfoc.estimators.aggregation import Aggregation, Approx
 from kfoc.estimators.exact import Exact
@@ -18,7 +18,7 @@ from kfoc.estimators.online import Online
 from kfoc.estimators.options import Options
 from kfoc.estimators.running import Running
 from kfoc.estimators.sums import ExactSums, Sums
-from kfoc.linalg.scaling import check_representable
+from kfoc.linalg.scaling import check_representable, wide
 from kfoc.nearest.power import KroneckerFit
 from kfoc.parameters.layout import Layout
 from kfoc.plans.choose import PLANS
@@ -94,12 +94,9 @@ class KFOC(Options, FactoredEstimator):
     """
 
     def check(self) -> None:
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(
-                f"aggregation must be one of {', '.join(AGGREGATIONS)}, found {self.aggregation!r}"
-            )
-        if self.plan is not None and self.plan not in PLANS:
-            raise ValueError(f"plan must be one of {', '.join(PLANS)}, found {self.plan!r}")
+        one_of("aggregation", self.aggregation, AGGREGATIONS)
+        if self.plan is not None:
+            one_of("plan", self.plan, PLANS)
         if self.rtol is not None and not self.rtol >= 0:
             raise ValueError(f"rtol must not be negative, found {self.rtol}")
         for name in ("max_steps", "passes", "rank"):
@@ -232,9 +229,7 @@ def _checked_samples(inputs: Tensor, grads: Tensor) -> Samples:
             f"inputs and grads must share a floating-point dtype, found {inputs.dtype} and "
             f"{grads.dtype}"
         )
-    if inputs.element_size() < 4:  # half precision squares to nothing
-        inputs, grads = inputs.float(), grads.float()
-    samples = Samples(Rows(inputs), grads)
+    samples = Samples(Rows(wide(inputs)), wide(grads))
     for name, largest in zip(("inputs", "grads"), samples.magnitudes, strict=True):
         if not math.isfinite(largest):
             raise ValueError(f"{name} has values that are not finite ({largest})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kfoc.errors import out_of_memory
 from kfoc.estimators import single_output
@@ -65,32 +66,15 @@ class Options:
             return single_output.solved(samples)
         rescaled, scale = samples.rescaled()
         contraction = self.contraction(rescaled)
-        return self._contracted(samples, contraction, scale / samples.num_samples, certify)
-
-    def _contracted(
-        self, samples: Samples, contraction: Contraction, scale: float, certify: bool
-    ) -> KroneckerFit:
         rank = self._sketch_rank(samples, contraction)
+        asked: dict[str, Any] = {"rtol": self.rtol, "max_steps": self.max_steps}
+        asked |= {"certify": certify, "scale": scale / samples.num_samples}
         if rank and isinstance(contraction, Sketchable):
-            return fit_from_sketch(
-                contraction,
-                samples.shape,
-                rank,
-                rtol=self.rtol,
-                max_steps=self.max_steps,
-                certify=certify,
-                scale=scale,
-            )
-        return fit_contraction(
-            contraction,
-            rtol=self.rtol,
-            max_steps=self.max_steps,
-            certify=certify,
-            scale=scale,
-        )
+            return fit_from_sketch(contraction, samples.shape, rank, **asked)
+        return fit_contraction(contraction, **asked)
 
     def _sketch_rank(self, samples: Samples, contraction: Contraction) -> int:
-        """See `planner.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
+        """See `choose.sketch_rank`; 0 too where tolerance and steps leave no room for a start that
         is only nearly the optimum."""
         tight = Tolerance(self.rtol).under(1e-8)
         if tight or isinstance(samples, Tied) or samples.diagonal or self.max_steps < 20:

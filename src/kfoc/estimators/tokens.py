@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfoc.plans.tokens import CHUNK
+from kfoc.plans.base import CHUNK
 from kfoc.samples.base import chunks
 from kfoc.samples.linear import Samples
 from kfoc.samples.one_hot import Pairs, merged_pairs

@@ -6,14 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Real
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfoc.common.ambient import Plain
-from kfoc.common.arguments import check_model, whole
+from kfoc.common.arguments import check_model, number, one_of, whole
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.distributed import Ranks
@@ -30,7 +30,7 @@ from kfoc.model.sample_gradients import chunks
 from kfoc.model.sharding import is_sharded, unwrapped
 from kfoc.model.trace import coarsest, tolerance
 from kfoc.parameters.flat import flattened, scipy_operator, unflattened
-from kfoc.parameters.layout import Layout
+from kfoc.parameters.layout import Layout, covered
 from kfoc.parameters.vectors import Vector
 from kfoc.running.progress import Progress, reporter
 
@@ -108,8 +108,7 @@ class Fisher(Plain):
         ranks = Ranks.of(group)
         model = unwrapped(model) if ranks else model
         check_model(model)
-        if fisher not in FISHER_TYPES:
-            raise ValueError(f"fisher must be one of {', '.join(FISHER_TYPES)}, found {fisher!r}")
+        one_of("fisher", fisher, FISHER_TYPES)
         if isinstance(data, Iterator):
             raise ValueError(
                 "data is an iterator, which can be read once, and every product is a pass over "
@@ -221,7 +220,7 @@ class Fisher(Plain):
         It takes and gives NumPy arrays, in the parameters' dtype (`pip install scipy`).
         """
         like = self._like
-        return scipy_operator(self.matvec, self._layouts, {"": like.dtype}, like.device)
+        return scipy_operator(self.matvec, self._layouts, {"": (like.device, like.dtype)})
 
     def __repr__(self) -> str:
         (size, _) = self._layouts[""].shape
@@ -231,9 +230,7 @@ class Fisher(Plain):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of the computation."""
         values = list(self._passes.forward.parameters(self.parameters).values())
-        dtype = torch.float32
-        for value in values:
-            dtype = torch.promote_types(dtype, value.dtype)
+        dtype = reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
         return torch.empty(0, dtype=dtype, device=values[0].device)
 
     def _rows(self, vector: Vector) -> tuple[Tensor, torch.Size]:
@@ -283,8 +280,7 @@ class Fisher(Plain):
 def _layout(model: nn.Module, layers: str | Iterable[str] | Curvature | None) -> Layout:
     """All covered parameters, one after the other."""
     if isinstance(layers, Curvature):
-        names = [name for layout in layers.layouts.values() for name in layout.names]
-        parameters: dict[str, Any] = dict(Forward(model).parameters(names))
+        parameters: dict[str, Any] = dict(Forward(model).parameters(covered(layers.layouts)))
     else:
         parameters = dict(chosen_parameters(model, layers))
     shapes = tuple(tuple(value.shape) for value in parameters.values())
@@ -311,11 +307,9 @@ def _same(rows: Tensor) -> Tensor:
 def check_solve(damping: Any, rtol: Any) -> None:
     """Raise where they are no numbers, or none that make sense."""
     for name, value, least, most in (("damping", damping, 0.0, math.inf), ("rtol", rtol, -1, 1)):
-        single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         if value is None and name == "rtol":
             continue
-        if not single or isinstance(value, bool):
-            raise ValueError(f"{name} must be a number, found {value!r}")
+        number(name, value)
         if not least < value < most or value < 0:
             raise ValueError(f"{name} must be positive and below {most}, found {value}")
 

@@ -15,7 +15,8 @@ from torch.func import jvp, vmap
 
 from kfoc.errors import out_of_memory
 from kfoc.fitting.marks import Mark
-from kfoc.model.functional import Forward, wide
+from kfoc.linalg.scaling import wide
+from kfoc.model.functional import Forward
 
 Vectors = Mapping[str, Tensor]
 

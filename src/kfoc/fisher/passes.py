@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from kfoc.fisher.linearised import Linearised, Modes
 from kfoc.fitting.marks import Mark
 from kfoc.likelihoods.base import Likelihood, outer_products
 from kfoc.linalg.scaling import finite
-from kfoc.model.batches import check_next_token, checked_outputs, present, unpacked
+from kfoc.model.batches import Present, check_next_token, checked_outputs, unpacked
 from kfoc.model.functional import Forward, concerning
 from kfoc.model.undisturbed import undisturbed
 from kfoc.running.progress import Meter, Report, length
@@ -65,23 +65,23 @@ class Passes:
     num_samples: int = 0
     modes: Modes = field(default_factory=Modes)
 
-    def together(self, vectors: Tensor) -> AbstractContextManager[None]:
+    @contextmanager
+    def together(self, vectors: Tensor) -> Iterator[None]:
         """What is asked of all ranks: an error on one ends the others too.
 
         Raises:
             RanksError: the ranks have other parameters, vectors or options.
         """
-        return nullcontext() if self.ranks is None else self._together(self.ranks, vectors)
-
-    @contextmanager
-    def _together(self, ranks: Ranks, vectors: Tensor) -> Iterator[None]:
-        with ranks.telling():
+        if self.ranks is None:
+            yield
+            return
+        with self.ranks.telling():
             own = repr((self.names, tuple(vectors.shape), self.likelihood, self.fisher, self.seed))
             mark = zlib.crc32(own.encode())
             for value in (*self.forward.parameters(self.names).values(), vectors):
                 raw = value.reshape(-1).contiguous().view(torch.uint8).cpu().numpy()
                 mark = zlib.crc32(raw.tobytes(), mark)
-            if not ranks.section(mark):
+            if not self.ranks.section(mark):
                 raise RanksError(
                     "the ranks have other parameters, vectors, layers or options: data alone may "
                     "differ"
@@ -120,7 +120,7 @@ class Passes:
         meter = Meter(self.report, number, limit, batches, None) if self.report else None
         parameters = self.forward.parameters(self.names)
         count = index = 0
-        upcoming = as_called(present(self.data))
+        upcoming = as_called(Present(self.data))
         item = next(upcoming, _END)
         while item is not _END:
             where = f"batch {index}"

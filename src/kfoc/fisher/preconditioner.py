@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.parameters.flat import flattened, unflattened
-from kfoc.parameters.layout import Layout
+from kfoc.parameters.layout import Layout, covered
 
 
 @dataclass(frozen=True)
@@ -42,44 +42,41 @@ class Preconditioner:
         Raises:
             ValueError: it has none about these, or one that is about some of them and others.
         """
-        names = aliases(model, [name for layout in layouts.values() for name in layout.names])
-        kept = _restricted(curvature.layouts, names)
+        names = aliases(model, covered(layouts))
+        kept = _inside(curvature.layouts, names)
         if isinstance(curvature, Curvature):
-            blocks = {layer: curvature.blocks[layer] for layer in kept}
-            damped = replace(curvature, blocks=blocks, layouts=kept).damped(damping)
+            damped = of_layers(curvature, kept).damped(damping)
         else:
-            damped = DampedCurvature({layer: curvature.blocks[layer] for layer in kept}, kept)
+            damped = of_layers(curvature, kept)
         return cls(damped, names, layouts, damping)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Times rows (k, P)."""
         vector = unflattened(rows, self.layouts)
         found = {name: part / self.damping for name, part in vector.items()}
-        solved = self.damped.solve({name: vector[self.names[name]] for name in self._own})
+        solved = self.damped.solve(
+            {name: vector[self.names[name]] for name in covered(self.damped.layouts)}
+        )
         found |= {self.names[name]: part for name, part in solved.items()}
         return flattened(found, self.layouts)
 
     @property
     def missing(self) -> list[str]:
         """The Fisher's parameters that have no block."""
-        covered = {self.names[name] for name in self._own}
-        every = [name for layout in self.layouts.values() for name in layout.names]
-        return [name for name in every if name not in covered]
-
-    @property
-    def _own(self) -> list[str]:
-        return [name for layout in self.damped.layouts.values() for name in layout.names]
+        have = {self.names[name] for name in covered(self.damped.layouts)}
+        return [name for name in covered(self.layouts) if name not in have]
 
 
-def aliases(model: nn.Module, names: list[str]) -> dict[str, str]:
+def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Every name of these parameters -> the one among `names`."""
     known = dict(model.named_parameters(remove_duplicate=False))
     chosen = {id(known[name]): name for name in names}
     return {name: chosen[id(p)] for name, p in known.items() if id(p) in chosen}
 
 
-def _restricted(layouts: Mapping[str, Layout], names: Mapping[str, str]) -> dict[str, Layout]:
-    kept = {}
+def _inside(layouts: Mapping[str, Layout], names: Mapping[str, str]) -> list[str]:
+    """The layers that are about these parameters."""
+    kept = []
     for layer, layout in layouts.items():
         inside = [name for name in layout.names if name in names]
         if 0 < len(inside) < len(layout.names):
@@ -89,7 +86,7 @@ def _restricted(layouts: Mapping[str, Layout], names: Mapping[str, str]) -> dict
                 "the same parameters frozen"
             )
         if inside:
-            kept[layer] = layout
+            kept.append(layer)
     if not kept:
         raise ValueError(
             f"preconditioner: none of its layers ({', '.join(layouts)}) has parameters that the "

@@ -94,7 +94,7 @@ class LayerFit:
         with advised(f"layer {self.name!r}", LESS_MEMORY), naming(self.name):
             self.settled = self.state.next_pass()
 
-    def block(self, task: Task, count: float, unchecked: str, *, keep: bool = False) -> Block:
+    def block(self, task: Task, count: float, unchecked: str, *, keep: bool) -> Block:
         """The block, of `count` samples.
 
         Args:

@@ -8,16 +8,15 @@ import torch
 
 from kfoc.blocks import Block, GroupedBlock, KroneckerBlock
 from kfoc.errors import naming
-from kfoc.linalg.scaling import beyond, check_representable, magnitude
+from kfoc.linalg.scaling import beyond, check_representable, largest, magnitude
 
 
-def _largest(block: Block) -> list[float]:
+def _sizes(block: Block) -> list[float]:
     """The largest numbers of a block's parts, of which it is the product; not finite where one is
     not. Those of a semi-definite factor are bounded by its diagonal, and to look at all of them
     would take as long as a small fit."""
     if isinstance(block, GroupedBlock):
-        each = zip(*map(_largest, block.blocks), strict=True)
-        return [sum(part) if not math.isfinite(sum(part)) else max(part) for part in each]
+        return [*map(largest, zip(*map(_sizes, block.blocks), strict=True))]
     if isinstance(block, KroneckerBlock):
         factors = block.left, block.right
         return [magnitude(f.diagonal() if f.ndim == 2 else f) for f in factors]
@@ -35,7 +34,7 @@ def check_range(name: str, block: Block, scales: tuple[float, float]) -> None:
     products = inputs * inputs, grads * grads, inputs * grads, (inputs * grads) ** 2
     vanish = all(scales) and min(products) < torch.finfo(block.dtype).tiny
     with naming(name):
-        for largest in _largest(block):
-            if not math.isfinite(largest):
+        for size in _sizes(block):
+            if not math.isfinite(size):
                 raise ValueError(beyond("its block", block.dtype, ""))
-            check_representable(largest or (min(products) if vanish else 0.0), block.dtype)
+            check_representable(size or (min(products) if vanish else 0.0), block.dtype)

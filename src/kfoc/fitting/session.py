@@ -20,6 +20,7 @@ from kfoc.fitting.marks import Mark
 from kfoc.fitting.reader import Cotangents, Reader, Reading
 from kfoc.fitting.task import Task
 from kfoc.layers.select import select
+from kfoc.linalg.scaling import wide
 from kfoc.model.batches import check_next_token, moved, unpacked
 from kfoc.model.hooks import captured
 from kfoc.model.undisturbed import undisturbed
@@ -177,7 +178,7 @@ class Session:
     def _cotangents(self, outputs: Tensor, targets: Any, first: int) -> Iterator[Tensor]:
         """Those of the outputs (N, ...) for the block, and then those for its probes alone."""
         task = self.task
-        values = outputs.float() if outputs.element_size() < 4 else outputs
+        values = wide(outputs)
         self.likelihood = self.likelihood.settled(values, targets)
         draws = [(task.mc_samples, task.seed)]
         if self._draws_more:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfoc.common.arguments import check_model, whole
+from kfoc.common.arguments import check_model, check_predict, whole
 from kfoc.estimators import Estimator
 from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.named import check_fisher, resolved
@@ -61,10 +61,7 @@ class Task:
             )
         estimator.check()
         check_fisher(fisher)
-        if predict is not None and not callable(predict):
-            raise ValueError(
-                f"predict must be a function (model, inputs) -> outputs, found {predict!r}"
-            )
+        check_predict(predict)
         seed = whole("seed", seed, -(2**63))
         if seed >= 2**63:
             raise ValueError(f"seed must fit 64 bits, found {seed}")

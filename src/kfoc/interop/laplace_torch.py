@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from kfoc.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from kfoc.common.ambient import Plain
+from kfoc.common.arguments import one_of
 from kfoc.curvature.curvature import Curvature
+from kfoc.errors import naming
 from kfoc.estimators import KFAC, KFOC, Estimator
 from kfoc.fit import fit
 from kfoc.model.buffers import buffers_kept
@@ -74,10 +76,7 @@ class KFOCBackend(CurvatureInterface):
         seed: int = 0,
         curvature: Curvature | None = None,
     ) -> None:
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(
-                f"likelihood must be one of {', '.join(LIKELIHOODS)}, found {likelihood!r}"
-            )
+        one_of("likelihood", likelihood, LIKELIHOODS)
         if subnetwork_indices is not None:
             raise ValueError("a part of a layer's parameters has no Kronecker factors of its own")
         super().__init__(model, likelihood, last_layer, None, dict_key_x, dict_key_y)
@@ -299,10 +298,8 @@ def per_parameter_factors(
     """
     found: dict[str, Factors] = {}
     for layer, block in curvature.items():
-        try:
+        with naming(layer):
             factors = _split(block, curvature.layouts[layer])
-        except ValueError as error:
-            raise ValueError(f"layer {layer!r}: {error}") from error
         found |= {name: [f[0] * scale, *(g.clone() for g in f[1:])] for name, f in factors.items()}
     wanted = list(parameters)
     for name in wanted:

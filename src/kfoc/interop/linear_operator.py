@@ -19,6 +19,7 @@ from kfoc.blocks import (
     LowRankBlock,
 )
 from kfoc.curvature.curvature import Curvature
+from kfoc.errors import by_layer
 from kfoc.parameters.vectors import Vector, joined, matrices
 
 try:
@@ -39,13 +40,7 @@ def to_linear_operators(curvature: Curvature) -> dict[str, Any]:
     Raises:
         ValueError: a kind of block that has no counterpart.
     """
-    found = {}
-    for layer, block in curvature.items():
-        try:
-            found[layer] = to_linear_operator(block)
-        except ValueError as error:
-            raise ValueError(f"layer {layer!r}: {error}") from error
-    return found
+    return by_layer(lambda _, block: to_linear_operator(block), curvature)
 
 
 @singledispatch

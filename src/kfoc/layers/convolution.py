@@ -61,10 +61,8 @@ def _transposed(module: Any) -> Treatment:
         ones = (1,) * len(kernel)
         return Patches(functional.pad(spread, pad), kernel, ones, dilation, constant, flipped=True)
 
-    def grads(grad: Tensor) -> Tensor:
-        return grad.flatten(2).mT
-
-    return Treatment(inputs, grads, parameters, module.groups, "transposed_convolution")
+    kind = "transposed_convolution"
+    return Treatment(inputs, lambda grad: grad.flatten(2).mT, parameters, module.groups, kind)
 
 
 for _dims in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -20,18 +21,14 @@ def linear(module: nn.Module, weight: str = "weight", bias: str = "bias") -> Tre
     has_bias, parameters = extended(module, weight, bias)
     if parameters == (bias,):
         return replace(bias_alone(bias, channel_first=False), features=(1, 1))
-    inputs = _extended_rows if has_bias else _rows
+    inputs = partial(_rows, constant=1.0 if has_bias else None)
     return Treatment(inputs, _by_position, parameters, features=(1, 1))
 
 
-def _rows(values: Tensor, constant: float | None = None) -> Inputs:
+def _rows(values: Tensor, constant: float | None) -> Inputs:
     if values.ndim < 2:
         raise ValueError(f"its input must be (N, ..., features), found {tuple(values.shape)}")
     return Rows(_by_position(values), constant)
-
-
-def _extended_rows(values: Tensor) -> Inputs:
-    return _rows(values, 1.0)
 
 
 def _by_position(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kfoc.layers.rule import Treatment, extended, no_grads, no_inputs, treatment
+from kfoc.layers.rule import Treatment, extended, treatment, unused
 
 
 def _affine(module: Any, channel_first: bool, normalised: Callable[[Tensor], Tensor]) -> Treatment:
@@ -33,7 +33,7 @@ def _affine(module: Any, channel_first: bool, normalised: Callable[[Tensor], Ten
                 columns.append(terms.reshape(len(terms), -1, count).sum(1))
         return torch.stack(columns, 2)
 
-    return Treatment(no_inputs, no_grads, names, layout="stacked", direct=direct)
+    return Treatment(unused, unused, names, layout="stacked", direct=direct)
 
 
 @treatment.register

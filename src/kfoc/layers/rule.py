@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -161,12 +161,9 @@ def bias_alone(name: str, channel_first: bool) -> Treatment:
             grad = grad.movedim(-1, 1)
         return (grad.flatten(2).sum(2) if grad.ndim > 2 else grad)[..., None]
 
-    return Treatment(no_inputs, no_grads, (name,), layout="stacked", direct=direct)
+    return Treatment(unused, unused, (name,), layout="stacked", direct=direct)
 
 
-def no_inputs(values: Tensor) -> Inputs:
-    raise NotImplementedError("this treatment is direct")
-
-
-def no_grads(grad: Tensor) -> Tensor:
+def unused(values: Tensor) -> NoReturn:
+    """Stands for `inputs` and `grads` of treatments that are direct."""
     raise NotImplementedError("this treatment is direct")

@@ -12,10 +12,9 @@ from kfoc.layers.rule import (
     BY_NAME,
     Treatment,
     Unsupported,
-    no_grads,
-    no_inputs,
     trained_parameters,
     treatment,
+    unused,
 )
 
 
@@ -39,7 +38,7 @@ def _rms_norm(module: Any) -> Treatment:
         return terms.reshape(len(terms), -1, size[0]).sum(1)[..., None]
 
     names = ("weight",)
-    return Treatment(no_inputs, no_grads, names, layout="stacked", direct=direct, features=(1, 1))
+    return Treatment(unused, unused, names, layout="stacked", direct=direct, features=(1, 1))
 
 
 BY_NAME["transformers.pytorch_utils.Conv1D"] = _conv1d

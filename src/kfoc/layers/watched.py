@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kfoc.layers.attention import part_name
 from kfoc.layers.layer import Layer
 from kfoc.layers.linear import linear
 from kfoc.layers.rule import trained_parameters
@@ -38,7 +39,7 @@ def watchable(home: str, module: nn.Module) -> dict[str, Layer]:
         else:
             treatment = linear(module, weight, "bias" if len(weights) == 1 else "")
         alone = len(weights) == 1 and set(treatment.parameters) == set(trained)
-        name = home if alone else ".".join(filter(None, (home, weight)))
+        name = home if alone else part_name(home, weight)
         found[name] = Layer(name, home, module, treatment, weight=weight)
     return found
 

@@ -125,7 +125,7 @@ class Likelihood(ABC):
     def cotangents(
         self, outputs: Tensor, targets: object, fisher: str, mc_samples: int, seed: int, index: int
     ) -> Iterator[Tensor]:
-        """All directions of a Fisher type (design of kfoc, section 1), one at a time.
+        """All directions of a Fisher type, one at a time.
 
         Args:
             outputs: (N, ...), detached.

@@ -36,7 +36,7 @@ class HeteroscedasticGaussian(Likelihood):
     dim: int | None = None
 
     def check(self, outputs: Tensor, targets: object, fisher: str) -> None:
-        dim = 1 if self.dim is None else self.dim
+        dim = self._dim
         if outputs.ndim < 2 or (self.dim is None and outputs.ndim > 2):
             raise ValueError(
                 f"outputs of shape {tuple(outputs.shape)}: a HeteroscedasticGaussian takes "

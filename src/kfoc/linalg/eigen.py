@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kfoc.linalg.scaling import wide
+
 
 def eigh(matrix: Tensor, what: str = "the block") -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a positive semi-definite matrix.
@@ -35,15 +37,15 @@ def symmetric_eigh(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """As `eigh`, of any symmetric matrix, with its eigenvalues as they are."""
     if not matrix.isfinite().all():
         raise ValueError(f"{what} has values that are not finite")
-    wide = matrix.float() if matrix.element_size() < 4 else matrix
+    matrix = wide(matrix)
     try:
-        values, vectors = torch.linalg.eigh(wide)
+        values, vectors = torch.linalg.eigh(matrix)
         if values.isfinite().all() and vectors.isfinite().all():
             return values, vectors
     except torch.linalg.LinAlgError:
         pass
     try:
-        values, vectors = torch.linalg.eigh(wide.double())
+        values, vectors = torch.linalg.eigh(matrix.double())
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"the eigendecomposition of {what} failed: {error}") from error
-    return values.to(wide.dtype), vectors.to(wide.dtype)
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)

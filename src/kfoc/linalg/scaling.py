@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -95,6 +96,17 @@ def magnitude(values: Tensor) -> float:
     if values.device.type == "cpu":  # elsewhere every number that is read waits for the device
         return max(high.item(), -low.item())
     return torch.maximum(-low, high).item()
+
+
+def largest(values: Collection[float]) -> float:
+    """The largest; not finite where one is not, which max() would drop."""
+    total = sum(values)
+    return max(values) if math.isfinite(total) else total
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, where it is in half precision, which squares to nothing."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def finite(values: Tensor) -> bool:

@@ -102,8 +102,8 @@ def _bound(model: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) ->
         raise
 
 
-class _Present:
-    """Batches that have samples; as often as the data can be read."""
+class Present:
+    """Batches that are not empty, as often as data can be read. What `len` says counts all."""
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
@@ -115,24 +115,13 @@ class _Present:
         return len(self.data)  # type: ignore[arg-type]
 
 
-def present(data: Iterable[Any]) -> Iterable[Any]:
-    """The batches that are not empty. What `len` says counts all."""
-    return _Present(data)
-
-
 def empty(batch: Any) -> bool:
     """Whether there are tensors among a batch's inputs, and all are of no samples."""
     try:
         inputs, _ = unpacked(batch)
     except ValueError:  # which is told where it is taken in
         return False
-    lengths: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        lengths.append(len(tensor) if tensor.ndim else 1)
-        return tensor
-
-    mapped(inputs, note)
+    lengths = [len(tensor) if tensor.ndim else 1 for tensor in tensors_in(inputs)]
     return bool(lengths) and not any(lengths)
 
 
@@ -156,11 +145,11 @@ def check_next_token(model: nn.Module, batch: Any, predict: Predict | None) -> N
             )
 
 
-def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
+def tensor_of(outputs: Any) -> Tensor:
     """What the model returned as a tensor of outputs: itself, or its `.logits`.
 
     Raises:
-        ValueError: no tensor, no samples in the first dimension, or no gradient.
+        ValueError: no tensor, or complex numbers.
     """
     if not isinstance(outputs, Tensor):
         logits = getattr(outputs, "logits", None)
@@ -175,6 +164,12 @@ def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
             f"the model's outputs are complex ({outputs.dtype}): pass predict=lambda model, "
             "inputs: ... that returns real ones, such as torch.view_as_real(...)"
         )
+    return outputs
+
+
+def checked_outputs(outputs: Any, inputs: Any) -> Tensor:
+    """As `tensor_of`. Raises ValueError for no samples in the first dimension, or no gradient."""
+    outputs = tensor_of(outputs)
     if not outputs.numel() or not outputs.ndim:
         raise ValueError(f"the model's outputs have the shape {tuple(outputs.shape)}")
     if isinstance(inputs, Tensor) and inputs.ndim and len(inputs) != len(outputs):
@@ -207,6 +202,18 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         items = (mapped(item, change) for item in value)
         return tuple(items) if isinstance(value, tuple) else list(items)
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in `value`, however nested."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(value, note)
+    return found
 
 
 def _mapping(like: Mapping, items: dict) -> Mapping:

@@ -14,14 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from kfoc.common.ambient import as_called, callers
-from kfoc.common.arguments import check_model
+from kfoc.common.arguments import check_model, check_predict
+from kfoc.linalg.scaling import wide
 from kfoc.model.batches import (
     Predict,
+    Present,
     called,
     check_next_token,
     mapped,
     moved,
-    present,
+    tensor_of,
+    tensors_in,
     unpacked,
 )
 from kfoc.model.buffers import buffers_kept
@@ -41,10 +44,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        if self.predict is not None and not callable(self.predict):
-            raise ValueError(
-                f"predict must be a function (model, inputs) -> outputs, found {self.predict!r}"
-            )
+        check_predict(self.predict)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The trained values, detached and not copied.
@@ -76,7 +76,7 @@ class Forward:
         Raises:
             ValueError: anything else, or labels that the model means to be shifted.
         """
-        for batch in present(as_called(data)):
+        for batch in Present(as_called(data)):
             check_next_token(self.model, batch, self.predict)
             yield unpacked(batch, self.predict)
 
@@ -89,15 +89,7 @@ class Forward:
         swapped = {f"model.{name}": value for name, value in parameters.items()}
         with callers():
             outputs = functional_call(_Called(self.model, self.predict), swapped, (inputs,))
-        outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"the model returned a {type(outputs).__name__}, not a tensor: pass "
-                "predict=lambda model, inputs: ... that returns the outputs"
-            )
-        if outputs.is_complex():
-            raise ValueError(f"the model's outputs are complex ({outputs.dtype}): pass predict=...")
-        return wide(outputs)
+        return wide(tensor_of(outputs))
 
     def trained(self, inputs: Any) -> Tensor:
         """(N, ...), at the trained parameters, and without derivatives.
@@ -111,7 +103,7 @@ class Forward:
             raise ValueError("there are no samples")
         if not outputs.isfinite().all():
             # Only then: infinite masks of attention are inputs too.
-            odd = _not_finite(inputs)
+            odd = not all(tensor.isfinite().all() for tensor in tensors_in(inputs))
             reason = "so are inputs" if odd else "the inputs are: look at the model's parameters"
             raise ValueError(f"the model's outputs have values that are not finite ({reason})")
         return outputs
@@ -158,18 +150,6 @@ class Forward:
                 )
 
 
-def _not_finite(value: Any) -> bool:
-    """Whether a tensor in `value`, however nested, has values that are not finite."""
-    found: list[bool] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(not tensor.isfinite().all())
-        return tensor
-
-    mapped(value, note)
-    return any(found)
-
-
 @contextmanager
 def concerning(what: str) -> Iterator[None]:
     """Put the argument, or its batch, before the message of an error about its values."""
@@ -179,11 +159,6 @@ def concerning(what: str) -> Iterator[None]:
         if type(error) is not ValueError:  # the user's own
             raise
         raise ValueError(f"{what}: {error}") from error
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, where it is in half precision."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 class _Called(nn.Module):
@@ -219,13 +194,7 @@ def count_samples(inputs: Any) -> int:
     Raises:
         ValueError: no tensors, several sizes, or no samples.
     """
-    sizes: set[int] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.add(len(tensor) if tensor.ndim else -1)
-        return tensor
-
-    mapped(inputs, note)
+    sizes = {len(tensor) if tensor.ndim else -1 for tensor in tensors_in(inputs)}
     if len(sizes) != 1 or -1 in sizes:
         found = "none" if not sizes else f"first dimensions of {sorted(sizes)}"
         raise ValueError(

@@ -22,7 +22,7 @@ class Graph:
     def __init__(self, outputs: Tensor) -> None:
         self.root = outputs.grad_fn, outputs.output_nr
         self.users: dict[Node, list[tuple[Node, int, int]]] = {outputs.grad_fn: []}
-        self._leaves: dict[int, Node] = {}
+        self._leaves: dict[int, Node] = {}  # parameter -> where its gradient ends
         users = self.users
         waiting: list[Node] = [outputs.grad_fn]
         while waiting:
@@ -40,16 +40,12 @@ class Graph:
                         self._leaves[id(variable)] = node
                 known.append((user, argument, result))
 
-    def leaf(self, parameter: Tensor) -> Node | None:
-        """The node in which the gradient of a parameter ends, or None where none gets there."""
-        return self._leaves.get(id(parameter))
-
     def uses(self, parameter: Tensor) -> int:
         """How many operations took the parameter as an argument.
 
         Under autocast it is cast once for all of them: uses of the cast are uses of it.
         """
-        leaf, count = self.leaf(parameter), 0
+        leaf, count = self._leaves.get(id(parameter)), 0
         for user, _, _ in () if leaf is None else self.users[leaf]:
             count += len(self.users[user]) if user.name() == "ToCopyBackward0" else 1
         return count

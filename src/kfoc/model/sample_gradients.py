@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from kfoc.common.arguments import whole
+from kfoc.linalg.scaling import wide
 from kfoc.model.batches import mapped
-from kfoc.model.functional import Forward, count_samples, sliced, wide
+from kfoc.model.functional import Forward, count_samples, sliced
 
 Parameters = Mapping[str, Tensor]
 # Numbers that one chunk of gradients may take: 128 MiB in float32.
@@ -129,8 +130,7 @@ def _finite(derivatives: dict[str, Tensor]) -> dict[str, Tensor]:
 def _gradient(value: Tensor, leaves: Parameters) -> dict[str, Tensor]:
     if not value.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if part is None else part
-        for (name, leaf), part in zip(leaves.items(), found, strict=True)
-    }
+    found = torch.autograd.grad(
+        value, [*leaves.values()], retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kfoc.layers.selection import Selection
-from kfoc.linalg.scaling import magnitude, power_of_two
+from kfoc.linalg.scaling import magnitude, power_of_two, wide
 from kfoc.model.ownership import Directions, Rule
 from kfoc.model.to_samples import samples_of
-from kfoc.model.trace import Call, accumulable, coarsest, tolerance
+from kfoc.model.trace import Call, coarsest, tolerance
 from kfoc.parameters.layout import Layout
 from kfoc.samples.base import LayerSamples
 from kfoc.samples.grouped import Grouped
@@ -53,9 +53,9 @@ def adds_up(
     def samples_with(weightings: int) -> LayerSamples:
         directions: Directions = []
         for grad in evidence.grads:
-            wide = None if grad is None else accumulable(grad)
-            random = [_scrambled(wide, generator) for _ in range(weightings)]
-            directions.append([wide, *random])
+            own = None if grad is None else wide(grad)
+            random = [_scrambled(own, generator) for _ in range(weightings)]
+            directions.append([own, *random])
         return samples_of(calls, directions, count, rules)
 
     samples = samples_with(0)

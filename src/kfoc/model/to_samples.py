@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kfoc.layers.rule import Treatment
 from kfoc.layers.tied import TiedTreatment, tied_samples
+from kfoc.linalg.scaling import wide
 from kfoc.model.ownership import Directions, InOrder, Rule, Scattered, Unseen, row_count
-from kfoc.model.trace import Call, accumulable, present
+from kfoc.model.trace import Call, present
 from kfoc.samples.base import LayerSamples
 from kfoc.samples.direct import Direct
 from kfoc.samples.grouped import Grouped, joined
@@ -115,7 +116,7 @@ def _rows_first(
     call: Call, grads: list[Tensor], rule: InOrder | Scattered
 ) -> tuple[Tensor, list[Tensor]]:
     """Input and derivatives with the dimension of the samples in front, or all rows in one."""
-    value = accumulable(call.value)
+    value = wide(call.value)
     if isinstance(rule, InOrder):
         if rule.axis == 0:
             return value, grads

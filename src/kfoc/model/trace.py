@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfoc.errors import problem
 from kfoc.layers.rule import Treatment
-from kfoc.linalg.scaling import magnitude
+from kfoc.linalg.scaling import magnitude, wide
 from kfoc.model.graph import Graph
 
 
@@ -159,14 +159,9 @@ def tolerance(precision: float, device: torch.device | None = None) -> float:
     return 1e3 * precision
 
 
-def accumulable(tensor: Tensor) -> Tensor:
-    """Half precision squares to nothing: factors are accumulated in float32 at least."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def present(grad: Tensor | None, call: Call) -> Tensor:
     """The derivative by a call's output; zeros where the outputs do not depend on the call."""
     own = call.own(grad)
     if own is None:
         own = call.value.new_zeros(call.output_shape, dtype=call.output_dtype)
-    return accumulable(own)
+    return wide(own)

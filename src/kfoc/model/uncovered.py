@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kfoc.layers.rule import Unsupported
+from kfoc.linalg.scaling import wide
 from kfoc.model.batches import Predict
-from kfoc.model.functional import Forward, count_samples, wide
+from kfoc.model.functional import Forward, count_samples
 from kfoc.model.sample_gradients import gradients
 from kfoc.model.trace import coarsest, tolerance
 

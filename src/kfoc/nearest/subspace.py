@@ -130,7 +130,7 @@ def starts(shape: tuple[int, int], count: int, sign: int, like: Tensor) -> Tenso
     stack = torch.randn(count, i, i, generator=generator, dtype=torch.float64)
     if sign > 0 and count:
         stack[0] = torch.eye(i, dtype=torch.float64)
-    return matrices(torch.linalg.qr(coordinates(stack, sign))[0], i, sign).to(like)
+    return orthonormal(stack, sign).to(like)
 
 
 def orthonormal(stack: Tensor, sign: int) -> Tensor:
@@ -164,15 +164,13 @@ def leading_of(
     like: Tensor,
 ) -> Singular | None:
     """As `leading`, of one symmetry; None where there are no matrices of it."""
-    o = steps.shape[0]
     rights = starts(steps.shape, count, sign, like)
     if not len(rights):
         return None
     precision = 4 * torch.finfo(like.dtype).eps
     norms: list[float] = []
     while True:
-        images = coordinates(steps.to_left(rights), sign)
-        lefts = matrices(torch.linalg.qr(images)[0], o, sign)
+        lefts = orthonormal(steps.to_left(rights), sign)
         found = refined(lefts, steps.to_right(lefts), sign)
         norms.append(found.sigmas[:rank].norm().item())
         gap = remaining(norms, precision)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfoc.common.ambient import plainly
-from kfoc.linalg.scaling import balanced, check_representable
+from kfoc.linalg.scaling import balanced, check_representable, power_of_two, wide
 from kfoc.nearest.contraction import Contraction, Side, opposite
 from kfoc.nearest.power import KroneckerFit, Tolerance, power_iteration, relative_error
 
@@ -64,9 +64,8 @@ def nearest_kronecker(
         ValueError: shapes, dtypes or devices that do not fit, or values that are not finite.
     """
     _check_terms(lefts, rights)
-    if lefts.element_size() < 4:
-        lefts, rights = lefts.float(), rights.float()
-    scales = [_scale(lefts), _scale(rights)]
+    lefts, rights = wide(lefts), wide(rights)
+    scales = [power_of_two(terms.abs().max().item()) for terms in (lefts, rights)]
     terms = _Terms(lefts / scales[0], rights / scales[1])
     iterate = power_iteration(terms, terms.start(), "left", Tolerance(rtol), max_steps)
     if not _all_psd(lefts, rights):
@@ -109,12 +108,6 @@ def _check_terms(lefts: Tensor, rights: Tensor) -> None:
             f"lefts and rights must share dtype and device, found {lefts.dtype} on {lefts.device} "
             f"and {rights.dtype} on {rights.device}"
         )
-
-
-def _scale(tensor: Tensor) -> float:
-    """A power of two near the largest absolute value: dividing by it loses nothing."""
-    largest = tensor.abs().max().item()
-    return 2.0 ** round(math.log2(largest)) if largest > 0 else 1.0
 
 
 def _symmetric_terms(terms: Tensor) -> bool:

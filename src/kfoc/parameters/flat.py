@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfoc.parameters.layout import Layout
-from kfoc.parameters.vectors import Vector, matrices
+from kfoc.parameters.layout import Layout, covered
+from kfoc.parameters.vectors import Places, Vector, matrices
 
 
 def flattened(vector: Vector, layouts: Mapping[str, Layout]) -> Tensor:
@@ -24,7 +25,7 @@ def flattened(vector: Vector, layouts: Mapping[str, Layout]) -> Tensor:
     """
     parts = matrices(vector, layouts)  # for its checks
     lead = next(iter(parts.values())).shape[:-2] if parts else ()
-    flat = [vector[name].reshape(*lead, math.prod(s)) for name, s in _parameters(layouts)]
+    flat = [vector[name].reshape(*lead, math.prod(s)) for name, s in covered(layouts).items()]
     return torch.cat(flat, -1)
 
 
@@ -34,30 +35,29 @@ def unflattened(vector: Tensor, layouts: Mapping[str, Layout]) -> dict[str, Tens
     Raises:
         ValueError: a vector of another length.
     """
-    parameters = _parameters(layouts)
-    sizes = [math.prod(shape) for _, shape in parameters]
+    shapes = covered(layouts)
+    sizes = [math.prod(shape) for shape in shapes.values()]
     if not vector.ndim or vector.shape[-1] != sum(sizes):
         raise ValueError(
             f"the vector must end in the {sum(sizes)} parameters that are covered, found "
             f"the shape {tuple(vector.shape)}"
         )
-    parts = zip(parameters, vector.split(sizes, -1), strict=True)
+    parts = zip(shapes.items(), vector.split(sizes, -1), strict=True)
     return {name: part.reshape(*vector.shape[:-1], *shape) for (name, shape), part in parts}
 
 
 def scipy_operator(
     apply: Callable[[Vector], dict[str, Tensor]],
     layouts: Mapping[str, Layout],
-    dtypes: Mapping[str, torch.dtype],
-    device: torch.device,
+    places: Places,
 ) -> Any:
     """A `scipy.sparse.linalg.LinearOperator`, (P, P), of a symmetric operator on dicts.
 
     Args:
         apply: takes and gives tensors (k, *shape) by parameter name.
         layouts: the parameters and their order (see `flattened`).
-        dtypes: by layer; the operator has the widest of them, and float32 at least.
-        device: where `apply` wants its tensors.
+        places: of the blocks: the operator works on the device of the first, in the widest of
+            their dtypes, and float32 at least.
 
     Raises:
         ImportError: without SciPy.
@@ -66,10 +66,9 @@ def scipy_operator(
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
         raise ImportError("a linear operator of SciPy needs it: pip install scipy") from error
-    dtype = torch.float32
-    for each in dtypes.values():
-        dtype = torch.promote_types(dtype, each)
-    size = sum(math.prod(shape) for _, shape in _parameters(layouts))
+    device, _ = next(iter(places.values()))
+    dtype = reduce(torch.promote_types, (each for _, each in places.values()), torch.float32)
+    size = sum(map(math.prod, covered(layouts).values()))
 
     def columns(array: Any) -> Any:
         """The operator on the columns of an array (P, k)."""
@@ -91,12 +90,3 @@ def scipy_operator(
         matmat=columns,
         rmatmat=columns,
     )
-
-
-def _parameters(layouts: Mapping[str, Layout]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in the order of the vector."""
-    return [
-        pair
-        for layout in layouts.values()
-        for pair in zip(layout.names, layout.shapes, strict=True)
-    ]

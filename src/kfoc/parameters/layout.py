@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfoc.common.arguments import one_of
+
 KINDS = ("rows", "columns", "transposed_convolution", "matrices", "stacked", "flat")
 
 
@@ -38,8 +40,7 @@ class Layout:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"layout must be one of {', '.join(KINDS)}, found {self.kind!r}")
+        one_of("layout", self.kind, KINDS)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,3 +140,12 @@ class Layout:
             axis = len(lead) + 1
             return grouped.transpose(axis, axis + 1).reshape(*lead, *self.shapes[0])
         return matrix.reshape(*lead, *self.shapes[0])
+
+
+def covered(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters by name: layer by layer, each one's in its order."""
+    return {
+        name: shape
+        for layout in layouts.values()
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }

@@ -8,8 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from kfoc.errors import naming
-from kfoc.parameters.layout import Layout
+from kfoc.errors import by_layer, naming
+from kfoc.parameters.layout import Layout, covered
 
 Vector = Mapping[str, Tensor]
 
@@ -25,9 +25,9 @@ def matrices(vector: Vector, layouts: Mapping[str, Layout]) -> dict[str, Tensor]
         ValueError: parameters that are missing or not covered, shapes that do not fit, or numbers
             that are not real and floating-point.
     """
-    covered = [name for layout in layouts.values() for name in layout.names]
-    missing = [name for name in covered if name not in vector]
-    extra = sorted(vector.keys() - set(covered))
+    names = covered(layouts)
+    missing = [name for name in names if name not in vector]
+    extra = sorted(vector.keys() - names.keys())
     if missing or extra:
         problems = [f"lacks {', '.join(missing)}"] if missing else []
         problems += [f"has {', '.join(extra)} besides"] if extra else []
@@ -35,7 +35,7 @@ def matrices(vector: Vector, layouts: Mapping[str, Layout]) -> dict[str, Tensor]
             f"the vector must have exactly the parameters that are covered (see `parameters`); it "
             f"{' and '.join(problems)}"
         )
-    for name in covered:
+    for name in names:
         kind = getattr(vector[name], "dtype", None) or type(vector[name]).__name__
         if not isinstance(vector[name], Tensor) or not vector[name].is_floating_point():
             raise ValueError(
@@ -73,10 +73,11 @@ def applied(
     places: Places,
 ) -> dict[str, Tensor]:
     """Each layer's operator on its part; computed at `places`, returned as each tensor came."""
-    parts = {}
-    for layer, matrix in matrices(vector, layouts).items():
-        with naming(layer):
-            parts[layer] = operators[layer](matrix.to(*places[layer]))
+
+    def result(layer: str, matrix: Tensor) -> Tensor:
+        return operators[layer](matrix.to(*places[layer]))
+
+    parts = by_layer(result, matrices(vector, layouts))
     return {name: part.to(vector[name]) for name, part in joined(parts, layouts).items()}
 
 

@@ -9,7 +9,7 @@ from kfoc.plans.explicit import Dense, Gradients
 from kfoc.plans.positions import PositionGram, Positions
 from kfoc.plans.single import Gram, Primal
 from kfoc.plans.sketch_cost import reduced_rank, sketch_cost
-from kfoc.plans.tokens import contraction_of_diagonal
+from kfoc.plans.tokens import TiedTokens, TokenPairs
 from kfoc.samples.linear import Samples
 from kfoc.samples.tied import Tied
 
@@ -69,7 +69,9 @@ def contract(
 
     Tokens of a large vocabulary have a plan of their own, and no other.
     """
-    if isinstance(samples, Tied) or samples.diagonal:
-        return contraction_of_diagonal(samples)
+    if isinstance(samples, Tied):
+        return TiedTokens(samples)
+    if samples.diagonal:
+        return TokenPairs(samples)
     name = plan or choose(Size.of(samples), memory_limit, samples.grads.element_size())
     return PLANS[name](samples, memory_limit)

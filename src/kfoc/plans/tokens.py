@@ -16,13 +16,11 @@ from torch import Tensor
 
 from kfoc.linalg.products import add_symmetric, halves, mirrored, times_half
 from kfoc.nearest.contraction import Contraction, Side
+from kfoc.plans.base import CHUNK
 from kfoc.samples.base import chunks, gradient_chunks
 from kfoc.samples.linear import Samples
 from kfoc.samples.one_hot import merged_pairs
 from kfoc.samples.tied import Tied
-
-# Temporaries of a chunk hold at most so many numbers.
-CHUNK = 2**20
 
 
 class _Explicit(Contraction):
@@ -159,8 +157,3 @@ class TiedTokens(_Explicit):
                 products = first.flatten(0, 1).flatten(1) @ second.flatten(0, 1).flatten(1).mT
                 total += products.square_().sum(dtype=torch.float64).item()
         return total
-
-
-def contraction_of_diagonal(samples: Samples | Tied) -> Contraction:
-    """The contraction of samples whose right factor is a diagonal."""
-    return TiedTokens(samples) if isinstance(samples, Tied) else TokenPairs(samples)

@@ -51,12 +51,10 @@ class ExactBlock:
         What the leading singular direction of A leaves over; by the eigenvectors of the smaller
         Gram matrix, which owes nothing to the library's own power iteration.
         """
-        wide = self.rearranged if self._is_wide() else self.rearranged.T
+        rows, columns = self.rearranged.shape
+        wide = self.rearranged if rows <= columns else self.rearranged.T
         leading = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -1]
         return self._relative(wide - torch.outer(leading, leading @ wide))
-
-    def _is_wide(self) -> bool:
-        return self.rearranged.shape[0] <= self.rearranged.shape[1]
 
     def _relative(self, difference: Tensor) -> float:
         error = float(torch.linalg.vector_norm(difference))

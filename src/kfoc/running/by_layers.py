@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kfoc.blocks import Block
-from kfoc.curvature.curvature import Curvature
+from kfoc.curvature.curvature import Curvature, of_layers
 from kfoc.errors import Footprint
 from kfoc.fitting.layer_fit import LayerFit
 from kfoc.fitting.marks import Mark
@@ -132,8 +132,7 @@ class _Sweeps:
     def joined(self, session: Session, last: Curvature) -> Curvature:
         """One curvature of all, in the order of the model."""
         names = [name for name in session.selection.blocks if name in self.blocks]
-        blocks = {name: self.blocks[name] for name in names}
-        return replace(last, blocks=blocks, layouts={name: self.layouts[name] for name in names})
+        return of_layers(replace(last, blocks=self.blocks, layouts=self.layouts), names)
 
     def _kept(self) -> int:
         """Bytes of the finished blocks in memory."""

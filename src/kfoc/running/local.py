@@ -12,7 +12,7 @@ from kfoc.curvature.curvature import Curvature
 from kfoc.fitting.marks import Mark
 from kfoc.fitting.session import Session, Takes
 from kfoc.fitting.task import Task, check_independent
-from kfoc.model.batches import present
+from kfoc.model.batches import Present
 from kfoc.running.progress import Meter, Report, length
 
 _END = object()
@@ -76,7 +76,7 @@ class Alone:
 
     def check(self, session: Session, data: Iterable[Any], terms: dict[str, str]) -> Iterable[Any]:
         """The batches that have samples."""
-        return present(data)
+        return Present(data)
 
     def start(self) -> None:
         """Begin a pass."""

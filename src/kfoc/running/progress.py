@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sized
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 # Seconds between two lines: on a terminal, where a line replaces the last, and in a log.
@@ -90,23 +91,25 @@ class Printer:
         print(f"\r{padded}", end="\n" if progress.last else "", file=sys.stderr, flush=True)
 
 
+@dataclass
 class Meter:
     """Counts one pass over the data, and reports it.
 
-    Args:
+    Attributes:
         report: gets the progress after every batch.
         number: of the pass, from 1.
         limit: of passes.
         batches: in a pass, where that is known.
         change: of sigma in the last pass.
+        start: of the pass.
     """
 
-    def __init__(
-        self, report: Report, number: int, limit: int, batches: int | None, change: float | None
-    ) -> None:
-        self.report, self.number, self.limit = report, number, limit
-        self.batches, self.change = batches, change
-        self.start = time.perf_counter()
+    report: Report
+    number: int
+    limit: int
+    batches: int | None
+    change: float | None
+    start: float = field(default_factory=time.perf_counter)
 
     def show(self, batch: int, samples: int, last: bool) -> None:
         """Report after `batch` batches with `samples` samples."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -50,17 +49,19 @@ class Files:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Write the index; where the fit has failed, remove what was written instead."""
+    def __exit__(self, kind: object, *error: object) -> None:
+        """Write the index: layer -> file, shape and dtype of each tensor of its block.
+
+        Where the fit has failed, remove what was written instead.
+        """
         if kind is None:
-            self._close()
-        else:
-            self._remove()
+            with self._new(self.directory / INDEX, "x") as file:
+                json.dump({"version": 1, "layers": self.index}, file, indent=1)
+            return
+        for path in self.written:
+            path.unlink(missing_ok=True)
+        if self.made and next(self.directory.iterdir(), None) is None:
+            self.directory.rmdir()
 
     def put(self, layer: str, block: Block) -> Block:
         """The block with its tensors in files; on the CPU, wherever it was."""
@@ -95,15 +96,3 @@ class Files:
             return whole
         flat = torch.from_file(str(file), shared=False, size=whole.numel(), dtype=whole.dtype)
         return flat.view(whole.shape)
-
-    def _close(self) -> None:
-        """Write the index: layer -> file, shape and dtype of each tensor of its block."""
-        with self._new(self.directory / INDEX, "x") as file:
-            json.dump({"version": 1, "layers": self.index}, file, indent=1)
-
-    def _remove(self) -> None:
-        """Remove what was written, and the directory where it was made for that."""
-        for path in self.written:
-            path.unlink(missing_ok=True)
-        if self.made and next(self.directory.iterdir(), None) is None:
-            self.directory.rmdir()

@@ -13,7 +13,7 @@ from typing import Any
 
 from kfoc.distributed import Ranks, RanksError
 from kfoc.fitting.session import Session
-from kfoc.model.batches import mapped, moved, present
+from kfoc.model.batches import Present, mapped, moved
 from kfoc.running.fingerprint import code_of, of_task
 from kfoc.running.local import Alone, Unkept
 from kfoc.running.progress import length
@@ -48,7 +48,7 @@ class Together(Alone):
         del own["devices"]  # every rank has its own
         if not self.ranks.section(int(hashlib.sha256(repr(own).encode()).hexdigest()[:15], 16)):
             self._differ(own)
-        return data if sharded else present(data)
+        return data if sharded else Present(data)
 
     def _differ(self, own: dict[str, str]) -> None:
         for rank, theirs in enumerate(self.ranks.objects(own)):
@@ -65,7 +65,6 @@ class Together(Alone):
                 )
 
     def start(self) -> None:
-        """Begin a pass."""
         self.ranks.start()
 
     def take(self, session: Session, batch: Any, last: bool, keeper: Unkept) -> None:
@@ -97,7 +96,6 @@ class Together(Alone):
         return samples
 
     def union(self, names: set[str]) -> set[str]:
-        """Names that any rank has."""
         return set().union(*self.ranks.objects(sorted(names)))
 
     def _agree(self, session: Session) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kfoc.linalg.scaling import magnitude, power_of_two, squared
+from kfoc.linalg.scaling import largest, magnitude, power_of_two, squared
 from kfoc.samples.base import LayerSamples
 from kfoc.samples.inputs import Inputs
 from kfoc.samples.linear import Samples
@@ -50,17 +49,15 @@ class Grouped:
 
     @cached_property
     def magnitudes(self) -> tuple[float, float]:
-        each = [group.magnitudes for group in self.groups]
-        # NaN where any is: max() would drop it.
-        worst = [sum(m) if not math.isfinite(sum(m)) else max(m) for m in zip(*each, strict=True)]
-        return worst[0], worst[1]
+        inputs, grads = zip(*(group.magnitudes for group in self.groups), strict=True)
+        return largest(inputs), largest(grads)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         return torch.cat([group.gradients(start, stop) for group in self.groups], 2)
 
     def rescaled(self) -> tuple[Grouped, float]:
         """As `Samples.rescaled`, with the same scales for all groups."""
-        scales = [power_of_two(largest) for largest in self.magnitudes]
+        scales = [power_of_two(size) for size in self.magnitudes]
         groups = tuple(group.scaled_down(*scales) for group in self.groups)
         return Grouped(groups), squared(scales[0] * scales[1]) if all(self.magnitudes) else 0.0
 
@@ -110,9 +107,8 @@ class Depthwise:
 
     @cached_property
     def magnitudes(self) -> tuple[float, float]:
-        each = [(inputs.magnitude(), magnitude(grads)) for inputs, grads in self.calls]
-        worst = [sum(m) if not math.isfinite(sum(m)) else max(m) for m in zip(*each, strict=True)]
-        return worst[0], worst[1]
+        inputs, grads = zip(*self.calls, strict=True)
+        return largest([each.magnitude() for each in inputs]), largest([*map(magnitude, grads)])
 
     def gradients(self, start: int, stop: int) -> Tensor:
         parts = [self._of_call(inputs, grads[:, start:stop], start) for inputs, grads in self.calls]
@@ -131,7 +127,7 @@ class Depthwise:
 
     def rescaled(self) -> tuple[Depthwise, float]:
         """As `Samples.rescaled`."""
-        a, g = (power_of_two(largest) for largest in self.magnitudes)
+        a, g = (power_of_two(size) for size in self.magnitudes)
         calls = tuple(
             (inputs.scaled(1 / a) if a != 1.0 else inputs, grads / g if g != 1.0 else grads)
             for inputs, grads in self.calls

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kfoc.linalg.scaling import magnitude, power_of_two, squared
+from kfoc.linalg.scaling import largest, magnitude, power_of_two, squared
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
 
@@ -80,9 +79,7 @@ class Tied:
     @cached_property
     def magnitudes(self) -> tuple[float, float]:
         inputs, grads = self.head.magnitudes
-        others = magnitude(self.embedding.grads)
-        # NaN where one is: max() would drop it.
-        return inputs, max(grads, others) if math.isfinite(grads + others) else grads + others
+        return inputs, largest((grads, magnitude(self.embedding.grads)))
 
     def gradients(self, start: int, stop: int) -> Tensor:
         head, embedding = (p.gradients(start, stop) for p in (self.head, self.embedding))

@@ -13,7 +13,7 @@ from kfoc.applications.laplace import last_linear
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.model.functional import Forward, count_samples, sliced
 from kfoc.model.sample_gradients import chunks, jacobians
-from kfoc.parameters.layout import Layout
+from kfoc.parameters.layout import Layout, covered
 
 # Of some samples of a batch, by each of several posteriors.
 Chunks = Iterator[tuple[slice, list[Tensor]]]
@@ -99,8 +99,7 @@ class Linearised:
 
     @property
     def _parameters(self) -> dict[str, Tensor]:
-        names = [name for layout in self.layouts.values() for name in layout.names]
-        return self.forward.parameters(names)
+        return self.forward.parameters(covered(self.layouts))
 
     @property
     def _numbers(self) -> int:

@@ -19,13 +19,14 @@ from kfoc.applications.laplace.predictive import OutputGaussian
 from kfoc.applications.laplace.prior import Number, Precisions, positive, precisions
 from kfoc.applications.laplace.validation import Validation, validation_losses
 from kfoc.common.ambient import Plain
-from kfoc.common.arguments import check_model, whole
+from kfoc.common.arguments import check_model, one_of, whole
 from kfoc.curvature.curvature import Curvature
 from kfoc.curvature.damped import DampedCurvature
 from kfoc.likelihoods.base import Likelihood
 from kfoc.likelihoods.named import resolved
 from kfoc.model.batches import Predict
 from kfoc.model.functional import Forward, concerning
+from kfoc.parameters.layout import covered
 
 PREDICTIVE_METHODS = ("linearised", "weights")
 PROBABILITY_METHODS = ("probit", "logits", "weights")
@@ -146,7 +147,7 @@ class Laplace(Plain):
             method: "linearised": the closed form; "weights": mean and covariance over the outputs
                 of `num` networks drawn from the posterior.
         """
-        _check_method(method, PREDICTIVE_METHODS)
+        one_of("method", method, PREDICTIVE_METHODS)
         self._require("noise_variance", "use probabilities(), linearised() or sampled_outputs()")
         if method == "linearised":
             return self._noisy(self.linearised(inputs, chunk_size=chunk_size))
@@ -171,7 +172,7 @@ class Laplace(Plain):
                 `num` networks drawn from the posterior, which fits worse as a rule, as the
                 posterior is one of the linearised model (Immer et al. 2021).
         """
-        _check_method(method, PROBABILITY_METHODS)
+        one_of("method", method, PROBABILITY_METHODS)
         self._require("probabilities", "use predictive() for a regression, or sampled_outputs()")
         if method == "probit":
             self._require("moderated", 'use method="logits" or "weights"')
@@ -346,7 +347,7 @@ class Laplace(Plain):
     @property
     def _parameters(self) -> dict[str, Tensor]:
         """The trained values of the covered parameters."""
-        names = [name for layout in self.curvature.layouts.values() for name in layout.names]
+        names = covered(self.curvature.layouts)
         return Forward(self.model, self.predict).parameters(names)
 
     @property
@@ -395,8 +396,3 @@ class Laplace(Plain):
         fit = data if isinstance(data, DataFit) else self.data_fit(data)
         fit.check(self.num_samples or self.curvature.num_samples)
         return fit
-
-
-def _check_method(method: str, allowed: tuple[str, ...]) -> None:
-    if method not in allowed:
-        raise ValueError(f"method must be one of {', '.join(allowed)}, found {method!r}")

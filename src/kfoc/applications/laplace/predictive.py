@@ -91,15 +91,11 @@ def outputs_of(drawn: Iterable[Parameters], forward: Forward, inputs: Any) -> Te
 
 
 def networks(
-    posterior: DampedCurvature,
-    parameters: Parameters,
-    num: int,
-    seed: int,
-    generator: torch.Generator | None = None,
+    posterior: DampedCurvature, parameters: Parameters, num: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """`num` draws of the parameters, one at a time, so that they need not all be held."""
     num = whole("num", num, 1)
-    generator = torch.Generator().manual_seed(seed) if generator is None else generator
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(num):
         draw = posterior.sample(1, generator=generator)
         yield {name: value + draw[name][0].to(value) for name, value in parameters.items()}

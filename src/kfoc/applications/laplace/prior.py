@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kfoc.curvature.damped import check_layers
+
 Number = float | Tensor
 Precisions = Number | Mapping[str, Number]
 
@@ -20,13 +22,7 @@ def precisions(layers: tuple[str, ...], value: Precisions) -> dict[str, Tensor]:
     """
     if not isinstance(value, Mapping):
         return dict.fromkeys(layers, positive("prior_precision", value))
-    missing = [layer for layer in layers if layer not in value]
-    unknown = [layer for layer in value if layer not in layers]
-    if missing or unknown:
-        raise ValueError(
-            f"prior_precision by layer must have a number for each of {list(layers)}; "
-            f"missing: {missing}, unknown: {unknown}"
-        )
+    check_layers("prior_precision", layers, value)
     return {k: positive(f"prior_precision of layer {k!r}", value[k]) for k in layers}
 
 
