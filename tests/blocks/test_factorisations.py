@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +83,32 @@ def test_what_is_computed_of_a_block_has_its_own(kind: str) -> None:
         torch.testing.assert_close(flat(found, other.solve(v, DAMPING)), expected, **CLOSE)
 
 
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "in place": lambda tensor: tensor.mul_(2.0),
+    "a view": lambda tensor: tensor.view(-1).mul_(2.0),
+    "data": lambda tensor: tensor.data.mul_(2.0),
+    "other data": lambda tensor: setattr(tensor, "data", 2.0 * tensor),
+    "numpy": lambda tensor: tensor.numpy().__imul__(2.0),
+    "memory": lambda tensor: tensor.untyped_storage().copy_((2.0 * tensor).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("kind", [kind for kind, count in COUNTS.items() if count])
-def test_written_to_it_is_made_anew(kind: str, calls: Calls) -> None:
-    found = curvature(block(kind))
+def test_written_to_it_is_made_anew(
+    kind: str, write: str, inference: bool, copied: bool, calls: Calls
+) -> None:
+    with torch.inference_mode(inference):
+        found = curvature(block(kind))
+        for tensor in found["0"].tensors():
+            tensor.mul_(1.0)
     v = vector(found)
     found.solve(v, DAMPING)
-    next(found["0"].tensors()).mul_(2.0)
+    with torch.inference_mode(inference):
+        WRITES[write](next(found["0"].tensors()))
+    found = copy.deepcopy(found) if copied else found
     expected = torch.linalg.solve(
         dense(found) + DAMPING * torch.eye(len(dense(found))), flat(found, v)
     )
@@ -214,6 +235,21 @@ def test_products_are_solved_with_by_cholesky(
     assert not calls
 
 
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("case", products())
+def test_what_was_damped_before_a_write_is_not_mixed_with_what_is_there(
+    case: str, write: str
+) -> None:
+    found, method = products()[case]
+    damped = found.damped(Damping(0.3, 2.0, method))
+    WRITES[write](found.right)
+    v = torch.randn(found.shape)
+    torch.testing.assert_close(damped.power(damped.power(v, -1), 1), v, **CLOSE)
+    for root in (-0.5, 0.5):
+        with pytest.raises(ValueError, match="written to since it was damped: damp it again"):
+            damped.power(v, root)
+
+
 def test_the_same_seed_gives_the_same_draws_whatever_was_kept() -> None:
     one = curvature(block("KroneckerBlock"))
     draws = flat(one, one.damped(0.1, method="pi").sample(3))
@@ -229,6 +265,11 @@ def test_where_cholesky_fails_eigenvalues_say_why() -> None:
             curvature(bad).damped(0.01, method="pi")
     with pytest.raises(ValueError, match=r"layer '0': .*values that are not finite"):
         curvature(kfoc.KroneckerBlock(psd(2) * math.nan, psd(2))).damped(1.0, method="pi")
+    above = psd(2)
+    above[0, 1] = math.nan
+    for bad in (kfoc.KroneckerBlock(above, psd(2)), kfoc.KroneckerBlock(psd(2), above)):
+        with pytest.raises(ValueError, match=r"layer '0': .*values that are not finite"):
+            curvature(bad).damped(1.0, method="pi")
     bad = kfoc.KroneckerDiagonalBlock(psd(2), torch.tensor([1.0, -1.0]))
     with pytest.raises(ValueError, match="layer '0': the right factor is not positive"):
         curvature(bad).damped(0.01, method="pi")

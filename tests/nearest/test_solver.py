@@ -10,7 +10,7 @@ import kfoc
 from kfoc.nearest import accelerated
 from kfoc.nearest.accelerated import fit_contraction, leading_pair
 from kfoc.nearest.contraction import positive
-from kfoc.nearest.power import Tolerance, power_iteration
+from kfoc.nearest.power import EXCESS, Tolerance, power_iteration
 from kfoc.plans.choose import contract
 from kfoc.samples.inputs import Rows
 from kfoc.samples.linear import Samples
@@ -87,6 +87,37 @@ def test_keeps_to_the_step_limit(plan: str, limit: int) -> None:
     found = leading_pair(contraction, Tolerance(1e-14), limit)
     assert found.steps <= limit
     assert not found.converged
+
+
+def with_a_large_sample(plan: str, seed: int) -> tuple[Samples, Tensor]:
+    """Samples of which the first is as large as many others; and their F, summed."""
+    generator = torch.Generator().manual_seed(seed)
+    N, T = (40, 1) if plan in ("primal", "gram") else (12, 3)
+    inputs = torch.randn(N, T, 6, generator=generator) + 0.5 * torch.randn(6, generator=generator)
+    grads = torch.randn(1, N, T, 5, generator=generator)
+    root = 10 ** (0.75 * torch.rand(1, generator=generator).item())
+    inputs[0] *= root
+    grads[:, 0] *= root
+    x = torch.einsum("snto,nti->noi", grads, inputs).flatten(1)
+    return Samples(Rows(inputs), grads), x.mT @ x
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "gram", "dense"])
+@pytest.mark.parametrize("certify", [False, True])
+def test_is_within_the_excess_and_what_it_says_of_itself(plan: str, certify: bool) -> None:
+    """Whether the norm of F is known or not; few rises tell little of a sample that stands out."""
+    for seed in range(50):
+        samples, fisher = with_a_large_sample(plan, seed)
+        contraction = contract(samples, plan=plan)
+        fit = fit_contraction(contraction, rtol=None, max_steps=500, certify=certify, scale=0.5)
+        product = torch.kron(fit.left, fit.right)
+        error = (0.5 * fisher - product).norm() / fisher.norm() / 0.5
+        values = torch.linalg.svdvals(rearranged(fisher, 5, 6))
+        assert error - values[1:].norm() / values.norm() <= EXCESS
+        assert fit.sigma == pytest.approx(product.norm().item(), rel=1e-12)
+        assert fit.left.norm().item() == pytest.approx(fit.right.norm().item(), rel=1e-12)
+        if certify:
+            assert fit.relative_error == pytest.approx(error.item(), rel=1e-9)
 
 
 def test_psd_check() -> None:

@@ -147,6 +147,41 @@ def test_samples_that_are_their_bias_alone_are_drawn_too(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("plan", NAMES)
+@pytest.mark.parametrize("power", [0.5, 1.5])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("apart", [0, 1, -1, -3])
+def test_samples_that_have_nothing_in_common_with_others_are_not_missed(
+    plan: str, power: float, directions: int, apart: int
+) -> None:
+    """The first or last few, whatever their number: a sketch without them is orthogonal to them."""
+    o, i = SHAPE
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        N, T = (67, 1) if plan == "primal" else (9, 16)
+        inputs, grads = torch.zeros(N, T, i), torch.zeros(directions, N, T, o)
+        of = torch.zeros(N, dtype=torch.bool)
+        of[slice(apart) if apart > 0 else slice(apart, None) if apart else slice(0)] = True
+        for group, share, left, right in (
+            (~of, 1.0, slice(0, o // 2), slice(0, i // 2)),
+            (of, 2.5, slice(o // 2, o), slice(i // 2, i)),
+        ):
+            count = int(group.sum())
+            rows = torch.randn(count, T, i // 2, generator=generator)
+            inputs[group, :, right] = share * rows @ falling(i // 2, generator, power)
+            rows = torch.randn(directions, count, T, o // 2, generator=generator)
+            grads[:, group, :, left] = share * rows @ falling(o // 2, generator, power)
+        samples = Samples(Rows(inputs), grads)
+        contraction = contraction_of(samples, plan)
+        fit = fit_from_sketch(
+            contraction, SHAPE, 8, rtol=None, max_steps=500, certify=False, scale=1.0
+        )
+        fisher = fisher_sum(samples)
+        error = (fisher - torch.kron(fit.left, fit.right)).norm() / fisher.norm()
+        sigma = torch.linalg.svdvals(rearranged(fisher, *SHAPE))[0]
+        assert error - (1 - (sigma / fisher.norm()) ** 2).sqrt() <= EXCESS
+
+
+@pytest.mark.parametrize("plan", NAMES)
 def test_suffices_where_gradients_are_of_low_rank(plan: str) -> None:
     for seed in range(5):
         contraction = contraction_of(samples_of(plan, seed, power=2.0), plan)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kfoc.blocks import factors
-from kfoc.blocks.base import SpectralBlock
 from kfoc.blocks.damped import DampedBlock, DampedSpectrum, Damping
-from kfoc.linalg.scaling import wide
+from kfoc.blocks.decomposed import DecomposedBlock
+from kfoc.linalg.scaling import finite, wide
 
 
 def damped_factors(left: Tensor, right: Tensor, damping: Damping) -> tuple[Tensor, Tensor] | None:
@@ -49,7 +49,8 @@ def triangle(factor: Tensor) -> Tensor | None:
         found = factor.sqrt()
         return found if bool((factor > 0).all() & found.isfinite().all()) else None
     found, failed = torch.linalg.cholesky_ex(factor)
-    return found if not failed.item() and bool(found.diagonal().isfinite().all()) else None
+    # It reads the lower triangle alone.
+    return found if not failed.item() and finite(factor) else None
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,23 @@ class DampedProduct(DampedBlock):
     """`kron(left left^T, right right^T)`, of triangles (o, o) and (i, i); (n,) for diagonal ones.
 
     Roots, draws and eigenvalues take the eigendecomposition of F, which then stays with its block,
-    and so do other dampings.
+    and so do other dampings: they raise where the block has been written to since.
 
     Attributes:
         block: F.
+        marks: of the block as it was.
         damping: of F.
     """
 
-    block: SpectralBlock
+    block: DecomposedBlock
+    marks: list[Tensor]
     damping: Damping
     left: Tensor
     right: Tensor
 
     @staticmethod
     def of(
-        block: SpectralBlock, left: Tensor, right: Tensor, damping: Damping
+        block: DecomposedBlock, left: Tensor, right: Tensor, damping: Damping
     ) -> DampedProduct | None:
         """Of F = `kron(left, right)`, or None: it is no product, or not sure to be definite."""
         if not damping.damping or any((factors.diagonal(f) < 0).any() for f in (left, right)):
@@ -82,7 +85,7 @@ class DampedProduct(DampedBlock):
         triangles = triangle(damped[0]), triangle(damped[1])
         if triangles[0] is None or triangles[1] is None:
             return None
-        return DampedProduct(block, damping, triangles[0], triangles[1])
+        return DampedProduct(block, block.marks(), damping, triangles[0], triangles[1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,6 +126,8 @@ class DampedProduct(DampedBlock):
         return self._spectral.eigenvalues()
 
     def redamped(self, damping: Damping) -> DampedSpectrum:
+        if not self.block.has(self.marks):
+            raise ValueError("the block has been written to since it was damped: damp it again")
         return DampedSpectrum(self.block.spectrum(), damping)
 
     @property

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from kfoc.blocks import sound
@@ -21,7 +22,8 @@ class DecomposedBlock(SpectralBlock):
 
     It takes as much memory as the block's tensors, and an eigenvalue for each parameter. It goes
     along to another device; what is computed of the block (other dtypes, multiples, sums) has its
-    own. Where a tensor of the block is written to, the next use decomposes again.
+    own. Where a tensor of the block is written to, the next use decomposes again: that is seen by
+    the numbers, as torch does not count writes through `.data`, NumPy or inference mode.
     """
 
     @abstractmethod
@@ -42,12 +44,12 @@ class DecomposedBlock(SpectralBlock):
     @property
     def kept(self) -> Spectrum | None:
         """The eigendecomposition, where there is one of the tensors as they are now."""
-        spectrum, versions = vars(self).get("_kept", (None, ()))
-        return spectrum if versions == self._versions() else None
+        spectrum, marks = vars(self).get("_kept", (None, None))
+        return None if marks is None or not self.has(marks) else spectrum
 
     def keep(self, spectrum: Spectrum) -> None:
         """Take an eigendecomposition of this block for its own."""
-        vars(self)["_kept"] = spectrum, self._versions()  # beside the fields, which are frozen
+        vars(self)["_kept"] = spectrum, self.marks()  # beside the fields, which are frozen
 
     def forget(self) -> None:
         """Free the eigendecomposition; the next use makes another."""
@@ -69,6 +71,10 @@ class DecomposedBlock(SpectralBlock):
             found = tuple(spectrum.values.shape)
             raise ValueError(f"its eigenvalues have the shape {found}, not {self.shape}")
 
-    def _versions(self) -> tuple[int, ...]:
-        """Which change when a tensor is written to (tensors of inference mode do not count)."""
-        return tuple(0 if t.is_inference() else t._version for t in self.tensors())
+    def marks(self) -> list[Tensor]:
+        """What changes with the tensors' numbers, by more than eigenvectors' rounding."""
+        return [sound.product(tensor) for tensor in self.tensors()]
+
+    def has(self, marks: list[Tensor]) -> bool:
+        """Whether `marks` were taken of the numbers that the block has now."""
+        return all(map(torch.equal, marks, self.marks()))

@@ -135,6 +135,15 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
+def product(tensor: Tensor) -> Tensor:
+    """Matrices (..., n) times one vector, in float32 at least; a copy of a vector (n,)."""
+    wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    if wide.ndim == 1:
+        return wide.clone()
+    rows = wide.flatten(0, -2)
+    return rows @ _probe(rows.mT)
+
+
 def _probe(like: Tensor) -> Tensor:
     """A vector (n,) of numbers that are all different, for n rows."""
     return torch.linspace(1, 2, len(like), dtype=like.dtype, device=like.device).cos()

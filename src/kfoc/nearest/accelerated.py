@@ -14,7 +14,7 @@ from itertools import combinations_with_replacement, pairwise
 import torch
 from torch import Tensor
 
-from kfoc.linalg.scaling import norm_of, power_of_two
+from kfoc.linalg.scaling import balance, norm_of, power_of_two
 from kfoc.nearest.contraction import Contraction, Side
 from kfoc.nearest.power import (
     Iterate,
@@ -84,10 +84,14 @@ def leading_pair(
     krylov = _Krylov(contraction, start, begun.steps if begun else 0)
     sigmas = krylov.first_sigmas()
     gap = remaining(sigmas, precision, damping=damping)
+    damping = damping_of(sigmas, precision)
+    asked = tolerance.at(sigmas[-1], damping)
     unknown = tolerance.rtol is None and tolerance.total is None
-    if unknown and gap > tolerance.at(sigmas[-1]) and contraction.norm_in_steps <= WORTH:
-        tolerance = replace(tolerance.tighter(CAUTION), total=contraction.squared_norm())
-    rtol = tolerance.at(sigmas[-1])
+    if unknown and gap > asked and contraction.norm_in_steps <= WORTH:
+        tolerance = replace(tolerance, total=contraction.squared_norm())
+    if tolerance.rtol is None and tolerance.total is not None:
+        tolerance = tolerance.tighter(CAUTION)
+    rtol = tolerance.at(sigmas[-1], damping)
     if gap <= rtol:
         return krylov.first_pair(sigmas, gap)
     # What the chain has computed is not thrown away: the power iteration goes on from its end.
@@ -107,7 +111,7 @@ def leading_pair(
         # The values are those of left factors and their images. What is returned is a half step
         # further on, which brings what is left down by the damping.
         gap = remaining(values, precision, least=2, floor=0.05) * damping
-        converged = gap <= tolerance.at(sigma)
+        converged = gap <= tolerance.at(sigma, damping)
         if converged or krylov.steps + 2 > max_steps:
             break
         krylov.extend()
@@ -183,7 +187,7 @@ class _Krylov:
         norm = (self._norm(2) or 1.0) * self.root
         left, right = self.chain[2] / norm, self.chain[3] * (self.unit / norm)
         damping = damping_of(sigmas, 4 * torch.finfo(left.dtype).eps)
-        return Iterate(left, right, sigmas[-1], self.before + 3, True, "right", damping, gap)
+        return Iterate(left, right, sigmas[-1], self.before + 3, True, damping, gap)
 
     def continued(self, sigmas: list[float], tolerance: Tolerance, max_steps: int) -> Iterate:
         """The power iteration, from where the chain ends."""
@@ -251,7 +255,7 @@ class _Krylov:
             left = self.contraction.advance(right, "right")
             sigma = left.norm().item()
             self.steps += 1
-        return Iterate(left, right, sigma, self.steps, converged, "left", damping, gap)
+        return Iterate(left, right, sigma, self.steps, converged, damping, gap)
 
 
 def _ritz(gram: Tensor, image: Tensor, precision: float) -> tuple[float, float, Tensor]:
@@ -295,12 +299,14 @@ def fit_contraction(
     total = contraction.squared_norm() if certify or contraction.certifies else None
     iterate = leading_pair(contraction, Tolerance(rtol, total), max_steps, begun)
     contraction.forget()
-    sigma = iterate.sigma
-    # The scale goes into the representations, which are small where the factors are large.
-    left_scale, right_scale = iterate.scales(sigma * scale)
+    left = contraction.factor(iterate.left, "left")
+    right = contraction.factor(iterate.right, "right")
+    # An implicit image's norm is known from the factor, or else a half step later.
+    sigma = norm_of(left) * norm_of(right)
+    left, right = balance(left, right, sigma * scale)
     return KroneckerFit(
-        contraction.factor(iterate.left * left_scale, "left"),
-        contraction.factor(iterate.right * right_scale, "right"),
+        left,
+        right,
         sigma * scale,
         relative_error(sigma, total),
         iterate.steps,

@@ -55,8 +55,8 @@ class Tolerance:
 
     Attributes:
         rtol: relatively; None: so near that the block's relative error is within `excess` of the
-            optimum's, or where `total` is not known, within `excess` itself.
-        total: `||A||^2`.
+            optimum's.
+        total: `||A||^2`, where it is known.
     """
 
     rtol: float | None
@@ -70,13 +70,18 @@ class Tolerance:
     def tighter(self, times: float) -> Tolerance:
         return replace(self, rtol=self.rtol and self.rtol / times, excess=self.excess / times)
 
-    def at(self, sigma: float) -> float:
-        """The relative distance to be under."""
+    def at(self, sigma: float, damping: float) -> float:
+        """The relative distance to be under.
+
+        Args:
+            damping: estimate of the squared ratio of the second singular value to the first.
+        """
         if self.rtol is not None:
             return self.rtol
-        error = relative_error(sigma, self.total)
-        if error is None:
-            return self.excess
+        # Of a total that is not known, the two largest singular values: the error is no less, and
+        # what it allows neither.
+        total = sigma * sigma * (1 + damping) if self.total is None else self.total
+        error = relative_error(sigma, total) or 0.0
         # With x the distance, the optimum's squared error is less by 2 x (1 - error^2).
         allowed = self.excess * (2 * error - self.excess) / 2
         return min(max(allowed / max(1 - error**2, EXCESS), LEAST), MOST)
@@ -91,15 +96,8 @@ class Iterate:
     sigma: float
     steps: int
     converged: bool
-    exact_side: Side  # of the factor that is the image of the other, and has the norm sigma
     damping: float = 1.0  # estimate of the squared ratio of the second singular value to the first
     gap: float = 0.0  # estimate of sigma's relative distance to its limit
-
-    def scales(self, sigma: float) -> tuple[float, float]:
-        """What to multiply left and right by, so that each has the norm `sqrt(sigma)`."""
-        root = math.sqrt(sigma)
-        image = root / self.sigma if self.sigma else 0.0
-        return (image, root) if self.exact_side == "left" else (root, image)
 
 
 @dataclass
@@ -141,7 +139,8 @@ class PowerIteration:
         self.steps += 1
         precision = 4 * torch.finfo(image.dtype).eps
         self.gap = remaining(self.sigmas, precision)
-        self.converged = settled(self.sigmas, self.tolerance.at(sigma), precision, self.gap)
+        rtol = self.tolerance.at(sigma, damping_of(self.sigmas, precision))
+        self.converged = settled(self.sigmas, rtol, precision, self.gap)
         self.done = self.converged or self.steps >= self.max_steps
         if not self.done:
             self.factor, self.side = image, opposite(self.side)
@@ -170,8 +169,7 @@ def power_iteration(
     unit = it.factor / norm
     left, right = (unit, image) if it.side == "left" else (image, unit)
     damping = damping_of(it.sigmas, 4 * torch.finfo(start.dtype).eps)
-    exact = opposite(it.side)
-    return Iterate(left, right, it.sigmas[-1], it.steps, it.converged, exact, damping, it.gap)
+    return Iterate(left, right, it.sigmas[-1], it.steps, it.converged, damping, it.gap)
 
 
 def _norm(contraction: Contraction, representation: Tensor, side: Side) -> float:

@@ -174,7 +174,8 @@ def leading_of(
         found = refined(lefts, steps.to_right(lefts), sign)
         norms.append(found.sigmas[:rank].norm().item())
         gap = remaining(norms, precision)
-        converged = settled(norms, Tolerance(rtol).at(norms[-1]), precision, gap)
+        total = found.sigmas.square().sum().item()  # of the norm, what is known of it
+        converged = settled(norms, Tolerance(rtol, total).at(norms[-1], 0.0), precision, gap)
         taken = 2 * len(norms)
         if converged or taken >= max_steps:
             return Singular(found.lefts, found.rights, found.sigmas, taken, converged, gap)

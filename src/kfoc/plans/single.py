@@ -277,9 +277,15 @@ def single_rows(inputs: Inputs) -> tuple[Tensor, float | None]:
 
 
 def random_sums(vectors: Tensor, count: int) -> Tensor:
-    """Sums of consecutive rows with random signs, (count, n): each row has a part in one."""
+    """Sums of rows with random signs, (count, n): each row has a part in one.
+
+    What is not in them a sketch may be orthogonal to, and then no half step finds it.
+    """
     length = max(1, len(vectors) // count)
     used = vectors[: length * count].view(-1, length, vectors.shape[1])
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, used.shape[:2], generator=generator) * 2 - 1
-    return torch.bmm(signs[:, None].to(vectors), used)[:, 0]
+    sums = torch.bmm(signs[:, None].to(vectors), used)[:, 0]
+    rest = vectors[length * count :]  # fewer than the sums
+    sums[: len(rest)] += rest
+    return sums

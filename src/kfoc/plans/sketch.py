@@ -141,13 +141,14 @@ def sketched(
         inner_tolerance = Tolerance(max(inner_tolerance.rtol, 1.1 * precision))
     found = leading_pair(inner, inner_tolerance, MAX_STEPS)
     if not found.converged or not found.sigma or found.damping > CLOSEST:
-        return None, tolerance.at(found.sigma) if tolerance.total else tolerance.rtol
+        near = tolerance.at(found.sigma, found.damping) if tolerance.total else tolerance.rtol
+        return None, near
     representation = found.left if side == "left" else found.right
     if isinstance(inner, Primal):
         rows = _root(inner.factor(representation, side), bases[side])
     else:
         rows = _nystrom(inner, representation, side)
-    near = tolerance.at(found.sigma)
+    near = tolerance.at(found.sigma, found.damping)
     return Sketch(rows, side, max(found.damping, LEAST_DAMPING), near), near
 
 
