@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfoc.linalg.scaling import wide
+
 
 def numbers(what: str, value: Any, ndim: int) -> Tensor:
     """The value, where it is a tensor of finite floating-point numbers.
@@ -63,10 +65,10 @@ def orthonormal(what: str, value: Any) -> None:
     """Raise where the columns of a matrix are not orthonormal, as a product with it tells."""
     matrix = _square(what, value, 2)
     n = len(matrix)
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    columns = wide(matrix)
     # One vector for all of them: n^3 numbers would take as long as to find the eigenvectors.
-    probe = _probe(wide)
-    error = (wide.mT @ (wide @ probe) - probe).norm() / (probe.norm() or 1.0)
+    probe = _probe(columns)
+    error = (columns.mT @ (columns @ probe) - probe).norm() / (probe.norm() or 1.0)
     if error.item() > rounding(matrix.dtype, n):
         raise ValueError(f"the columns of its {what} must be orthonormal, off by {error:.3g}")
 
@@ -83,9 +85,9 @@ def decomposition(prefix: str, matrix: Tensor, values: Any, vectors: Any) -> Non
     found = numbers(f"{prefix}values", values, 1 if prefix else 2).flatten()
     if len(found) != len(matrix):
         raise ValueError(f"its {prefix}values must be {len(matrix)} numbers, found {len(found)}")
-    wide = matrix.to(found)
+    same = matrix.to(found)
     if matrix.ndim == 1:
-        error, largest = found - wide, _largest(wide)
+        error, largest = found - same, _largest(same)
     else:
         if tuple(numbers(f"{prefix}vectors", vectors, 2).shape) != tuple(matrix.shape):
             raise ValueError(
@@ -94,7 +96,7 @@ def decomposition(prefix: str, matrix: Tensor, values: Any, vectors: Any) -> Non
             )
         orthonormal(f"{prefix}vectors", vectors)
         probe = _probe(found)
-        error = vectors @ (found * (vectors.mT @ probe)) - wide @ probe
+        error = vectors @ (found * (vectors.mT @ probe)) - same @ probe
         largest = _largest(found) * probe.norm().item()
     if error.norm().item() > rounding(matrix.dtype, len(matrix)) * largest:
         raise ValueError(f"its {prefix}values and {prefix}vectors are those of another matrix")
@@ -137,10 +139,10 @@ def _largest(tensor: Tensor) -> float:
 
 def product(tensor: Tensor) -> Tensor:
     """Matrices (..., n) times one vector, in float32 at least; a copy of a vector (n,)."""
-    wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-    if wide.ndim == 1:
-        return wide.clone()
-    rows = wide.flatten(0, -2)
+    tensor = tensor.detach()
+    if tensor.ndim == 1:
+        return tensor.clone()
+    rows = wide(tensor).flatten(0, -2)
     return rows @ _probe(rows.mT)
 
 
