@@ -30,11 +30,8 @@ from kfoc.nearest.power import (
 # the acceleration takes at least, with and without implicit representations.
 SOON = {True: 1, False: 2}
 
-# The norm is worth so many half steps where the first ones did not suffice: it tells how far sigma
-# may be from its limit, which is much where the error is large.
-WORTH = 6
-
-# So many times less of it is allowed: what is left is estimated from few rises by then, and low.
+# Where the norm is known, so many times less is allowed: what is left is estimated from few rises,
+# and low. What the second singular value allows, where it is not, is less anyway.
 CAUTION = 4
 
 # Where half steps cost next to nothing, they go on until so many times less is left.
@@ -84,14 +81,9 @@ def leading_pair(
     krylov = _Krylov(contraction, start, begun.steps if begun else 0)
     sigmas = krylov.first_sigmas()
     gap = remaining(sigmas, precision, damping=damping)
-    damping = damping_of(sigmas, precision)
-    asked = tolerance.at(sigmas[-1], damping)
-    unknown = tolerance.rtol is None and tolerance.total is None
-    if unknown and gap > asked and contraction.norm_in_steps <= WORTH:
-        tolerance = replace(tolerance, total=contraction.squared_norm())
     if tolerance.rtol is None and tolerance.total is not None:
         tolerance = tolerance.tighter(CAUTION)
-    rtol = tolerance.at(sigmas[-1], damping)
+    rtol = tolerance.at(sigmas[-1], damping_of(sigmas, precision))
     if gap <= rtol:
         return krylov.first_pair(sigmas, gap)
     # What the chain has computed is not thrown away: the power iteration goes on from its end.

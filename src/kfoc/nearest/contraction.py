@@ -8,7 +8,6 @@ the same iteration serves explicit factors here and a layer's samples in `kfoc.p
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -41,11 +40,6 @@ class Contraction(ABC):
     def certifies(self) -> bool:
         """Whether `squared_norm` comes at next to no cost."""
         return False
-
-    @property
-    def norm_in_steps(self) -> float:
-        """What `squared_norm` costs, in half steps; inf where that is not known, or too much."""
-        return 0.0 if self.certifies else math.inf
 
     @abstractmethod
     def start(self) -> Tensor:

@@ -66,11 +66,6 @@ class Gradients(_Explicit):
         """For dtype and device."""
         return self._samples.grads
 
-    @property
-    def norm_in_steps(self) -> float:
-        o, i = self._samples.shape
-        return self._samples.num_directions * self._samples.num_samples / (o + i)
-
     def _chunks(self) -> Iterator[Tensor]:
         if self._keep and self._stored is None:
             self._stored = list(output_first(self._samples))

@@ -51,12 +51,6 @@ class Positions(Coefficients):
         """For dtype and device."""
         return self._rows["left"]
 
-    @property
-    def norm_in_steps(self) -> float:
-        S, N, T, o = self._rows["left"].shape
-        size = Size(S, N, T, self.width("right"), o)
-        return (S * N * T) ** 2 * (size.i + o) / Positions.cost(size).half_step
-
     def width(self, side: Side) -> int:
         """The size of a factor."""
         return self._rows[side].shape[-1]
