@@ -70,9 +70,7 @@ class KFOC(Options, FactoredEstimator):
         aggregation: one of the above.
         rtol: an iteration stops at this relative distance of sigma to its limit, as estimated
             (`report.gap` is what was left); 0: when the factors themselves have settled to
-            rounding. None: when the block's relative error is within 1e-4 of the optimum's. Where
-            the norm of F is not known at little cost, that error is taken for what the second
-            singular value leaves, which is less, and sigma goes nearer its limit.
+            rounding. None: when the block's relative error is within 1e-4 of the optimum's.
         max_steps: at most so many half steps when a batch is solved.
         passes: at most so many passes over the data (`"exact"` alone).
         decay: `"online"` alone: each batch scales the sums before it by this number in (0, 1],
